@@ -1,0 +1,43 @@
+"""The Exporter protocol, and the transcripts by which renderings of one model are held against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What one engine computes, in float32, for one prompt of T token ids.
+
+    `logprobs` (T - 1): natural-log probability that the engine gives to each prompt token after the first;
+    `tokens` (S): its greedy continuation; `margins` (S): gap between the two best log probabilities at each step of it
+    (empty where the engine does not tell).
+    """
+
+    logprobs: tuple[float, ...]
+    tokens: tuple[int, ...]
+    margins: tuple[float, ...] = ()
+
+
+class Exporter(Protocol):
+    """One rendering of the compressed model. Register a class of this shape under the entry point group `lrserve.exporters`."""
+
+    name: str
+    tolerance: float
+    """Largest difference of a prompt log probability to the model in memory, in nats, that is still agreement."""
+
+    def preflight(self) -> None:
+        """Raise EngineError if what the export and its proof need is not installed."""
+
+    def export(self, model: Any, source: Path, out: Path) -> None:
+        """Write the rendering of `model` (a transformers causal LM whose factorized linears are `LowRankLinear`) into `out`.
+
+        `source` is the dense model's folder, for the tokenizer and the generation config. `out` exists and is private
+        to this run; nothing outside it may be written.
+        """
+
+    def transcribe(self, out: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, list[Transcript]]:
+        """Load the rendering from `out` in float32 and run the prompts; keys name the engines that ran them."""

@@ -1,0 +1,153 @@
+"""Which linear layers form which fused group: the only file that knows the module names of an architecture.
+
+A fused group is the unit of allocation: the linears that the serving engine multiplies as one matrix because they read
+the same input (METHOD.md 3). Its members' weights are stacked by rows into one W (m, n); its factors are one shared
+A (r, n) and one stacked B (m, r), of which each member owns its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import nn
+
+from lrserve.errors import UnsupportedModelError
+
+KINDS: Final = ("qkv", "o", "gate_up", "down")
+
+
+@dataclass(frozen=True)
+class GroupNames:
+    """Names of one fused group inside a decoder layer: its own, and those of the linears it is made of."""
+
+    fused: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where an architecture keeps its decoder layers, and the fused groups inside one layer, by kind."""
+
+    layers: str
+    groups: Mapping[str, GroupNames]
+
+
+_LLAMA_LIKE: Final = Family(
+    layers="model.layers",
+    groups={
+        "qkv": GroupNames("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        "o": GroupNames("self_attn.o_proj", ("self_attn.o_proj",)),
+        "gate_up": GroupNames("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+        "down": GroupNames("mlp.down_proj", ("mlp.down_proj",)),
+    },
+)
+
+FAMILIES: Final[Mapping[str, Family]] = {
+    "LlamaForCausalLM": _LLAMA_LIKE,
+    "MistralForCausalLM": _LLAMA_LIKE,
+    "Qwen2ForCausalLM": _LLAMA_LIKE,
+    "Qwen3ForCausalLM": _LLAMA_LIKE,
+    "Gemma3ForCausalLM": _LLAMA_LIKE,
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """One fused group of one decoder layer.
+
+    `name` is the fused module's full name (`model.layers.0.self_attn.qkv_proj`), `members` the full names of its
+    linears in stacking order, `out_features` their row counts; `biases` counts the biases that the dense linears
+    already have (m or less).
+    """
+
+    name: str
+    kind: str
+    layer: int
+    members: tuple[str, ...]
+    out_features: tuple[int, ...]
+    in_features: int
+    biases: int = 0
+
+    @property
+    def m(self) -> int:
+        """Rows of the stacked weight."""
+        return sum(self.out_features)
+
+    @property
+    def n(self) -> int:
+        """Columns of the stacked weight: the width of the shared input."""
+        return self.in_features
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the dense linears, biases included."""
+        return self.m * self.n + self.biases
+
+    def parameters(self, rank: int | None) -> int:
+        """Parameters stored for this group: r (m + n) for the factors plus m for the bias b; dense for `None`."""
+        return self.dense_parameters if rank is None else rank * (self.m + self.n) + self.m
+
+    @property
+    def full_rank(self) -> int:
+        """Largest rank that the stacked weight can have."""
+        return min(self.m, self.n)
+
+
+def family_of(config: Any) -> Family:
+    """Return the family of a transformers config.
+
+    Raises:
+        UnsupportedModelError: for an architecture that is not in `FAMILIES`, by its name.
+    """
+    names = list(getattr(config, "architectures", None) or [])
+    for name in names:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    found = ", ".join(names) or f"model_type {getattr(config, 'model_type', None)!r} without an 'architectures' entry"
+    raise UnsupportedModelError(
+        f"unsupported architecture: {found}. lrserve factorizes {', '.join(FAMILIES)}; "
+        "convert the model to one of these or open an issue with its config.json"
+    )
+
+
+def find_groups(model: nn.Module) -> list[Group]:
+    """List every fused group of a dense causal LM in layer order; the model may live on the meta device.
+
+    Raises:
+        UnsupportedModelError: unknown architecture, or a layer without the linears that its family promises.
+    """
+    family = family_of(model.config)
+    groups: list[Group] = []
+    layers = model.get_submodule(family.layers)
+    if not isinstance(layers, nn.ModuleList):
+        raise UnsupportedModelError(f"{family.layers} is a {type(layers).__name__}, not a list of decoder layers")
+    for index in range(len(layers)):
+        prefix = f"{family.layers}.{index}."
+        for kind, names in family.groups.items():
+            linears = []
+            for member in names.members:
+                try:
+                    linear = model.get_submodule(prefix + member)
+                except AttributeError:
+                    linear = None
+                if not isinstance(linear, nn.Linear):
+                    kind_found = "nothing" if linear is None else type(linear).__name__
+                    raise UnsupportedModelError(
+                        f"expected a linear layer at {prefix + member}, found {kind_found}; "
+                        "give lrserve the dense checkpoint, before quantization, adapters or compression"
+                    )
+                linears.append(linear)
+            groups.append(
+                Group(
+                    name=prefix + names.fused,
+                    kind=kind,
+                    layer=index,
+                    members=tuple(prefix + member for member in names.members),
+                    out_features=tuple(linear.out_features for linear in linears),
+                    in_features=linears[0].in_features,
+                    biases=sum(linear.out_features for linear in linears if linear.bias is not None),
+                )
+            )
+    return groups

@@ -1,0 +1,162 @@
+"""The low-rank layer in torch, and putting it in the place of dense linears.
+
+y = B (A x) + b with A (r, n), B (m, r), b (m,). The members of a fused group share one A, which stands once in the model
+under the group's name; each member keeps its own rows of B and b. Names in the state dict are those of docs/format.md:
+`<group>.A.weight`, `<member>.B.weight`, `<member>.B.bias`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrserve.compression.groups import Group
+from lrserve.errors import ArtifactError
+
+QUANT_METHOD = "lrserve"
+FORMAT_VERSION = 1
+LOW_RANK = "low_rank"
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """What an artifact's config.json says about one factorized group.
+
+    `members` are the names of the linears relative to the group's parent module (`q_proj`, ...); a group of one linear
+    carries that linear's own name.
+    """
+
+    rank: int
+    members: tuple[str, ...]
+    structure: str = LOW_RANK
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {"structure": self.structure, "rank": self.rank, "members": list(self.members)}
+
+
+def quantization_config(groups: Mapping[str, GroupSpec]) -> dict[str, Any]:
+    """Build the `quantization_config` entry of config.json (docs/format.md)."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "groups": {name: spec.to_json() for name, spec in groups.items()},
+    }
+
+
+def parse_groups(config: Mapping[str, Any]) -> dict[str, GroupSpec]:
+    """Read and check the `groups` of a `quantization_config`.
+
+    Raises:
+        ArtifactError: another format version, an unknown structure, or a malformed entry; nothing is guessed.
+    """
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"quantization_config.format_version is {version!r}; this lrserve reads {FORMAT_VERSION}. "
+            "Install the lrserve that wrote the artifact, or export it again"
+        )
+    groups = config.get("groups")
+    if not isinstance(groups, Mapping):
+        raise ArtifactError("quantization_config.groups is missing from config.json; export the artifact again")
+    specs: dict[str, GroupSpec] = {}
+    for name, entry in groups.items():
+        structure = entry.get("structure") if isinstance(entry, Mapping) else None
+        rank = entry.get("rank") if isinstance(entry, Mapping) else None
+        members = entry.get("members") if isinstance(entry, Mapping) else None
+        if structure != LOW_RANK:
+            raise ArtifactError(f"{name}: unknown structure {structure!r} in config.json; this lrserve reads {LOW_RANK!r}")
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ArtifactError(f"{name}: rank {rank!r} in config.json is not a positive integer")
+        if not isinstance(members, (list, tuple)) or not members or not all(isinstance(x, str) for x in members):
+            raise ArtifactError(f"{name}: members {members!r} in config.json is not a list of layer names")
+        specs[str(name)] = GroupSpec(rank=rank, members=tuple(members), structure=structure)
+    return specs
+
+
+class FirstFactor(nn.Module):
+    """Holder of the A that the members of a fused group share."""
+
+    def __init__(self, n: int, rank: int, dtype: torch.dtype | None = None, device: Any = None) -> None:
+        super().__init__()
+        self.A = nn.Linear(n, rank, bias=False, dtype=dtype, device=device)
+
+
+class LowRankLinear(nn.Module):
+    """y = B (A x) + b, x (..., n), y (..., m).
+
+    With `shared` given, A belongs to that holder and is only borrowed here, so that it is stored, moved and counted
+    once; otherwise the layer owns it. Sharing is of the weight: each member multiplies A x by itself, since the models'
+    own code calls q, k and v one by one. The serving engine multiplies it once.
+    """
+
+    A: nn.Linear
+
+    def __init__(
+        self,
+        n: int,
+        m: int,
+        rank: int,
+        shared: FirstFactor | None = None,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = n, m, rank
+        if shared is None:
+            self.A = nn.Linear(n, rank, bias=False, dtype=dtype, device=device)
+        self._shared = (shared,) if shared is not None else None  # a tuple, so that torch does not register it twice
+        self.B = nn.Linear(rank, m, bias=True, dtype=dtype, device=device)
+
+    @property
+    def first(self) -> nn.Linear:
+        """The A factor, borrowed or owned."""
+        return self._shared[0].A if self._shared is not None else self.A
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply by the two factors: x (..., n) -> (..., m)."""
+        y: torch.Tensor = self.B(self.first(x))
+        return y
+
+    def extra_repr(self) -> str:
+        """Shapes, for `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def specs_of(ranks: Iterable[tuple[Group, int]]) -> dict[str, GroupSpec]:
+    """Say in the artifact's terms which groups are factorized at which rank."""
+    return {
+        group.name: GroupSpec(rank=rank, members=tuple(name.rpartition(".")[2] for name in group.members))
+        for group, rank in ranks
+    }
+
+
+def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: str = "") -> None:
+    """Replace the dense linears of every listed group by `LowRankLinear` layers with uninitialised factors.
+
+    `prefix` is cut off the group names first: a base model loaded from a causal LM's checkpoint has no `model.` level.
+
+    Raises:
+        ArtifactError: a listed group whose linears the model does not have.
+    """
+    for name, spec in specs.items():
+        parent_name, _, leaf = name.removeprefix(prefix).rpartition(".")
+        try:
+            parent = model.get_submodule(parent_name)
+            linears = [parent.get_submodule(member) for member in spec.members]
+        except AttributeError as error:
+            raise ArtifactError(f"{name}: config.json names a layer that the model does not have ({error})") from None
+        if not all(isinstance(linear, nn.Linear) for linear in linears):
+            raise ArtifactError(f"{name}: its members {spec.members} are not dense linear layers")
+        weight = linears[0].weight
+        shared = None
+        if spec.members != (leaf,):
+            shared = FirstFactor(weight.shape[1], spec.rank, dtype=weight.dtype, device=weight.device)
+            parent.add_module(leaf, shared)
+        for member, linear in zip(spec.members, linears, strict=True):
+            m, n = linear.weight.shape
+            setattr(parent, member, LowRankLinear(n, m, spec.rank, shared, dtype=weight.dtype, device=weight.device))
