@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 
 @dataclass(frozen=True)
 class Transcript:
@@ -32,11 +34,15 @@ class Exporter(Protocol):
     def preflight(self) -> None:
         """Raise EngineError if what the export and its proof need is not installed."""
 
-    def export(self, model: Any, source: Path, out: Path) -> None:
-        """Write the rendering of `model` (a transformers causal LM whose factorized linears are `LowRankLinear`) into `out`.
+    def export(self, model: Any, source: Path, out: Path, dtype: torch.dtype) -> None:
+        """Write the rendering of `model` into `out`.
 
-        `source` is the dense model's folder, for the tokenizer and the generation config. `out` exists and is private
-        to this run; nothing outside it may be written.
+        Args:
+            model: a float32 transformers causal LM whose factorized linears are `LowRankLinear`; its parameters hold values of
+                `dtype`, so storing them in it loses nothing.
+            source: the dense model's folder, for the tokenizer and the generation config.
+            out: exists and is private to this run; nothing outside it may be written.
+            dtype: in which a rendering with a choice stores its weights.
         """
 
     def transcribe(self, out: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, list[Transcript]]:

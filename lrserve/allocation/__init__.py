@@ -1,0 +1,1 @@
+"""Rank plans: closed-form allocators, quality, speed, and the study that searches among them."""

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrserve.compression.factorize import Factors
 from lrserve.compression.groups import Group
-from lrserve.errors import ArtifactError
+from lrserve.errors import ArtifactError, CalibrationError
 
 QUANT_METHOD = "lrserve"
 FORMAT_VERSION = 1
@@ -130,8 +131,7 @@ class LowRankLinear(nn.Module):
 def specs_of(ranks: Iterable[tuple[Group, int]]) -> dict[str, GroupSpec]:
     """Say in the artifact's terms which groups are factorized at which rank."""
     return {
-        group.name: GroupSpec(rank=rank, members=tuple(name.rpartition(".")[2] for name in group.members))
-        for group, rank in ranks
+        group.name: GroupSpec(rank=rank, members=tuple(name.rpartition(".")[2] for name in group.members)) for group, rank in ranks
     }
 
 
@@ -145,18 +145,46 @@ def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: s
     """
     for name, spec in specs.items():
         parent_name, _, leaf = name.removeprefix(prefix).rpartition(".")
+        linears: list[nn.Linear] = []
         try:
             parent = model.get_submodule(parent_name)
-            linears = [parent.get_submodule(member) for member in spec.members]
+            for member in spec.members:
+                linear = parent.get_submodule(member)
+                if not isinstance(linear, nn.Linear):
+                    raise ArtifactError(f"{name}: {member} is a {type(linear).__name__}, not a dense linear layer")
+                linears.append(linear)
         except AttributeError as error:
             raise ArtifactError(f"{name}: config.json names a layer that the model does not have ({error})") from None
-        if not all(isinstance(linear, nn.Linear) for linear in linears):
-            raise ArtifactError(f"{name}: its members {spec.members} are not dense linear layers")
         weight = linears[0].weight
         shared = None
         if spec.members != (leaf,):
-            shared = FirstFactor(weight.shape[1], spec.rank, dtype=weight.dtype, device=weight.device)
+            shared = FirstFactor(linears[0].in_features, spec.rank, dtype=weight.dtype, device=weight.device)
             parent.add_module(leaf, shared)
         for member, linear in zip(spec.members, linears, strict=True):
-            m, n = linear.weight.shape
+            n, m = linear.in_features, linear.out_features
             setattr(parent, member, LowRankLinear(n, m, spec.rank, shared, dtype=weight.dtype, device=weight.device))
+
+
+@torch.no_grad()
+def load_factors(model: nn.Module, group: Group, factors: Factors, dtype: torch.dtype | None = None) -> None:
+    """Copy one group's factors into the layers that `install_low_rank` made.
+
+    Args:
+        model: where `install_low_rank` ran.
+        group: names and row counts.
+        factors: A (r, n), B (m, r), b (m,).
+        dtype: round the factors to this dtype first, for a model that computes in a wider one.
+
+    Raises:
+        CalibrationError: a factor that is not finite in the dtype it is stored in.
+    """
+    rows = list(group.out_features)
+    for member, B, b in zip(group.members, torch.split(factors.B, rows), torch.split(factors.b, rows), strict=True):
+        layer = model.get_submodule(member)
+        if not isinstance(layer, LowRankLinear):
+            raise TypeError(f"{member} is a {type(layer).__name__}, not a LowRankLinear")
+        for parameter, value in ((layer.first.weight, factors.A), (layer.B.weight, B), (layer.B.bias, b)):
+            rounded = value.to(dtype or parameter.dtype)
+            if not torch.isfinite(rounded).all():
+                raise CalibrationError(f"{member}: a factor is not finite in {rounded.dtype}; keep this group dense")
+            parameter.copy_(rounded)

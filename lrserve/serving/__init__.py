@@ -1,0 +1,1 @@
+"""Serving artifacts: the vLLM plugin, the transformers quantizer, engines in subprocesses, the server."""

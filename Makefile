@@ -1,0 +1,36 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+EXTRAS := cpu,onnx,dev
+
+.PHONY: setup demo test lint unit engine clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade "pip>=23"
+	@# the CPU build of torch comes from the configured indexes where they have it, else from PyTorch's own index
+	$(BIN)/pip install --quiet -e ".[$(EXTRAS)]" || $(BIN)/pip install --quiet --extra-index-url $(TORCH_CPU_INDEX) -e ".[$(EXTRAS)]"
+	$(BIN)/python -m lrserve.serving.environment
+	touch .venv/ready
+
+demo: setup
+	recipe=$$($(BIN)/python -m lrserve.inputs.demo) && $(BIN)/lrserve compress-and-export --recipe "$$recipe" -o demo
+
+test: lint unit engine
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: setup
+	$(BIN)/python -m pytest -m "not engine and not real"
+
+engine: setup
+	$(BIN)/python -m pytest -m "engine or real"
+
+clean:
+	rm -rf .venv demo demo.work build *.egg-info

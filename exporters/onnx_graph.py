@@ -1,0 +1,415 @@
+"""The compressed model as an ONNX graph, built node by node with onnx_ir: no tracing, seconds instead of minutes.
+
+Notations. B sequences, S new tokens, T = past + S tokens, H hidden width, K key/value heads of width D, V vocabulary,
+P = max_position_embeddings. Activations are (B, S, H); a linear layer's weight is stored transposed, (in, out), as
+MatMul reads it; the factors of a fused group are one MatMul by A (n, r) and one by B (r, m_i) for each member.
+
+Inputs: input_ids (B, S) and attention_mask (B, T), int64; past_key_values.i.key and .value (B, K, T - S, D), float32.
+Outputs: logits (B, S, V); present.i.key and .value (B, K, T, D), float32.
+
+Attention is ONNX Runtime's GroupQueryAttention, which takes positions and mask from the *lengths* of the sequences: a
+batch must be padded on the right, left padding is silently wrong. Its window and RoPE are part of the operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from lrserve.compression.lowrank import LowRankLinear
+from lrserve.errors import UnsupportedModelError
+
+OPSET: Final = 23  # the first with RMSNormalization
+IR_VERSION: Final = 10  # onnx writes newer ones by default than ONNX Runtime reads
+MICROSOFT: Final = "com.microsoft"
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What an architecture's graph needs to be told; everything else is read off the model's own modules."""
+
+    activation: str = "hidden_act"
+    gemma: bool = False
+    """Scaled embedding, RMSNorm by 1 + w, norms after attention and MLP as well as before, RoPE by layer type."""
+
+
+_FAMILIES: Final[Mapping[str, _Family]] = {
+    "LlamaForCausalLM": _Family(),
+    "MistralForCausalLM": _Family(),
+    "Qwen2ForCausalLM": _Family(),
+    "Qwen3ForCausalLM": _Family(),
+    "Gemma3ForCausalLM": _Family(activation="hidden_activation", gemma=True),
+}
+
+# config name -> (operator, domain, attributes). QuickGelu is x sigmoid(alpha x), so SiLU in one pass at alpha 1.
+_ACTIVATIONS: Final[Mapping[str, tuple[str, str, Mapping[str, Any]]]] = {
+    "silu": ("QuickGelu", MICROSOFT, {"alpha": 1.0}),
+    "swish": ("QuickGelu", MICROSOFT, {"alpha": 1.0}),
+    "gelu": ("Gelu", "", {"approximate": "none"}),
+    "gelu_pytorch_tanh": ("Gelu", "", {"approximate": "tanh"}),
+}
+
+# RoPE types whose frequencies do not change with the length of the sequence, so that one table of cosines is exact.
+_STATIC_ROPE: Final = ("default", "linear", "llama3", "yarn")
+
+_LAYER_TYPES: Final = ("full_attention", "sliding_attention")
+
+
+def build_graph(model: Any) -> Any:
+    """Render a transformers causal LM, some of whose linears may be `LowRankLinear`, as an `onnx_ir.Model`.
+
+    Weights become float32 one at a time when the graph is saved: until then the graph refers to the model's tensors.
+
+    Raises:
+        UnsupportedModelError: an architecture, layer or option that the graph would not render faithfully, by its name.
+    """
+    return _Builder(model).build()
+
+
+def save_graph(graph: Any, path: Path) -> None:
+    """Write `graph` to `path`, and its weights to `<name>_data` beside it: the name that transformers.js looks for."""
+    import onnx_ir as ir
+
+    ir.save(graph, path, external_data=f"{path.name}_data", size_threshold_bytes=1024)
+
+
+def head_width(config: Any) -> int:
+    """Width D of one attention head of a transformers config."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def check_renderable(model: Any) -> None:
+    """Refuse what `build_graph` would render wrongly.
+
+    Raises:
+        UnsupportedModelError: naming every such option of the model's config.
+    """
+    name, config = type(model).__name__, model.config
+    if name not in _FAMILIES:
+        raise UnsupportedModelError(
+            f"the ONNX graph does not know {name}; it renders {', '.join(_FAMILIES)}. Export this model for vLLM only"
+        )
+    family, problems = _FAMILIES[name], []
+    activation = getattr(config, family.activation, None)
+    if activation not in _ACTIVATIONS:
+        problems.append(f"{family.activation} {activation!r} (known: {', '.join(_ACTIVATIONS)})")
+    for layer_type, rope in _rope_parameters(model).items():
+        if rope.get("rope_type") not in _STATIC_ROPE:
+            where = f" of {layer_type}" if layer_type else ""
+            problems.append(f"rope_type {rope.get('rope_type')!r}{where} (known: {', '.join(_STATIC_ROPE)})")
+    # Mistral keeps its window in the config alone and pays no attention to layer types.
+    types = set(getattr(config, "layer_types", None) or ()) if name != "MistralForCausalLM" else set()
+    problems += [f"layer type {kind!r}" for kind in sorted(types.difference(_LAYER_TYPES))]
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        problems.append("attn_logit_softcapping, which transformers and vLLM treat differently")
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        problems.append("attention that is not causal")
+    if head_width(config) % 16:
+        problems.append(f"head_dim {head_width(config)} (GroupQueryAttention wants a multiple of 16)")
+    if problems:
+        raise UnsupportedModelError(
+            f"{name}: the ONNX graph does not render {'; '.join(problems)}. Export this model for vLLM only"
+        )
+
+
+def _rope_parameters(model: Any) -> dict[str, dict[str, Any]]:
+    """RoPE parameters by layer type; by the empty string where all layers have the same."""
+    rope = model.config.rope_parameters
+    if not _FAMILIES[type(model).__name__].gemma:
+        return {"": rope}
+    return {kind: rope[kind] for kind in _LAYER_TYPES if kind in model.config.layer_types}
+
+
+def _rotary_frequencies(model: Any, layer_type: str) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies (D / 2,) in float32 and the factor on cosine and sine, as the config defines them.
+
+    Computed afresh, by the model's own functions: the buffers of a model that was cast as a whole (`model.bfloat16()`)
+    are rounded, and stay so when it is cast back.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = _rope_parameters(model)[layer_type]["rope_type"]
+    compute = model.model.rotary_emb.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+    frequencies, factor = compute(model.config, **({"layer_type": layer_type} if layer_type else {}))
+    return frequencies.float().cpu(), float(factor)
+
+
+def _window(model: Any, attention: Any) -> int:
+    """Tokens, itself included, that a query of this layer sees; -1 for all of them."""
+    if type(model).__name__ == "MistralForCausalLM":
+        window = model.config.sliding_window
+    else:
+        window = getattr(attention, "sliding_window", None)
+    return -1 if window is None else int(window)
+
+
+def _transposed(weight: torch.Tensor) -> torch.Tensor:
+    return weight.t()
+
+
+def _plus_one(weight: torch.Tensor) -> torch.Tensor:
+    return weight.float() + 1.0
+
+
+class _Builder:
+    """Nodes and initializers of one graph in the making; values are float32 unless said otherwise."""
+
+    def __init__(self, model: Any) -> None:
+        import onnx_ir
+
+        check_renderable(model)
+        self.ir: Any = onnx_ir
+        self.model, self.config = model, model.config
+        self.family = _FAMILIES[type(model).__name__]
+        self.head_dim = head_width(self.config)
+        self.parameters = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.nodes: list[Any] = []
+        self.initializers: dict[str, Any] = {}
+        self.products: dict[tuple[int, str], Any] = {}  # (A, input) -> A x, which the members of a group share
+        self.inputs: list[Any] = []
+        self.presents: list[Any] = []
+
+    # -- values and nodes ---------------------------------------------------------------------------------------------
+
+    def value(self, name: str, shape: Sequence[int | str] | None = None, dtype: str = "FLOAT") -> Any:
+        tensor_type = self.ir.TensorType(self.ir.DataType[dtype])
+        return self.ir.Value(name=name, shape=None if shape is None else self.ir.Shape(shape), type=tensor_type)
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[Any],
+        name: str,
+        *,
+        domain: str = "",
+        outputs: Sequence[Any] | None = None,
+        **attributes: Any,
+    ) -> Any:
+        """Append a node, of one output named after it unless `outputs` are given, and return its first output."""
+        outputs = outputs or [self.ir.Value(name=name)]
+        self.nodes.append(self.ir.node(operator, inputs, attributes, domain=domain, outputs=outputs, name=name))
+        return outputs[0]
+
+    def initializer(self, tensor: Any) -> Any:
+        value = self.ir.Value(name=tensor.name, shape=tensor.shape, type=self.ir.TensorType(tensor.dtype), const_value=tensor)
+        self.initializers[tensor.name] = value
+        return value
+
+    def constant(self, name: str, number: Any, dtype: Any) -> Any:
+        if name in self.initializers:
+            return self.initializers[name]
+        return self.initializer(self.ir.tensor(np.array(number, dtype=dtype), name=name))
+
+    def lazy(self, name: str, shape: Sequence[int], compute: Callable[[], torch.Tensor]) -> Any:
+        """Make an initializer whose float32 values exist only while they are being written."""
+        if name in self.initializers:
+            return self.initializers[name]
+
+        def materialise() -> Any:
+            with torch.no_grad():
+                return self.ir.tensor(compute().to("cpu", torch.float32).contiguous().numpy(), name=name)
+
+        shape = self.ir.Shape(shape)
+        return self.initializer(self.ir.LazyTensor(materialise, self.ir.DataType.FLOAT, shape, name=name))
+
+    def weight(self, parameter: torch.Tensor, where: str, transform: Transform | None = None) -> Any:
+        """Make an initializer from a parameter of the model, under the parameter's own name.
+
+        Raises:
+            UnsupportedModelError: `where` keeps something else than a parameter there (a hook, a parametrization).
+        """
+        name = self.parameters.get(id(parameter))
+        if name is None:
+            raise UnsupportedModelError(
+                f"{where}: its weight is not a parameter of the model; merge adapters and parametrizations first"
+            )
+        transform = transform or (lambda tensor: tensor)
+        shape = transform(torch.empty(parameter.shape, device="meta")).shape
+        return self.lazy(name, shape, lambda: transform(parameter.detach()))
+
+    # -- layers -------------------------------------------------------------------------------------------------------
+
+    def affine(self, x: Any, linear: nn.Linear, where: str) -> Any:
+        y = self.node("MatMul", [x, self.weight(linear.weight, where, _transposed)], f"{where}.MatMul")
+        return y if linear.bias is None else self.node("Add", [y, self.weight(linear.bias, where)], f"{where}.Add")
+
+    def linear(self, x: Any, module: nn.Module, where: str) -> Any:
+        """Multiply by a dense or a factorized linear; members of a fused group share one product A x."""
+        if isinstance(module, LowRankLinear):
+            first = module.first
+            key = (id(first), x.name)
+            if key not in self.products:
+                name = self.parameters.get(id(first.weight), f"{where}.A.weight")
+                self.products[key] = self.affine(x, first, name.removesuffix(".weight"))
+            return self.affine(self.products[key], module.B, f"{where}.B")
+        # A subclass with a forward of its own (quantized, adapted) is not the plain product that its weight suggests.
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            return self.affine(x, module, where)
+        raise UnsupportedModelError(
+            f"{where}: the ONNX graph renders dense and low-rank linears, this is a {type(module).__name__}; "
+            "merge adapters and dequantize first"
+        )
+
+    def norm_weight(self, module: Any, where: str) -> Any:
+        return self.weight(module.weight, where, _plus_one if self.family.gemma else None)
+
+    def norm(self, x: Any, module: Any, where: str) -> Any:
+        epsilon = float(self.config.rms_norm_eps)
+        return self.node("RMSNormalization", [x, self.norm_weight(module, where)], where, axis=-1, epsilon=epsilon)
+
+    def add_norm(self, residual: Any, y: Any, module: Any, where: str, last: bool = False) -> tuple[Any, Any]:
+        """Return residual + y and its norm in one pass over memory; the sum is None after the `last` norm."""
+        weight, epsilon = self.norm_weight(module, where), float(self.config.rms_norm_eps)
+        outputs = [self.ir.Value(name=where)]
+        if not last:  # the second and third, mean and inverse variance, are for training
+            outputs += [self.ir.Value(name=""), self.ir.Value(name=""), self.ir.Value(name=f"{where}.sum")]
+        operator = "SkipSimplifiedLayerNormalization"
+        self.node(operator, [residual, y, weight], where, domain=MICROSOFT, outputs=outputs, epsilon=epsilon)
+        return None if last else outputs[3], outputs[0]
+
+    def head_norm(self, x: Any, module: Any, where: str) -> Any:
+        """Norm of every head on its own: (B, S, heads D) -> the same shape."""
+        heads = self.constant("shape.heads", [0, 0, -1, self.head_dim], np.int64)
+        flat = self.constant("shape.flat", [0, 0, -1], np.int64)
+        split = self.node("Reshape", [x, heads], f"{where}.split")
+        return self.node("Reshape", [self.norm(split, module, where), flat], f"{where}.join")
+
+    def rotary_caches(self, layer_type: str) -> list[Any]:
+        """Cosines and sines, (P, D / 2) each, of every position that the model was made for."""
+        prefix = f"rotary.{layer_type}." if layer_type else "rotary."
+        frequencies, factor = _rotary_frequencies(self.model, layer_type)
+        if len(frequencies) * 2 != self.head_dim:
+            raise UnsupportedModelError(
+                f"RoPE turns {len(frequencies) * 2} of the {self.head_dim} dimensions of a head (partial rotation); "
+                "the ONNX graph turns all of them. Export this model for vLLM only"
+            )
+        length = int(self.config.max_position_embeddings)
+
+        def table(function: Transform) -> Callable[[], torch.Tensor]:
+            return lambda: function(torch.outer(torch.arange(length, dtype=torch.float32), frequencies)) * factor
+
+        shape = (length, len(frequencies))
+        return [self.lazy(f"{prefix}cos", shape, table(torch.cos)), self.lazy(f"{prefix}sin", shape, table(torch.sin))]
+
+    def lengths(self, mask: Any) -> list[Any]:
+        """What GroupQueryAttention wants of the mask: index (B,) of each sequence's last token, and T; both int32."""
+        int32 = int(self.ir.DataType.INT32)
+        one = self.constant("one", [1], np.int64)
+        tokens = self.node("ReduceSum", [mask, one], "mask.tokens", keepdims=0)
+        last = self.node("Cast", [self.node("Sub", [tokens, one], "mask.last")], "seqlens_k", to=int32)
+        width = self.node("Squeeze", [self.node("Shape", [mask], "mask.shape", start=1, end=2)], "mask.width")
+        return [last, self.node("Cast", [width], "total_sequence_length", to=int32)]
+
+    def attention(self, x: Any, index: int, lengths: list[Any], where: str) -> Any:
+        attention = self.model.model.layers[index].self_attn
+        q, k, v = (self.linear(x, getattr(attention, name), f"{where}.{name}") for name in ("q_proj", "k_proj", "v_proj"))
+        if hasattr(attention, "q_norm"):
+            q = self.head_norm(q, attention.q_norm, f"{where}.q_norm")
+            k = self.head_norm(k, attention.k_norm, f"{where}.k_norm")
+        heads = int(self.config.num_key_value_heads)
+        past, present = (
+            [self.value(f"{kind}.{index}.{part}", ["batch", heads, length, self.head_dim]) for part in ("key", "value")]
+            for kind, length in (("past_key_values", "past_sequence_length"), ("present", "total_sequence_length"))
+        )
+        self.inputs += past
+        self.presents += present
+        caches = self.rotary_caches(self.config.layer_types[index] if self.family.gemma else "")
+        name = f"{where}.GroupQueryAttention"
+        y = self.node(
+            "GroupQueryAttention",
+            [q, k, v, *past, *lengths, *caches],
+            name,
+            domain=MICROSOFT,
+            outputs=[self.ir.Value(name=name), *present],
+            num_heads=int(self.config.num_attention_heads),
+            kv_num_heads=heads,
+            scale=float(attention.scaling),
+            local_window_size=_window(self.model, attention),
+            do_rotary=1,
+            rotary_interleaved=0,
+        )
+        return self.linear(y, attention.o_proj, f"{where}.o_proj")
+
+    def mlp(self, x: Any, mlp: Any, where: str) -> Any:
+        gate = self.linear(x, mlp.gate_proj, f"{where}.gate_proj")
+        up = self.linear(x, mlp.up_proj, f"{where}.up_proj")
+        operator, domain, attributes = _ACTIVATIONS[getattr(self.config, self.family.activation)]
+        gate = self.node(operator, [gate], f"{where}.act", domain=domain, **attributes)
+        return self.linear(self.node("Mul", [gate, up], f"{where}.Mul"), mlp.down_proj, f"{where}.down_proj")
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Any) -> Any:
+        embedding = self.model.model.embed_tokens
+        x = self.node("Gather", [self.weight(embedding.weight, "model.embed_tokens"), ids], "model.embed_tokens")
+        if not self.family.gemma:
+            return x
+        # Gemma rounds the scale to the dtype of the weights, and was trained with the rounded one.
+        scale = float(embedding.embed_scale.to(embedding.weight.dtype))
+        return self.node("Mul", [x, self.constant("embed_scale", scale, np.float32)], "model.embed_tokens.scaled")
+
+    def head(self, x: Any) -> Any:
+        head, embedding = self.model.lm_head, self.model.model.embed_tokens
+        if isinstance(head, nn.Linear) and head.weight is embedding.weight:  # one matrix for both ends, stored once
+            tied = self.weight(embedding.weight, "model.embed_tokens")
+            x = self.node("FusedMatMul", [x, tied], "lm_head.MatMul", domain=MICROSOFT, transB=1)
+        else:
+            x = self.linear(x, head, "lm_head")
+        cap = getattr(self.config, "final_logit_softcapping", None) if self.family.gemma else None
+        if cap is not None:
+            limit = self.constant("final_logit_softcapping", cap, np.float32)
+            x = self.node("Tanh", [self.node("Div", [x, limit], "softcap.Div")], "softcap.Tanh")
+            x = self.node("Mul", [x, limit], "softcap.Mul")
+        return x
+
+    def build(self) -> Any:
+        ids = self.value("input_ids", ["batch", "sequence_length"], "INT64")
+        mask = self.value("attention_mask", ["batch", "total_sequence_length"], "INT64")
+        self.inputs += [ids, mask]
+        lengths = self.lengths(mask)
+        residual, y = self.embed(ids), None
+        for index, layer in enumerate(self.model.model.layers):
+            where = f"model.layers.{index}"
+            before_mlp = "pre_feedforward_layernorm" if self.family.gemma else "post_attention_layernorm"
+            if y is None:
+                x = self.norm(residual, layer.input_layernorm, f"{where}.input_layernorm")
+            else:
+                residual, x = self.add_norm(residual, y, layer.input_layernorm, f"{where}.input_layernorm")
+            y = self.attention(x, index, lengths, f"{where}.self_attn")
+            if self.family.gemma:
+                y = self.norm(y, layer.post_attention_layernorm, f"{where}.post_attention_layernorm")
+            residual, x = self.add_norm(residual, y, getattr(layer, before_mlp), f"{where}.{before_mlp}")
+            y = self.mlp(x, layer.mlp, f"{where}.mlp")
+            if self.family.gemma:
+                y = self.norm(y, layer.post_feedforward_layernorm, f"{where}.post_feedforward_layernorm")
+        _, x = self.add_norm(residual, y, self.model.model.norm, "model.norm", last=True)
+        logits = self.head(x)
+        logits.name, logits.type = "logits", self.ir.TensorType(self.ir.DataType.FLOAT)
+        logits.shape = self.ir.Shape(["batch", "sequence_length", int(self.config.vocab_size)])
+        self.check_complete()
+        graph = self.ir.Graph(
+            self.inputs,
+            [logits, *self.presents],
+            nodes=self.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports={"": OPSET, MICROSOFT: 1},
+            name="lrserve",
+        )
+        return self.ir.Model(graph, ir_version=IR_VERSION, producer_name="lrserve")
+
+    def check_complete(self) -> None:
+        """Refuse a model with a parameter that no node reads: the graph would compute something else."""
+        unread = sorted(set(self.parameters.values()).difference(self.initializers))
+        if unread:
+            raise UnsupportedModelError(
+                f"the ONNX graph of {type(self.model).__name__} has no place for {len(unread)} of its parameters: "
+                f"{', '.join(unread[:5])}{', ...' if len(unread) > 5 else ''}. Export this model for vLLM only"
+            )

@@ -1,0 +1,112 @@
+"""The vLLM rendering, which transformers loads too: an artifact as docs/format.md describes it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import nn
+
+from exporters.base import Transcript
+from exporters.companions import copy_companions
+from exporters.transcript import transcribe_model
+from lrserve.compression.groups import family_of
+from lrserve.compression.lowrank import GroupSpec, LowRankLinear, quantization_config
+from lrserve.errors import ArtifactError
+
+_MAX_SHARD_SIZE: Final = "5GB"
+
+
+class VllmExporter:
+    """Writes config.json, safetensors and tokenizer files; proves them with transformers and with a real vLLM."""
+
+    name = "vllm"
+    tolerance = 0.02
+
+    def preflight(self) -> None:
+        """Raise EngineError if vLLM is missing or of an untested version."""
+        from lrserve.serving.engine import preflight
+
+        preflight()
+
+    def export(self, model: Any, source: Path, out: Path, dtype: torch.dtype) -> None:
+        """Write `model` into the existing folder `out`, with the tokenizer files of `source`.
+
+        Tensors are stored in `dtype`. A model without factorized layers is written as the dense checkpoint that it is.
+
+        Raises:
+            ArtifactError: the members of a fused group are not all factorized, or at different ranks.
+        """
+        config = copy.deepcopy(model.config)
+        if hasattr(config, "quantization_config"):  # a GGUF file's, or an older artifact's
+            del config.quantization_config
+        if groups := low_rank_groups(model):
+            config.quantization_config = quantization_config(groups)
+        config.architectures = [type(model).__name__]
+        config.dtype = str(dtype).removeprefix("torch.")
+        config.save_pretrained(out)
+        save_torch_state_dict(_own_tensors(model, dtype), out, max_shard_size=_MAX_SHARD_SIZE)
+        copy_companions(source, out)
+
+    def transcribe(self, out: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, list[Transcript]]:
+        """Load `out` with transformers and with vLLM, both in float32 and one after the other, and run the prompts."""
+        from transformers import AutoModelForCausalLM
+
+        import lrserve  # noqa: F401 - registers the quantizer
+        from lrserve.serving.engine import Engine
+
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, local_files_only=True)
+        transcripts = {"transformers": transcribe_model(model, prompts, new_tokens)}
+        del model
+        longest = max((len(prompt) for prompt in prompts), default=1) + new_tokens
+        with Engine(out, dtype="float32", max_model_len=longest, max_num_seqs=max(1, min(len(prompts), 32))) as engine:
+            transcripts["vllm"] = engine.transcribe(prompts, new_tokens)
+        return transcripts
+
+
+def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
+    """Read off a causal LM which of its fused groups are factorized, at which rank, in the artifact's terms.
+
+    Raises:
+        ArtifactError: the members of a group are not all factorized, or at different ranks.
+        UnsupportedModelError: unknown architecture.
+    """
+    family = family_of(model.config)
+    layers: nn.Module = model.get_submodule(family.layers)
+    groups: dict[str, GroupSpec] = {}
+    for index in range(sum(1 for _ in layers.children())):
+        prefix = f"{family.layers}.{index}."
+        for names in family.groups.values():
+            modules = [model.get_submodule(prefix + member) for member in names.members]
+            ranks = {module.rank if isinstance(module, LowRankLinear) else None for module in modules}
+            if len(ranks) != 1:
+                raise ArtifactError(
+                    f"{prefix}{names.fused}: its linears {', '.join(names.members)} must all be factorized at one rank "
+                    f"or all be dense; found {sorted(map(str, ranks))}"
+                )
+            if rank := ranks.pop():
+                members = tuple(member.rpartition(".")[2] for member in names.members)
+                groups[prefix + names.fused] = GroupSpec(rank=rank, members=members)
+    return groups
+
+
+def _own_tensors(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """State dict without tied duplicates (an output layer that is the embedding), each tensor in its own storage."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    by_storage: set[int] = set()
+    tensors = {}
+    state = model.state_dict()
+    for name in sorted(state, key=lambda name: name in tied):  # the originals first
+        tensor = state[name]
+        if name in tied and tensor.data_ptr() in by_storage:
+            continue
+        by_storage.add(tensor.data_ptr())
+        # Rounded, or a row block of a stacked B, which is a view: safetensors wants each tensor alone and contiguous.
+        rounded = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        alone = rounded.is_contiguous() and rounded.untyped_storage().nbytes() == rounded.nbytes
+        tensors[name] = rounded if alone else rounded.clone(memory_format=torch.contiguous_format)
+    return tensors

@@ -1,0 +1,135 @@
+"""The summary of a run: sizes in four units, the table that is printed, and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lrserve.allocation.plan import RankPlan
+from lrserve.compression.groups import Group
+
+
+def sizes(groups: Sequence[Group], plan: RankPlan, total_parameters: int, head_parameters: int, dtype_bytes: int) -> dict[str, Any]:
+    """Return dense and compressed sizes in four units.
+
+    Linear parameters (of the decoder's factorizable linears, biases included), whole-model parameters, bytes of the checkpoint's
+    tensors, and FLOPs per token in matrix products (2 per weight: linears and output layer; attention scores, which grow with
+    the context, left out).
+
+    Args:
+        groups: the fused groups.
+        plan: their ranks.
+        total_parameters: of the dense model, tied weights once.
+        head_parameters: of the output layer.
+        dtype_bytes: bytes per stored value.
+    """
+    dense = sum(group.dense_parameters for group in groups)
+    compressed = plan.parameters(groups)
+    biases = sum(group.biases for group in groups)
+    new_biases = sum(group.biases if plan.ranks[group.name] is None else group.m for group in groups)
+    rows = {
+        "linear_parameters": (dense, compressed),
+        "model_parameters": (total_parameters, total_parameters - dense + compressed),
+        "bytes": (total_parameters * dtype_bytes, (total_parameters - dense + compressed) * dtype_bytes),
+        "flops_per_token": (2 * (dense - biases + head_parameters), 2 * (compressed - new_biases + head_parameters)),
+    }
+    return {name: {"dense": d, "compressed": c, "ratio": 1 - c / d} for name, (d, c) in rows.items()}
+
+
+def _count(value: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:g}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table with aligned columns."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True)))
+        return "| " + " | ".join([first, *rest]) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    """Render metrics.json as the table that ends a run: dense against compressed."""
+    quality, speed = metrics["perplexity"]["report"], metrics["throughput"]
+    rows = [
+        [
+            "perplexity, report text",
+            f"{quality['dense']:.2f}",
+            f"{quality['compressed']:.2f}",
+            f"{quality['increase']:+.1%}",
+        ],
+        [
+            "output tokens/s",
+            f"{speed['dense']['tokens_per_second']:.1f}",
+            f"{speed['compressed']['tokens_per_second']:.1f}",
+            f"{speed['speedup']:.2f}x ({speed['speedup_lowest']:.2f} to {speed['speedup_highest']:.2f})",
+        ],
+    ]
+    names = {
+        "linear_parameters": "parameters of the linears",
+        "model_parameters": "parameters of the model",
+        "bytes": "bytes of the weights",
+        "flops_per_token": "FLOPs per token",
+    }
+    for key, label in names.items():
+        size = metrics["sizes"][key]
+        rows.append([label, _count(size["dense"]), _count(size["compressed"]), f"{-size['ratio']:+.1%}"])
+    return table(["", "dense", "compressed", "change"], rows)
+
+
+def agreement(metrics: Mapping[str, Any]) -> str:
+    """Render how closely the renderings agree with the model in memory."""
+    rows = [
+        [
+            engine,
+            f"{a['max_logprob_difference']:.1e}",
+            f"{a['tolerance']:g}",
+            f"{a['greedy_equal']} of {a['greedy_tokens']}",
+        ]
+        for engine, a in metrics["agreement"].items()
+    ]
+    return table(["engine, float32", "largest log-prob difference", "tolerance", "greedy tokens equal"], rows)
+
+
+def model_card(metrics: Mapping[str, Any]) -> str:
+    """Render the artifact's README.md."""
+    model, plan, workload, speed = metrics["model"], metrics["plan"], metrics["workload"], metrics["throughput"]
+    report = metrics["perplexity"]["report"]
+    compiled = "without" if metrics["enforce_eager"] else "with"
+    onnx = "`onnx/model.onnx` is the same model in float32 for ONNX Runtime, with a KV cache; pad on the right.\n\n"
+    return f"""---
+library_name: transformers
+tags: [lrserve, low-rank, compressed]
+---
+
+# {model["name"]}, low-rank, {metrics["target"]}
+
+Made by lrserve {metrics["versions"]["lrserve"]} from {model["name"]} ({model["architecture"]}):
+{plan["factorized"]} of its {plan["groups"]} fused linear groups are two factors each, the others are dense.
+
+{summary(metrics)}
+
+Perplexity: {report["tokens"]} tokens of report text in windows of {report["length"]}, this checkpoint as transformers
+loads it in {metrics["dtype"]}. Throughput: {speed["engine"]} {compiled} torch.compile, {workload["concurrency"]} requests at once of
+{workload["prompt_tokens"]} prompt and {workload["output_tokens"]} output tokens, median of {speed["rounds"]} rounds in turns with the
+dense model, on the machine that made this card.
+
+{agreement(metrics)}
+
+## Serve
+
+    pip install lrserve
+    vllm serve PATH_TO_THIS_FOLDER
+
+or in Python, `import lrserve` and then `AutoModelForCausalLM.from_pretrained(...)`. No `trust_remote_code` is needed.
+
+{onnx if "onnx" in metrics["exports"] else ""}The recipe, the rank plan, the Optuna study and every figure are in `lrserve/`.
+`lrserve verify` checks the files. The base model's licence applies to these weights.
+"""

@@ -1,0 +1,127 @@
+"""The command line: parses, calls, prints; no logic. Heavy imports happen inside the verbs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lrserve.errors import LrserveError
+
+app = typer.Typer(
+    name="lrserve",
+    help="Make a language model cheaper to serve: low-rank factors, searched for the engine that serves them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_MODEL = "Hub id, folder in Hugging Face layout, or GGUF file; may stand in the recipe instead."
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command("compress-and-export")
+def compress_and_export(
+    model: Annotated[str | None, typer.Argument(help=_MODEL)] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the artifact.")] = ...,  # type: ignore[assignment]
+    ratio: Annotated[float | None, typer.Option(help="Share of the linear layers' parameters to remove [default: 0.2].")] = None,
+    min_speedup: Annotated[float | None, typer.Option(help="Best quality at this measured speedup over dense.")] = None,
+    max_ppl_increase: Annotated[float | None, typer.Option(help="Best speed at this relative perplexity increase.")] = None,
+    export: Annotated[list[str] | None, typer.Option(help="Rendering to export, repeatable [default: vllm and onnx].")] = None,
+    trials: Annotated[int | None, typer.Option(help="Trials of the search [default: 24].")] = None,
+    calibration: Annotated[str | None, typer.Option(help="Text file (.jsonl or plain) or Hub dataset.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with any setting; the options here win over it.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of calibration windows and search [default: 0].")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder for intermediate results [default: OUT.work].")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact made from other inputs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the inputs and say what would be done.")] = False,
+) -> None:
+    """Compress a model, search its ranks, export the result and prove it."""
+    from lrserve.pipeline import compress_and_export as run
+    from lrserve.recipe import Recipe
+
+    overrides: dict[str, Any] = {
+        "model": model,
+        "target.ratio": ratio,
+        "target.min_speedup": min_speedup,
+        "target.max_ppl_increase": max_ppl_increase,
+        "export": export or None,
+        "search.trials": trials,
+        "text.calibration": calibration,
+        "seed": seed,
+    }
+    run(Recipe.load(recipe, overrides), out, work=work, overwrite=overwrite, dry_run=dry_run)
+
+
+@app.command(context_settings=_PASS_ON)
+def serve(
+    context: typer.Context,
+    out: Annotated[Path, typer.Argument(help="An artifact of lrserve, or a dense model.")],
+) -> None:
+    """Serve with vLLM's OpenAI-compatible server; further arguments go to vLLM unchanged."""
+    from lrserve.serving.server import serve as run
+
+    run(out, [argument for argument in context.args if argument != "--"])
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Argument(help="An artifact of lrserve.")],
+    dense: Annotated[str | None, typer.Option(help="The dense model [default: the one it was made from].")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens per prompt [default: the recipe's].")] = None,
+    output_tokens: Annotated[int | None, typer.Option(help="Tokens per answer [default: the recipe's].")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests at once [default: the recipe's].")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Counted rounds [default: the recipe's].")] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compiled/--eager", help="With torch.compile or without [default: the recipe's].")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Measure throughput against the dense model, in turns, on vLLM."""
+    from lrserve.benchmark import bench as run
+
+    run(
+        out,
+        dense=dense,
+        overrides={
+            "workload.prompt_tokens": prompt_tokens,
+            "workload.output_tokens": output_tokens,
+            "workload.concurrency": concurrency,
+            "engine.repeats": repeats,
+            "engine.enforce_eager": None if compiled is None else not compiled,
+        },
+        json_file=json_file,
+    )
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="An artifact, or a dense model as for compress-and-export.")],
+) -> None:
+    """Say what a model or an artifact consists of: groups, shapes, ranks and sizes."""
+    from lrserve.inspection import inspect as run
+
+    print(run(model))
+
+
+@app.command()
+def verify(out: Annotated[Path, typer.Argument(help="An artifact of lrserve.")]) -> None:
+    """Check every file of an artifact against its manifest, and its tensors against its config."""
+    from lrserve.inspection import verify as run
+
+    print(run(out))
+
+
+def main() -> None:
+    """Run the command line; deliberate errors become one line and exit code 2, an interruption exit code 130."""
+    try:
+        app()
+    except LrserveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,168 @@
+"""Spectra on disk: every group decomposed once, published block by block, read back through memory maps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lrserve.compression.calibrate import read_statistics
+from lrserve.compression.covariance import Covariance
+from lrserve.compression.factorize import Factors, Spectrum, factorize
+from lrserve.compression.groups import Group
+from lrserve.compression.lowrank import install_low_rank, load_factors, specs_of
+from lrserve.errors import CalibrationError
+
+_FIELDS = ("U", "V", "eigenvalues", "offset", "beta")
+
+
+def stacked_weight(model: Any, group: Group) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a group's stacked weight W (m, n) and bias beta (m,), or None where no member has one."""
+    linears = [model.get_submodule(member) for member in group.members]
+    weight = torch.cat([linear.weight for linear in linears])
+    if all(linear.bias is None for linear in linears):
+        return weight, None
+    biases = [weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]
+    return weight, torch.cat(biases)
+
+
+def plain_statistics(_: Path, group: Group) -> Covariance:
+    """Return statistics under which the factorization is the SVD of the weight: the baseline that looks at no activation."""
+    return Covariance(C=torch.eye(group.n), mu=torch.zeros(group.n), tokens=0, pools=0)
+
+
+@torch.no_grad()
+def write_spectra(
+    model: Any,
+    groups: Sequence[Group],
+    statistics: Path,
+    folder: Path,
+    *,
+    read: Callable[[Path, Group], Covariance] = read_statistics,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Factorize every group at every rank, one file per block; blocks that are already there are kept.
+
+    Args:
+        model: the dense model.
+        groups: its groups.
+        statistics: folder that `calibrate` filled.
+        folder: where the spectra go, float32.
+        read: how a group's statistics are obtained.
+        progress: called with the number of blocks that are done.
+
+    Raises:
+        CalibrationError: statistics are missing or not finite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for done, (layer, members) in enumerate(groupby(groups, key=lambda group: group.layer), 1):
+        path = _path(folder, layer)
+        if not path.is_file():
+            tensors = {}
+            for group in members:
+                weight, bias = stacked_weight(model, group)
+                covariance = read(statistics, group)
+                spectrum = factorize(weight.cpu(), covariance.C, covariance.mu, None if bias is None else bias.cpu())
+                for field in _FIELDS:
+                    tensors[f"{group.name}.{field}"] = getattr(spectrum, field).float().contiguous()
+            partial = path.with_suffix(".partial")
+            save_file(tensors, partial)
+            os.replace(partial, path)
+        progress(done)
+
+
+def _path(folder: Path, layer: int) -> Path:
+    return folder / f"spectra-{layer:05d}.safetensors"
+
+
+class SpectrumStore:
+    """Reads spectra back. Tensors are views of the file's memory map: what is not touched is not read."""
+
+    def __init__(self, folder: Path, groups: Sequence[Group]) -> None:
+        self.folder = folder
+        self.groups = {group.name: group for group in groups}
+        self._errors: dict[str, torch.Tensor] | None = None
+
+    def spectrum(self, name: str) -> Spectrum:
+        """Return the spectrum of a group, float32.
+
+        Raises:
+            CalibrationError: the factorization that should have written it did not finish.
+        """
+        path = _path(self.folder, self.groups[name].layer)
+        if not path.is_file():
+            raise CalibrationError(f"{path} is missing: the factorization did not finish; run the same command again")
+        with safe_open(path, framework="pt") as file:
+            return Spectrum(**{field: file.get_tensor(f"{name}.{field}") for field in _FIELDS})
+
+    def cut(self, name: str, rank: int) -> Factors:
+        """Return a group's factors at one rank, float32."""
+        return self.spectrum(name).cut(rank)
+
+    def relative_errors(self) -> dict[str, torch.Tensor]:
+        """Return every group's expected relative squared error at ranks 0..k (`Spectrum.relative_errors`)."""
+        if self._errors is None:
+            self._errors = {name: self.spectrum(name).relative_errors() for name in self.groups}
+        return self._errors
+
+
+@torch.no_grad()
+def compress_model(model: Any, ranks: Sequence[tuple[Group, int]], store: SpectrumStore, dtype: torch.dtype) -> Any:
+    """Put low-rank layers in the place of a dense model's linears and return the model.
+
+    Every parameter, dense ones included, is rounded to `dtype`, in which it will be stored; the model keeps its own, wider dtype.
+    """
+    install_low_rank(model, specs_of(ranks))
+    for group, rank in ranks:
+        load_factors(model, group, store.cut(group.name, rank), dtype)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    return model
+
+
+class MergedRanks:
+    """A dense model whose weights are rewritten in place to B A + b, for evaluating many plans without rebuilding it.
+
+    Only the groups whose rank changed are rewritten; the dense weights are kept aside. Differs from the factors that are
+    exported by the rounding of B A to the model's dtype.
+    """
+
+    def __init__(self, model: Any, groups: Sequence[Group], store: SpectrumStore) -> None:
+        self.model = model
+        self._groups = {group.name: group for group in groups}
+        self._store = store
+        self._ranks: dict[str, int | None] = {group.name: None for group in groups}
+        self._dense = {
+            member: (linear.weight, linear.bias)
+            for group in groups
+            for member in group.members
+            for linear in [model.get_submodule(member)]
+        }
+
+    @torch.no_grad()
+    def apply(self, ranks: dict[str, int | None]) -> None:
+        """Set the ranks of the named groups; groups that are not named become dense."""
+        for name, group in self._groups.items():
+            rank = ranks.get(name)
+            if rank == self._ranks[name]:
+                continue
+            linears = [self.model.get_submodule(member) for member in group.members]
+            if rank is None:
+                for member, linear in zip(group.members, linears, strict=True):
+                    linear.weight, linear.bias = self._dense[member]
+            else:
+                factors = self._store.cut(name, rank)
+                device, dtype = linears[0].weight.device, linears[0].weight.dtype
+                weight = (factors.B.to(device) @ factors.A.to(device)).to(dtype)
+                bias = factors.b.to(device=device, dtype=dtype)
+                rows = list(group.out_features)
+                for linear, w, b in zip(linears, torch.split(weight, rows), torch.split(bias, rows), strict=True):
+                    linear.weight = torch.nn.Parameter(w, requires_grad=False)
+                    linear.bias = torch.nn.Parameter(b, requires_grad=False)
+            self._ranks[name] = rank

@@ -1,0 +1,171 @@
+"""Stage 6, the proof: engines agree with the model in memory, perplexity on the report text, and the files that say so."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exporters.base import Exporter, Transcript
+from exporters.transcript import transcribe_model
+from lrserve.allocation.quality import perplexity
+from lrserve.artifacts import card
+from lrserve.artifacts.store import write_json, write_manifest
+from lrserve.compression.spectra import SpectrumStore
+from lrserve.errors import AgreementError
+from lrserve.inputs.source import Source
+from lrserve.job import Job, progress_bar
+from lrserve.serving.engine import engine_version
+from lrserve.tuning import Measured, Tuned
+
+
+def prove_agreement(job: Job, model: Any, exporters: Sequence[Exporter], staging: Path) -> dict[str, Any]:
+    """Run the prompts through every exported rendering, in float32, and hold them against the model in memory.
+
+    Raises:
+        AgreementError: as `agree`.
+    """
+    prompts = job.windows["prompts"].tolist()
+    new_tokens = job.recipe.report.new_tokens
+    results: dict[str, Any] = {}
+    with progress_bar(len(exporters) + 1, "6/6 agreement") as progress:
+        reference = transcribe_model(model, prompts, new_tokens)
+        progress(1)
+        for index, exporter in enumerate(exporters):
+            for engine, transcripts in exporter.transcribe(staging, prompts, new_tokens).items():
+                results[engine] = agree(engine, reference, transcripts, exporter.tolerance)
+            progress(index + 2)
+    job.say("6/6 agreement: " + ", ".join(f"{name} {a['max_logprob_difference']:.1e} nats" for name, a in results.items()))
+    return results
+
+
+def agree(engine: str, reference: Sequence[Transcript], transcripts: Sequence[Transcript], tolerance: float) -> dict[str, Any]:
+    """Compare an engine's transcripts with the reference.
+
+    Returns:
+        `max_logprob_difference` in nats, `tolerance`, and `greedy_equal` of `greedy_tokens` tokens. Where the reference's two best
+        tokens are within twice the tolerance, either is right, and the rest of that continuation is not compared.
+
+    Raises:
+        AgreementError: a difference beyond the tolerance.
+    """
+    worst = 0.0
+    equal = total = 0
+    for number, (expected, found) in enumerate(zip(reference, transcripts, strict=True)):
+        for a, b in zip(expected.logprobs, found.logprobs, strict=True):
+            difference = abs(a - b)
+            worst = worst if difference <= worst else difference  # a NaN replaces the worst and stays
+        total += len(expected.tokens)
+        for step, (right, token) in enumerate(zip(expected.tokens, found.tokens, strict=True)):
+            if token != right:
+                if expected.margins[step] > 2 * tolerance:
+                    raise AgreementError(
+                        f"{engine} continues prompt {number} with token {token} at step {step}, the model in memory with {right} "
+                        f"by a margin of {expected.margins[step]:.3f} nats; nothing was published, please report this"
+                    )
+                break
+            equal += 1
+    if not worst <= tolerance:
+        raise AgreementError(
+            f"{engine} differs from the model in memory by {worst:.3g} nats in a prompt token's log probability (tolerance "
+            f"{tolerance:g}); nothing was published, please report this"
+        )
+    return {"max_logprob_difference": worst, "tolerance": tolerance, "greedy_equal": equal, "greedy_tokens": total}
+
+
+def report_perplexity(job: Job, chosen: Measured, store: SpectrumStore, staging: Path) -> dict[str, Any]:
+    """Perplexity on the report text: the dense model, and the exported checkpoint as transformers loads it."""
+    windows = job.windows["report"]
+    with progress_bar(2 * len(windows), "6/6 perplexity") as progress:
+        dense = perplexity(job.source.load(job.dtype), windows, progress)
+        if (staging / "config.json").is_file():
+            model = Source(name="export", path=staging).load(job.dtype)
+        else:  # no checkpoint was asked for
+            model = job.compressed_model(chosen.candidate.plan, store).to(job.dtype)
+        compressed = perplexity(model, windows, lambda done: progress(len(windows) + done))
+    increase = compressed / dense - 1
+    job.say(f"6/6 perplexity on the report text: dense {dense:.2f}, compressed {compressed:.2f} ({increase:+.1%})")
+    return {
+        "dense": dense,
+        "compressed": compressed,
+        "increase": increase,
+        "tokens": windows.numel(),
+        "length": windows.shape[1],
+    }
+
+
+def collect_metrics(job: Job, tuned: Tuned, agreement: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Return what metrics.json holds (docs/format.md)."""
+    recipe = job.recipe
+    skeleton = job.source.skeleton()
+    plan = tuned.chosen.candidate.plan
+    return {
+        "model": {"name": job.source.title, "architecture": job.architecture},
+        "target": str(recipe.target),
+        "dtype": recipe.engine.dtype,
+        "exports": list(recipe.export),
+        "enforce_eager": recipe.engine.enforce_eager,
+        "workload": recipe.workload.model_dump(mode="json"),
+        "plan": {
+            "origin": tuned.chosen.candidate.origin,
+            "groups": len(job.groups),
+            "factorized": len(plan.factorized(job.groups)),
+        },
+        "sizes": card.sizes(
+            job.groups,
+            plan,
+            total_parameters=sum(p.numel() for p in skeleton.parameters()),
+            head_parameters=skeleton.get_output_embeddings().weight.numel(),
+            dtype_bytes=job.dtype.itemsize,
+        ),
+        "perplexity": {
+            "validation": {"dense": tuned.dense_perplexity, "compressed": tuned.chosen.candidate.perplexity},
+            "report": report,
+        },
+        "throughput": tuned.chosen.comparison.to_json(),
+        "measured_plans": [
+            {
+                "origin": m.candidate.origin,
+                "validation_perplexity": m.candidate.perplexity,
+                "predicted_speedup": m.predicted_speedup,
+                **m.comparison.to_json(),
+            }
+            for m in tuned.measured
+        ],
+        "trials": [
+            {
+                "origin": t.origin,
+                "validation_perplexity": t.perplexity,
+                "predicted_tokens_per_second": t.tokens_per_second,
+            }
+            for t in tuned.trials
+        ],
+        "agreement": agreement,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that had a part in the result."""
+    found = {"python": platform.python_version(), "engine": engine_version()}
+    for name in ("lrserve", "torch", "transformers", "optuna", "onnx", "onnxruntime", "onnxruntime-gpu"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_evidence(job: Job, tuned: Tuned, metrics: dict[str, Any], staging: Path) -> None:
+    """Write recipe, plan, metrics, study, model card and, last, the manifest."""
+    folder = staging / "lrserve"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
+    tuned.chosen.candidate.plan.write(folder / "plan.json")
+    write_json(folder / "metrics.json", metrics)
+    shutil.copyfile(tuned.study_path, folder / "study.sqlite3")
+    (staging / "README.md").write_text(card.model_card(metrics), encoding="utf-8")
+    write_manifest(staging, versions(), job.provenance())

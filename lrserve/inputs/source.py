@@ -1,0 +1,202 @@
+"""Opening a model: a Hub id, a folder in Hugging Face layout or a GGUF file becomes a folder of safetensors.
+
+Everything after this room reads one layout. A GGUF file is converted once, into the cache; its quantized weights are
+dequantized to bfloat16, so what 4-bit rounding took away stays away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrserve.artifacts.store import file_sha256, replace_folder
+from lrserve.errors import InputError
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder for lrserve: $LRSERVE_CACHE, else under $XDG_CACHE_HOME, else ~/.cache/lrserve."""
+    if own := os.environ.get("LRSERVE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrserve"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dense model on disk: what the user called it, and the folder of safetensors it was resolved to."""
+
+    name: str
+    path: Path
+
+    @property
+    def title(self) -> str:
+        """The Hub id, or the last part of a local path."""
+        return Path(self.name).name if Path(self.name).expanduser().exists() else self.name
+
+    def config(self) -> Any:
+        """Load the transformers config.
+
+        Raises:
+            InputError: config.json is damaged.
+        """
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.path)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{self.path / 'config.json'} cannot be read: {_one_line(error)}; check the download") from None
+
+    def tokenizer(self) -> Any:
+        """Load the tokenizer.
+
+        Raises:
+            InputError: there is none, or it is damaged.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise InputError(
+                f"no usable tokenizer in {self.path}: {_one_line(error)}; copy the model's tokenizer files there"
+            ) from None
+
+    def skeleton(self) -> Any:
+        """Build the model on the meta device: its modules and shapes, without reading a weight."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config())
+
+    def load(self, dtype: torch.dtype) -> Any:
+        """Load the dense model for evaluation, on the CPU or the first CUDA device.
+
+        Raises:
+            InputError: weights are missing or do not fit the config.
+        """
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"the weights in {self.path} cannot be loaded: {_one_line(error)}; check the download") from None
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise InputError(
+                f"{self.path} lacks {len(missing)} tensors that its config promises, first {missing[0]}; check the download"
+            )
+        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def fingerprint(self) -> str:
+        """Identify the weights without reading them all: names, sizes, headers and change times; hex."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in sorted(self.path.glob("*.safetensors")):
+            stat = file.stat()
+            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+            with file.open("rb") as opened:
+                digest.update(opened.read(1 << 16))
+        return digest.hexdigest()
+
+
+def open_source(model: str) -> Source:
+    """Resolve what the user calls a model to a folder of safetensors.
+
+    Raises:
+        InputError: no such path, an incomplete folder, a compressed model, or a Hub id that cannot be fetched.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        source = Source(name=model, path=_checked_folder(path))
+    elif path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{path} is a file but not a .gguf; give the folder that holds config.json and the weights")
+        source = Source(name=model, path=_convert_gguf(path))
+    elif _HUB_ID.fullmatch(model) and not model.startswith("."):
+        source = Source(name=model, path=_from_hub(model))
+    else:
+        raise InputError(f"no model at {path}: there is no such file or folder; check the path")
+    config = source.config()
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"{source.path} is already quantized or compressed (config.json has a quantization_config); give the dense model"
+        )
+    return source
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _checked_folder(path: Path) -> Path:
+    present = sorted(p.name for p in path.iterdir())
+    missing = [] if (path / "config.json").is_file() else ["config.json"]
+    if not list(path.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        ggufs = [name for name in present if name.endswith(".gguf")]
+        hint = f"give the file itself: {path / ggufs[0]}" if ggufs else "give a folder in Hugging Face layout"
+        shown = ", ".join(present[:8]) + (", ..." if len(present) > 8 else "")
+        raise InputError(f"{path} lacks {' and '.join(missing)} (it holds {shown or 'nothing'}); {hint}")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        absent = sorted(shards - set(present))
+        if absent:
+            raise InputError(f"{path} lacks {len(absent)} of {len(shards)} shards, first {absent[0]}; finish the download")
+    return path.resolve()
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    except Exception as error:
+        # huggingface_hub's own exceptions, and those of the HTTP client underneath, share no base class
+        raise InputError(
+            f"no model at {model!r}: no such file or folder, and the Hub does not deliver it "
+            f"({type(error).__name__}: {_one_line(error)}); check the name, the network and HF_TOKEN"
+        ) from None
+    return _checked_folder(Path(folder))
+
+
+def _convert_gguf(path: Path) -> Path:
+    """Dequantize a GGUF file to a folder of bfloat16 safetensors in the cache, once."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    target = cache_folder() / "dequantized" / f"{path.stem}-{file_sha256(path)[:16]}"
+    if (target / "config.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config  # says "gguf", which the plain weights no longer are
+        plain = type(model)(model.config)
+        plain.load_state_dict(model.state_dict())
+        plain.to(torch.bfloat16).save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise InputError(f"{path} cannot be read as GGUF: {_one_line(error)}; convert it to Hugging Face layout") from None
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    replace_folder(staging, target)
+    return target

@@ -1,0 +1,118 @@
+"""One run's opened inputs: what every stage of the pipeline reads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lrserve.allocation.plan import RankPlan
+from lrserve.compression.groups import Group, family_of, find_groups
+from lrserve.compression.spectra import SpectrumStore, compress_model
+from lrserve.inputs.source import Source, open_source
+from lrserve.inputs.text import load_texts, token_windows
+from lrserve.recipe import Recipe
+
+Say = Callable[[str], None]
+
+WORK_VERSION = 1
+"""Version of the computation kept in work folders: raised when the same inputs would give other numbers."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with its model and texts opened.
+
+    `windows` holds int64 token windows by use: calibration, validation, report, prompts; `fingerprints` identify the content of
+    the model and of each text.
+    """
+
+    recipe: Recipe
+    source: Source
+    architecture: str
+    groups: list[Group]
+    windows: dict[str, torch.Tensor]
+    fingerprints: dict[str, str]
+    say: Say
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder blocks."""
+        return max(group.layer for group in self.groups) + 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the model is calibrated, stored and served."""
+        dtype: torch.dtype = getattr(torch, self.recipe.engine.dtype)
+        return dtype
+
+    def provenance(self) -> dict[str, Any]:
+        """Identify everything that decides the result; JSON."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "content": self.fingerprints,
+            "work_version": WORK_VERSION,
+        }
+
+    def compressed_model(self, plan: RankPlan, store: SpectrumStore) -> Any:
+        """Build the compressed model in float32 on the CPU, every value rounded to the dtype that it is stored in."""
+        model = self.source.load(torch.float32).cpu()
+        return compress_model(model, plan.factorized(self.groups), store, self.dtype)
+
+
+def open_job(recipe: Recipe, say: Say) -> Job:
+    """Open the model and the texts of a recipe; reads no weight but a GGUF file's, which is converted once.
+
+    Raises:
+        InputError, UnsupportedModelError: what cannot be used, and what to do.
+    """
+    texts = load_texts(recipe.text.calibration, recipe.text.validation, recipe.text.report)
+    source = open_source(recipe.model)
+    config = source.config()
+    family_of(config)
+    tokenizer = source.tokenizer()
+    calibration, search, report = recipe.calibration, recipe.search, recipe.report
+    most = max(search.validation_tokens, search.probe_tokens)
+    windows = {
+        "calibration": token_windows(tokenizer, texts.calibration, calibration.length, calibration.sequences, seed=recipe.seed),
+        "validation": token_windows(
+            tokenizer, texts.validation, search.validation_length, max(1, most // search.validation_length)
+        ),
+        "report": token_windows(tokenizer, texts.report, report.length, max(1, report.tokens // report.length)),
+        "prompts": token_windows(tokenizer, texts.report, report.prompt_tokens, report.prompts),
+    }
+    return Job(
+        recipe=recipe,
+        source=source,
+        architecture=config.architectures[0],
+        groups=find_groups(source.skeleton()),
+        windows=windows,
+        fingerprints={
+            "model": source.fingerprint(),
+            "calibration": texts.calibration.fingerprint(),
+            "validation": texts.validation.fingerprint(),
+            "report": texts.report.fingerprint(),
+        },
+        say=say,
+    )
+
+
+@contextmanager
+def progress_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on standard error; yields a function that is told how much is done."""
+    with tqdm(total=total, desc=label, file=sys.stderr, leave=False, dynamic_ncols=True) as bar:
+
+        def update(done: int) -> None:
+            bar.update(done - bar.n)
+
+        yield update
+
+
+def reused(count: int, total: int) -> str:
+    """Say how much of a stage was there already."""
+    return f" ({'all' if count >= total else count} reused)" if count else ""

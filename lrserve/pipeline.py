@@ -1,0 +1,200 @@
+"""compress-and-export, top to bottom: the story of the program."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from exporters.base import Exporter
+from exporters.vllm import VllmExporter
+from lrserve.allocation.plan import BudgetFit
+from lrserve.artifacts import card
+from lrserve.artifacts.store import check_place, read_manifest, staged
+from lrserve.artifacts.work import WorkFolder, differences, work_folder
+from lrserve.compression.calibrate import calibrate
+from lrserve.compression.spectra import SpectrumStore, write_spectra
+from lrserve.errors import ArtifactError, InputError
+from lrserve.evidence import collect_metrics, prove_agreement, report_perplexity, write_evidence
+from lrserve.job import WORK_VERSION, Job, Say, open_job, progress_bar, reused
+from lrserve.recipe import Recipe
+from lrserve.serving.engine import engine_version
+from lrserve.tuning import tune
+
+
+def compress_and_export(
+    recipe: Recipe,
+    out: Path,
+    *,
+    work: Path | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Compress a model, search the ranks, export the result and prove it.
+
+    1. open the model and the texts          4. search: probe, time single layers, run the study, measure its front
+    2. calibrate, block by block             5. export the chosen plan
+    3. factorize, every rank at once         6. prove it: the engines agree, perplexity, throughput
+
+    Finished stages are kept in the work folder and reused when the same inputs come again; `out` appears when it is whole.
+
+    Args:
+        recipe: every setting.
+        out: the artifact's folder.
+        work: folder for intermediate results; `<out>.work` when None.
+        overwrite: replace an artifact at `out` that was made from other inputs.
+        dry_run: open the inputs, check the target, say what would be done; nothing is written to `out` or `work`.
+        say: takes each line of result.
+
+    Returns:
+        What metrics.json holds; empty for a dry run.
+
+    Raises:
+        LrserveError: of any kind; nothing half-written is left at `out`.
+    """
+    out = out.absolute()
+    exporters = load_exporters(recipe.export)
+    for exporter in [VllmExporter(), *exporters]:  # vLLM measures the plans, whatever is exported
+        exporter.preflight()
+    job = open_job(recipe, say)
+    linears = sum(group.dense_parameters for group in job.groups)
+    say(
+        f"1/6 open: {job.architecture}, {job.layers} layers, {len(job.groups)} fused groups, {linears / 1e6:.1f} M parameters in "
+        f"linears; target {recipe.target}"
+    )
+    if (finished := _finished(out, job.provenance(), overwrite)) is not None:
+        say(f"{out} was made from these inputs before; nothing to do")
+        _say_summary(finished, out, say)
+        return finished
+    size = _estimated_bytes(job)
+    check_place(out, size)
+    if dry_run:
+        _say_intent(job)
+        return {}
+
+    with work_folder(work or out.with_name(f"{out.name}.work"), say) as folder:
+        model = job.source.load(job.dtype)
+        statistics = _calibrate(job, model, folder)
+        store = _factorize(job, model, statistics, folder)
+        tuned = tune(job, model, store, folder)
+        del model
+        with staged(out, size) as staging:
+            model = job.compressed_model(tuned.chosen.candidate.plan, store)
+            _export(job, model, exporters, staging)
+            agreement = prove_agreement(job, model, exporters, staging)
+            del model
+            report = report_perplexity(job, tuned.chosen, store, staging)
+            metrics = collect_metrics(job, tuned, agreement, report)
+            write_evidence(job, tuned, metrics, staging)
+    _say_summary(metrics, out, say)
+    return metrics
+
+
+def load_exporters(names: Sequence[str]) -> list[Exporter]:
+    """Load exporters by name from the entry point group `lrserve.exporters`.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    points = {point.name: point for point in importlib.metadata.entry_points(group="lrserve.exporters")}
+    for name in names:
+        if name not in points:
+            raise InputError(f"no exporter named {name!r}; --export takes {', '.join(sorted(points))}")
+    return [points[name].load()() for name in dict.fromkeys(names)]
+
+
+def _finished(out: Path, provenance: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """Return the metrics of an artifact at `out` that came from the same inputs; refuse to replace anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not out.is_dir():
+        raise ArtifactError(f"{out} is a file; choose another -o")
+    try:
+        manifest = read_manifest(out)
+    except ArtifactError:
+        raise ArtifactError(f"{out} holds other files than an lrserve artifact; choose another -o") from None
+    changed = differences(manifest["inputs"], json.loads(json.dumps(provenance)))
+    if not changed:
+        metrics: dict[str, Any] = json.loads((out / "lrserve" / "metrics.json").read_text(encoding="utf-8"))
+        return metrics
+    if overwrite:
+        return None
+    raise ArtifactError(f"{out} was made from other inputs: {', '.join(changed)}; pass --overwrite or choose another -o")
+
+
+def _estimated_bytes(job: Job) -> int:
+    """Upper bound of the artifact's size: a checkpoint no larger than the dense one, and float32 for ONNX."""
+    parameters: int = sum(p.numel() for p in job.source.skeleton().parameters())
+    return parameters * (job.dtype.itemsize + (4 if "onnx" in job.recipe.export else 0))
+
+
+def _say_intent(job: Job) -> None:
+    recipe = job.recipe
+    if recipe.target.ratio:
+        fit = BudgetFit(job.groups, recipe.search.rank_step)
+        plan = fit.fit({group.name: 1.0 for group in job.groups}, (1 - recipe.target.ratio) * fit.dense_cost)
+        ranks = {group.kind: plan.ranks[group.name] for group in reversed(job.groups)}
+        shown = ", ".join(f"{kind} {rank or 'dense'}" for kind, rank in reversed(ranks.items()))
+        job.say(f"uniform ranks would be: {shown} (ratio {plan.ratio(job.groups):.3f})")
+    job.say(
+        f"dry run: would calibrate on {recipe.calibration.sequences} x {recipe.calibration.length} tokens, run "
+        f"{recipe.search.trials} trials on {recipe.search.validation_tokens} validation tokens, measure up to "
+        f"{recipe.search.measured_plans} plans on {engine_version()}, and export {' and '.join(recipe.export)}"
+    )
+
+
+def _calibrate(job: Job, model: Any, folder: WorkFolder) -> Path:
+    settings = job.recipe.calibration
+    stage = folder.stage(
+        "calibration",
+        {
+            "version": WORK_VERSION,
+            "model": job.fingerprints["model"],
+            "text": job.fingerprints["calibration"],
+            "dtype": job.recipe.engine.dtype,
+            "seed": job.recipe.seed,
+            **settings.model_dump(mode="json", exclude={"batch_tokens"}),
+        },
+    )
+    with progress_bar(job.layers, "2/6 calibrate") as progress:
+        before = calibrate(
+            model,
+            job.groups,
+            job.windows["calibration"],
+            stage,
+            pool_sequences=settings.pool_sequences,
+            batch_tokens=settings.batch_tokens,
+            progress=progress,
+        )
+    tokens = job.windows["calibration"].numel()
+    job.say(f"2/6 calibrate: covariances of {job.layers} blocks from {tokens} tokens{reused(before, job.layers)}")
+    return stage
+
+
+def _factorize(job: Job, model: Any, statistics: Path, folder: WorkFolder) -> SpectrumStore:
+    stage = folder.stage("spectra", {"calibration": statistics.name})
+    before = len(list(stage.glob("*.safetensors")))
+    with progress_bar(job.layers, "3/6 factorize") as progress:
+        write_spectra(model, job.groups, statistics, stage, progress=progress)
+    job.say(f"3/6 factorize: {len(job.groups)} groups at every rank{reused(before, job.layers)}")
+    return SpectrumStore(stage, job.groups)
+
+
+def _export(job: Job, model: Any, exporters: Sequence[Exporter], staging: Path) -> None:
+    with progress_bar(len(exporters), "5/6 export") as progress:
+        for index, exporter in enumerate(exporters):
+            exporter.export(model, job.source.path, staging, job.dtype)
+            progress(index + 1)
+    job.say(f"5/6 export: {' and '.join(exporter.name for exporter in exporters)}")
+
+
+def _say_summary(metrics: Mapping[str, Any], out: Path, say: Say) -> None:
+    say("")
+    say(card.summary(metrics))
+    say("")
+    say(card.agreement(metrics))
+    say("")
+    say(f"{out}: 'lrserve serve {out}' or 'vllm serve {out}' serves it, 'lrserve bench {out}' measures it again")

@@ -1,0 +1,171 @@
+"""The recipe: every setting of a run in one frozen object, from YAML and the command line, saved with the artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lrserve.errors import InputError
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Target(_Frozen):
+    """What the user fixed; the search optimises the rest. At most one of the three is set; none means `ratio` 0.2."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the parameters of the decoder's linear layers to remove."""
+    min_speedup: Annotated[float, Field(gt=0)] | None = None
+    """Output tokens per second of the compressed model over those of the dense one, measured."""
+    max_ppl_increase: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative increase of the validation perplexity: 0.05 allows 5 percent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _exactly_one(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        given = [name for name, value in data.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of ratio, min_speedup and max_ppl_increase, not {' and '.join(given)}")
+        return data if given else {"ratio": 0.2}
+
+    def __str__(self) -> str:
+        (entry,) = [f"{name} {value:g}" for name, value in self.model_dump().items() if value is not None]
+        return entry.replace("_", "-")
+
+
+class Text(_Frozen):
+    """Text by use. Each is a file (.jsonl with a "text" field, or plain text) or the name of a Hub dataset.
+
+    Where validation or report are not given, they are cut from the end of the calibration text, so the three never overlap.
+    """
+
+    calibration: str | None = None
+    validation: str | None = None
+    report: str | None = None
+
+
+class Calibration(_Frozen):
+    """How the covariances are collected."""
+
+    sequences: Annotated[int, Field(ge=1)] = 1024
+    length: Annotated[int, Field(ge=2)] = 2048
+    """Tokens per sequence."""
+    pool_sequences: Annotated[int, Field(ge=1)] = 32
+    """Sequences in one pool: Bolaco (2405.10616) section 3 averages the covariances of pools centred one by one."""
+    batch_tokens: Annotated[int, Field(ge=1)] = 4096
+    """Tokens in one forward pass of a block."""
+
+
+class Search(_Frozen):
+    """The Optuna study."""
+
+    trials: Annotated[int, Field(ge=3)] = 24
+    sampler: Literal["gp", "tpe"] = "gp"
+    rank_step: Annotated[int, Field(ge=1)] = 16
+    """Ranks are multiples of this; the factor kernels like multiples of 16 on CPU and 64 on GPU."""
+    depth_groups: Annotated[int, Field(ge=1)] = 3
+    """Runs of layers that share one multiplier per group kind."""
+    probe_tokens: Annotated[int, Field(ge=64)] = 1024
+    """Validation tokens on which the sensitivity of each group is measured."""
+    validation_tokens: Annotated[int, Field(ge=64)] = 4096
+    validation_length: Annotated[int, Field(ge=16)] = 512
+    measured_plans: Annotated[int, Field(ge=1)] = 3
+    """Plans of the front that are measured end to end on the engine, besides the dense model."""
+
+
+class Workload(_Frozen):
+    """What is measured: `concurrency` requests at once, each of unique prompts, decoding exactly `output_tokens`."""
+
+    prompt_tokens: Annotated[int, Field(ge=1)] = 128
+    output_tokens: Annotated[int, Field(ge=1)] = 128
+    concurrency: Annotated[int, Field(ge=1)] = 8
+
+
+class EngineSettings(_Frozen):
+    """The vLLM engine that measures and serves."""
+
+    dtype: Dtype = "bfloat16"
+    enforce_eager: bool = False
+    """Skip torch.compile: starts faster, serves slower."""
+    repeats: Annotated[int, Field(ge=1)] = 5
+    """Counted rounds of the interleaved measurement, after a warm-up."""
+
+
+class Report(_Frozen):
+    """The final evidence."""
+
+    tokens: Annotated[int, Field(ge=64)] = 32768
+    length: Annotated[int, Field(ge=16)] = 1024
+    """Tokens per window of the perplexity."""
+    prompts: Annotated[int, Field(ge=1)] = 4
+    """Prompts on which the renderings are compared."""
+    prompt_tokens: Annotated[int, Field(ge=2)] = 64
+    new_tokens: Annotated[int, Field(ge=1)] = 32
+
+
+class Recipe(_Frozen):
+    """Everything that decides the result of `compress_and_export`, apart from the model's and the texts' content."""
+
+    model: str
+    target: Target = Target(ratio=0.2)
+    text: Text = Text()
+    calibration: Calibration = Calibration()
+    search: Search = Search()
+    workload: Workload = Workload()
+    engine: EngineSettings = EngineSettings()
+    report: Report = Report()
+    export: tuple[str, ...] = ("vllm", "onnx")
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def to_yaml(self) -> str:
+        """Render with every default filled in; `Recipe.load` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @classmethod
+    def load(cls, path: Path | None, overrides: dict[str, Any]) -> Recipe:
+        """Read a YAML recipe (or start from the defaults) and lay the command line's values over it.
+
+        `overrides` maps dotted names (`search.trials`) to values; `None` values are passed over.
+
+        Raises:
+            InputError: an unreadable file, an unknown setting, or a value out of range, named by its dotted name.
+        """
+        data: dict[str, Any] = {}
+        if path is not None:
+            try:
+                loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except OSError as error:
+                raise InputError(f"cannot read the recipe {path}: {error.strerror}; check the path") from None
+            except yaml.YAMLError as error:
+                raise InputError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+            if loaded is not None and not isinstance(loaded, dict):
+                raise InputError(f"the recipe {path} holds a {type(loaded).__name__}, not settings by name; see docs/recipe.md")
+            data = loaded or {}
+        if any(name.startswith("target.") and value is not None for name, value in overrides.items()):
+            data.pop("target", None)
+        for name, value in overrides.items():
+            if value is None:
+                continue
+            *parents, leaf = name.split(".")
+            place = data
+            for parent in parents:
+                if not isinstance(place.setdefault(parent, {}), dict):
+                    raise InputError(f"the recipe {path}: {parent} must hold settings by name, not {place[parent]!r}")
+                place = place[parent]
+            place[leaf] = value
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "recipe"
+            origin = f" (recipe {path})" if path is not None else ""
+            raise InputError(f"{where}{origin}: {first['msg']}; got {first['input']!r}") from None

@@ -1,0 +1,46 @@
+"""One matrix multiplication of the serving engine: vLLM's own unquantized kernel for the platform, weights packed.
+
+The low-rank layer multiplies with these, and so does the table of single-layer latencies, so the table measures what is
+served. Imports vLLM.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm, dispatch_unquantized_gemm
+from vllm.platforms import current_platform
+
+
+class Factor(nn.Module):
+    """y = W x + b with W (m, n): parameters `weight` and, if wanted, `bias` (m,).
+
+    A plain module and not one of vLLM's linear classes, so that LoRA leaves it alone. The parameters' names are those
+    that vLLM's kernels look for.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, n: int, m: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(m, n, dtype=dtype), requires_grad=False)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(m, dtype=dtype), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+        config = get_current_vllm_config_or_none()
+        self._gemm = dispatch_unquantized_gemm(config.kernel_config.linear_backend if config is not None else "auto")
+
+    def pack(self) -> None:
+        """Bring the loaded weight into the layout that the CPU kernels want; without it they run at half the speed.
+
+        Nothing to do elsewhere. Frees the unpacked weight.
+        """
+        if current_platform.is_cpu():
+            dispatch_cpu_unquantized_gemm(self, remove_weight=True)
+
+    def forward(self, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
+        """Multiply x (..., n) -> (..., m), the bias in the multiplication's epilogue."""
+        y: torch.Tensor = self._gemm(self, x, self.weight, self.bias if with_bias else None)
+        return y

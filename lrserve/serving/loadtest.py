@@ -1,0 +1,88 @@
+"""Throughput of a compressed model against its dense one, measured on two live engines in turns."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrserve.recipe import EngineSettings, Workload
+from lrserve.serving.engine import Engine, Throughput, engine_version, interleaved
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Interleaved runs of the same prompts on both engines; run i of one stands beside run i of the other."""
+
+    dense: Sequence[Throughput]
+    compressed: Sequence[Throughput]
+    engine: str
+
+    @property
+    def speedups(self) -> list[float]:
+        """Output tokens per second, compressed over dense, round by round."""
+        return [c.output_tokens_per_second / d.output_tokens_per_second for d, c in zip(self.dense, self.compressed, strict=True)]
+
+    @property
+    def speedup(self) -> float:
+        """Median of the rounds' speedups."""
+        return statistics.median(self.speedups)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return medians and spreads; throughput in output tokens per second, CPU time in seconds per run."""
+
+        def side(runs: Sequence[Throughput]) -> dict[str, Any]:
+            rates = [run.output_tokens_per_second for run in runs]
+            return {
+                "tokens_per_second": statistics.median(rates),
+                "lowest": min(rates),
+                "highest": max(rates),
+                "cpu_seconds": statistics.median(run.cpu_seconds for run in runs),
+            }
+
+        return {
+            "engine": self.engine,
+            "rounds": len(self.dense),
+            "dense": side(self.dense),
+            "compressed": side(self.compressed),
+            "speedup": self.speedup,
+            "speedup_lowest": min(self.speedups),
+            "speedup_highest": max(self.speedups),
+        }
+
+
+def open_engine(model: Path, workload: Workload, settings: EngineSettings, *, sharing: int = 1, log: Path | None = None) -> Engine:
+    """Build (not start) an engine large enough for a workload; `sharing` is how many engines share one GPU."""
+    return Engine(
+        model,
+        dtype=settings.dtype,
+        max_model_len=workload.prompt_tokens + workload.output_tokens,
+        max_num_seqs=workload.concurrency,
+        enforce_eager=settings.enforce_eager,
+        gpu_memory_utilization=0.9 / sharing if sharing > 1 else None,
+        log=log,
+    )
+
+
+def compare(
+    dense: Engine,
+    compressed: Engine,
+    workload: Workload,
+    repeats: int,
+    *,
+    seed: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> Comparison:
+    """Measure two running engines in turns, each round with prompts of its own; the first run of each is discarded."""
+    runs = interleaved(
+        {"dense": dense, "compressed": compressed},
+        workload.prompt_tokens,
+        workload.output_tokens,
+        workload.concurrency,
+        repeats=repeats,
+        seed=seed,
+        progress=lambda name, index, result: progress(),
+    )
+    return Comparison(dense=runs["dense"], compressed=runs["compressed"], engine=engine_version())

@@ -1,0 +1,95 @@
+"""vLLM's view of an artifact's `quantization_config`: which of the model's layers are low-rank. Imports vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from lrserve.compression.lowrank import QUANT_METHOD, GroupSpec, parse_groups
+from lrserve.errors import ArtifactError
+from lrserve.serving.versions import require_vllm
+
+_DRAFT_PREFIX = "draft_model."  # vLLM builds the draft model of speculative decoding under this name
+
+
+class LrserveConfig(QuantizationConfig):  # type: ignore[misc]
+    """Gives every listed group a `LowRankLinearMethod`, and every other layer vLLM's own unquantized method."""
+
+    def __init__(self, groups: Mapping[str, GroupSpec]) -> None:
+        super().__init__()
+        self.groups = dict(groups)
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Return the `quant_method` of config.json."""
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Return every dtype that vLLM's unquantized kernels multiply."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return the least CUDA capability: any, since there is no kernel of our own."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Return no file names: everything stands in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> LrserveConfig:
+        """Read `quantization_config`.
+
+        Raises:
+            EngineError: this vLLM is outside the range that lrserve is tested with.
+            ArtifactError: the entry is malformed or of another format version.
+        """
+        require_vllm()
+        return cls(parse_groups(config))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Rename the groups as vLLM renames the model's modules."""
+        self.groups = hf_to_vllm_mapper.apply_dict(self.groups)
+
+    def group_of(self, prefix: str) -> GroupSpec | None:
+        """Return what the artifact says about the layer `prefix`, None if it is dense.
+
+        Raises:
+            ArtifactError: the artifact groups this layer's linears in another way than vLLM fuses them.
+        """
+        name = prefix.removeprefix(_DRAFT_PREFIX)
+        parent, _, leaf = name.rpartition(".")
+        fused = tuple(self.packed_modules_mapping.get(leaf) or (leaf,))
+        spec = self.groups.get(name)
+        if spec is not None and spec.members != fused:
+            raise ArtifactError(
+                f"{name}: config.json groups {', '.join(spec.members)}, but vLLM multiplies {', '.join(fused)} as one "
+                "layer. Export the artifact again with this lrserve"
+            )
+        alone = [f"{parent}.{member}" for member in fused if member != leaf and f"{parent}.{member}" in self.groups]
+        if alone:
+            raise ArtifactError(
+                f"{name}: config.json lists {', '.join(alone)} alone, but vLLM multiplies {', '.join(fused)} as one "
+                "layer. Export the artifact again with this lrserve"
+            )
+        return spec
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """Choose the method of one layer; None (vLLM's default) for what is not a linear, such as embeddings."""
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        if not isinstance(layer, LinearBase):
+            return None
+        spec = self.group_of(prefix)
+        if spec is None:
+            return UnquantizedLinearMethod()
+        from lrserve.serving.vllm_layer import LowRankLinearMethod
+
+        return LowRankLinearMethod(prefix, spec)

@@ -1,0 +1,197 @@
+"""The low-rank layer inside vLLM: y = B (A x) + b, two matrix multiplications per fused group. Imports vLLM.
+
+For the members of a fused group (q, k, v; gate, up) A is shared and the rows of B are stacked, so the group costs two
+multiplications however many members it has, with the bias in the second one's epilogue.
+
+Tensor parallel, following vLLM's slicing of the dense layer:
+- column-parallel: A (r, n) on every rank; of B and b each rank takes its rows of each member (key and value heads are
+  replicated where there are fewer of them than ranks).
+- row-parallel: each rank takes its columns of A, and the partial A x (r wide, not m wide) is summed over the ranks.
+  With LoRA the sum has to come after the output, where LoRA adds its own partial product.
+
+vLLM does not notice a quantized parameter that no tensor was loaded into, so this file counts what arrives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearMethodBase,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+
+from lrserve.compression.lowrank import GroupSpec
+from lrserve.errors import ArtifactError
+from lrserve.serving.kernels import Factor
+
+_QKV = {"q": 0, "k": 1, "v": 2}
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A stretch of one axis of a checkpoint tensor: the axis' full length there, and where this rank's part lies."""
+
+    full: int
+    start: int
+    length: int
+
+    def of(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return tensor.narrow(dim, self.start, self.length)
+
+
+@dataclass
+class _Loading:
+    """Puts checkpoint tensors into one layer's factors, checks their shapes, and remembers which have come."""
+
+    prefix: str
+    spec: GroupSpec
+    first: Factor
+    second: Factor
+    columns: _Slice
+    """Of A."""
+    rows: list[_Slice]
+    """Of each member's B and b."""
+    seen: set[str] = field(default_factory=set)
+
+    def load_first(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        name = f"{self.prefix}.A.weight"
+        self._check(name, tensor, (self.spec.rank, self.columns.full))
+        parameter.data.copy_(self.columns.of(tensor, 1))
+        self.seen.add(name)
+
+    def load_second(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        index = _QKV[shard] if isinstance(shard, str) else shard or 0
+        is_bias = parameter is self.second.bias
+        name = f"{self._member(index)}.B.{'bias' if is_bias else 'weight'}"
+        rows = self.rows[index]
+        self._check(name, tensor, (rows.full,) if is_bias else (rows.full, self.spec.rank))
+        offset = sum(earlier.length for earlier in self.rows[:index])
+        parameter.data.narrow(0, offset, rows.length).copy_(rows.of(tensor, 0))
+        self.seen.add(name)
+
+    def refuse(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        """Loader of the dense layer's own parameters, which a factorized layer must not have."""
+        raise ArtifactError(
+            f"{self.prefix}: config.json says it is low-rank, but the checkpoint also has a dense tensor "
+            f"{tuple(tensor.shape)} for it. Export the artifact again"
+        )
+
+    def check_complete(self) -> None:
+        names = [f"{self.prefix}.A.weight"]
+        for index in range(len(self.rows)):
+            names += [f"{self._member(index)}.B.weight", f"{self._member(index)}.B.bias"]
+        missing = [name for name in names if name not in self.seen]
+        if missing:
+            raise ArtifactError(
+                f"{self.prefix}: missing from the checkpoint: {', '.join(missing)}. "
+                "The artifact is incomplete: run lrserve verify on it, or export it again"
+            )
+
+    def _member(self, index: int) -> str:
+        parent, _, _ = self.prefix.rpartition(".")
+        return f"{parent}.{self.spec.members[index]}" if parent else self.spec.members[index]
+
+    def _check(self, name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+        if tuple(tensor.shape) != expected:
+            raise ArtifactError(
+                f"{name} is {tuple(tensor.shape)} in the checkpoint; config.json's rank and the model's sizes make it "
+                f"{expected}. Export the artifact again"
+            )
+
+
+class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """What vLLM asks of one factorized layer: its parameters, what to do once they are loaded, and the product."""
+
+    def __init__(self, prefix: str, spec: GroupSpec) -> None:
+        self.prefix, self.spec = prefix, spec
+        self._loading: _Loading | None = None
+        self._reduce_inside = False  # sum over the ranks between A and B
+        self._first_rank_only = False  # the output is summed over the ranks later: b may be added once
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Hang the factors into the layer as `layer.A` (r, n) and `layer.B` (m, r), in this rank's sizes."""
+        if len(output_partition_sizes) != len(self.spec.members):
+            raise ArtifactError(
+                f"{self.prefix}: config.json has {len(self.spec.members)} members ({', '.join(self.spec.members)}), "
+                f"vLLM's layer is made of {len(output_partition_sizes)} linears. Export the artifact again"
+            )
+        rank = self.spec.rank
+        layer.A = Factor(input_size_per_partition, rank, bias=False, dtype=params_dtype)
+        layer.B = Factor(rank, sum(output_partition_sizes), bias=True, dtype=params_dtype)
+        split_input = isinstance(layer, RowParallelLinear)
+        position = layer.tp_rank if split_input else 0
+        loading = _Loading(
+            prefix=self.prefix,
+            spec=self.spec,
+            first=layer.A,
+            second=layer.B,
+            columns=_Slice(input_size, position * input_size_per_partition, input_size_per_partition),
+            rows=[_rows(layer, index, size) for index, size in enumerate(output_partition_sizes)],
+        )
+        layer.A.weight.weight_loader = loading.load_first
+        layer.B.weight.weight_loader = loading.load_second
+        layer.B.bias.weight_loader = loading.load_second
+        # vLLM's code expects a weight (LoRA asks for its device). A tensor for it, or for the dense layer's own bias,
+        # which vLLM makes after this with the layer's loader, contradicts config.json.
+        layer.weight = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+        layer.weight.weight_loader = loading.refuse
+        layer.weight_loader = loading.refuse
+
+        config = get_current_vllm_config_or_none()
+        dummy = config is not None and config.load_config.load_format == "dummy"
+        self._loading = None if dummy else loading
+        if split_input and layer.tp_size > 1:
+            lora = config is not None and config.lora_config is not None
+            self._reduce_inside = layer.reduce_results and not lora
+            self._first_rank_only = not self._reduce_inside and layer.tp_rank > 0
+            if self._reduce_inside:
+                layer.reduce_results = False  # vLLM's forward then does not sum the output again
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check that every factor has come, and bring the factors into the kernels' layout.
+
+        Raises:
+            ArtifactError: a factor is missing from the checkpoint, by name.
+        """
+        if self._loading is not None:
+            self._loading.check_complete()
+            self._loading = None
+        if layer.bias is not None:
+            # The whole bias is B.bias. The dense layer's own was never loaded, and whoever still adds it (vLLM hands it
+            # out where skip_bias_add is set) must add nothing.
+            layer.bias.data.zero_()
+        layer.A.pack()
+        layer.B.pack()
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Multiply x (..., n) -> (..., m); `bias`, the dense layer's own, is part of B's and ignored."""
+        z = layer.A(x)
+        if self._reduce_inside:
+            z = tensor_model_parallel_all_reduce(z)
+        y: torch.Tensor = layer.B(z, with_bias=not self._first_rank_only)
+        return y
+
+
+def _rows(layer: Any, index: int, size: int) -> _Slice:
+    """Rows of member `index` that this rank holds: `size` of them."""
+    if not isinstance(layer, ColumnParallelLinear):
+        return _Slice(size, 0, size)
+    replicas = layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and index > 0 else 1
+    return _Slice(size * layer.tp_size // replicas, (layer.tp_rank // replicas) * size, size)

@@ -1,0 +1,243 @@
+"""Stage 4, the rank search: probe the groups, time single layers on the engine, run the study, measure its front end to end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporters.vllm import VllmExporter
+from lrserve.allocation import search as study
+from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.quality import Divergence, perplexity
+from lrserve.allocation.speed import Shape, SpeedModel, shapes_to_measure, token_counts
+from lrserve.artifacts.store import write_json
+from lrserve.artifacts.work import WorkFolder
+from lrserve.compression.spectra import MergedRanks, SpectrumStore
+from lrserve.job import Job, progress_bar, reused
+from lrserve.serving.engine import engine_version
+from lrserve.serving.loadtest import Comparison, compare, open_engine
+
+_PROBE_SHARE = 0.5  # share of its dense parameters that a group keeps while its sensitivity is probed
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A plan of the front: its perplexity and predicted speed from the search, and its measured throughput beside dense."""
+
+    candidate: study.Evaluated
+    predicted_speedup: float
+    comparison: Comparison
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The outcome: the chosen plan, everything that was measured on the engine, and where the study is."""
+
+    chosen: Measured
+    measured: list[Measured]
+    trials: list[study.Evaluated]
+    dense_perplexity: float
+    study_path: Path
+
+
+def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder) -> Tuned:
+    """Choose a rank plan for the recipe's target.
+
+    Args:
+        job: the opened inputs.
+        model: the dense model in the job's dtype; its weights are rewritten by the trials.
+        store: its spectra.
+        folder: the work folder; what an earlier run finished is reused.
+
+    Raises:
+        InfeasibleTargetError: no plan meets the target.
+        EngineError: vLLM failed.
+    """
+    merged = MergedRanks(model, job.groups, store)
+    sensitivities = _probe(job, merged, store, folder)
+    speed = _latencies(job, folder)
+    trials, dense_perplexity, path = _search(job, merged, store, folder, sensitivities, speed)
+    measured = _measure(job, store, folder, trials, dense_perplexity, speed)
+    best = study.choose([(m.candidate, m.comparison.speedup) for m in measured], job.recipe.target)
+    chosen = next(m for m in measured if m.candidate is best)
+    job.say(f"4/6 chosen: {best.origin}, ratio {best.plan.ratio(job.groups):.3f}, {chosen.comparison.speedup:.2f}x of dense")
+    return Tuned(chosen, measured, trials, dense_perplexity, path)
+
+
+def _probe(job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFolder) -> dict[str, float]:
+    """Measure what each group alone does to the output when it keeps half of its parameters.
+
+    Its KL divergence over its expected relative error at that rank is the group's sensitivity, in nats.
+    """
+    settings = job.recipe.search
+    stage = folder.stage(
+        "probe",
+        {
+            "spectra": store.folder.name,
+            "text": job.fingerprints["validation"],
+            "length": settings.validation_length,
+            "tokens": settings.probe_tokens,
+            "rank_step": settings.rank_step,
+            "share": _PROBE_SHARE,
+        },
+    )
+    path = stage / "sensitivities.json"
+    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = len(found)
+    if before < len(job.groups):
+        windows = job.windows["validation"][: max(1, settings.probe_tokens // settings.validation_length)]
+        merged.apply({})
+        divergence = Divergence(merged.model, windows)
+        errors = store.relative_errors()
+        with progress_bar(len(job.groups), "4/6 probe") as progress:
+            for index, group in enumerate(job.groups):
+                if group.name not in found:
+                    fit = BudgetFit([group], settings.rank_step)
+                    budget = max(_PROBE_SHARE * fit.dense_cost, fit.smallest_cost)
+                    rank = fit.fit({group.name: 1.0}, budget).ranks[group.name]
+                    error = 0.0 if rank is None else float(errors[group.name][rank])
+                    merged.apply({group.name: rank})
+                    found[group.name] = max(divergence(merged.model), 0.0) / error if error > 0 else 0.0
+                    write_json(path, found)
+                progress(index + 1)
+    job.say(f"4/6 probe: sensitivity of {len(job.groups)} groups{reused(before, len(job.groups))}")
+    return found
+
+
+def _latencies(job: Job, folder: WorkFolder) -> SpeedModel:
+    """Measure the dense model's run and the latency of single layers, dense and at a dozen ranks, in one engine."""
+    workload, settings = job.recipe.workload, job.recipe.engine
+    shapes = shapes_to_measure(job.groups, job.recipe.search.rank_step)
+    tokens = token_counts(workload)
+    stage = folder.stage(
+        "latency",
+        {
+            "model": job.fingerprints["model"],
+            "engine": engine_version(),
+            "settings": settings.model_dump(mode="json", exclude={"repeats"}),
+            "workload": workload.model_dump(mode="json"),
+            "rank_step": job.recipe.search.rank_step,
+        },
+    )
+    path = stage / "latency.json"
+    before = path.is_file()
+    if not before:
+        with (
+            progress_bar(3, "4/6 latency") as progress,
+            open_engine(job.source.path, workload, settings, log=stage / "engine.log") as engine,
+        ):
+            progress(1)
+            runs = [
+                engine.throughput(workload.prompt_tokens, workload.output_tokens, workload.concurrency, seed=seed)
+                for seed in range(3)
+            ]
+            progress(2)
+            table = engine.latency_table(shapes, tokens, dtype=settings.dtype)
+            progress(3)
+        rows = [{"n": s.n, "m": s.m, "rank": s.rank, "us": us} for s, us in zip(shapes, table, strict=True)]
+        # the first run warms up
+        write_json(path, {"dense_seconds": min(run.seconds for run in runs[1:]), "tokens": tokens, "rows": rows})
+    data = json.loads(path.read_text(encoding="utf-8"))
+    latencies = {Shape(row["n"], row["m"], row["rank"]): (row["us"][0], row["us"][1]) for row in data["rows"]}
+    speed = SpeedModel(job.groups, workload, data["dense_seconds"], latencies)
+    rate = workload.concurrency * workload.output_tokens / speed.dense_seconds
+    job.say(
+        f"4/6 latency: {len(shapes)} layers at {tokens[0]} and {tokens[1]} tokens on {engine_version()}, "
+        f"dense {rate:.0f} output tokens/s{reused(int(before), 1)}"
+    )
+    return speed
+
+
+def _search(
+    job: Job,
+    merged: MergedRanks,
+    store: SpectrumStore,
+    folder: WorkFolder,
+    sensitivities: Mapping[str, float],
+    speed: SpeedModel,
+) -> tuple[list[study.Evaluated], float, Path]:
+    settings, target = job.recipe.search, job.recipe.target
+    space = study.SearchSpace(job.groups, target, settings, store.relative_errors(), sensitivities, speed)
+    stage = folder.stage(
+        "study",
+        {
+            "spectra": store.folder.name,
+            "text": job.fingerprints["validation"],
+            # the number of trials is no part of the identity: more of them go on from where fewer ended
+            "search": settings.model_dump(mode="json", exclude={"trials", "measured_plans"}),
+            "target": target.model_dump(mode="json"),
+            "seed": job.recipe.seed,
+            "workload": job.recipe.workload.model_dump(mode="json"),
+            "engine": job.recipe.engine.model_dump(mode="json", exclude={"repeats"}),
+        },
+    )
+    windows = job.windows["validation"][: max(1, settings.validation_tokens // settings.validation_length)]
+
+    def evaluate(plan: RankPlan) -> float:
+        merged.apply(dict(plan.ranks))
+        return perplexity(merged.model, windows)
+
+    dense_perplexity = evaluate(RankPlan({group.name: None for group in job.groups}))
+    resumed: list[int] = []
+    with progress_bar(settings.trials, "4/6 search") as progress:
+
+        def report(done: int, last: study.Evaluated | None) -> None:
+            if last is None:
+                resumed.append(done)
+            progress(done)
+
+        path = stage / "study.sqlite3"
+        trials = study.run_study(space, evaluate, speed, settings, path, seed=job.recipe.seed, progress=report)
+    best = min(trials, key=lambda e: e.perplexity)
+    bases = ", ".join(f"{e.origin} {e.perplexity:.2f}" for e in trials if e.origin in study.BASES)
+    job.say(
+        f"4/6 search: {len(trials)} trials{reused(resumed[0], len(trials))}; validation perplexity: dense {dense_perplexity:.2f}, "
+        f"{bases}, best {best.perplexity:.2f} ({best.origin})"
+    )
+    return trials, dense_perplexity, path
+
+
+def _measure(
+    job: Job,
+    store: SpectrumStore,
+    folder: WorkFolder,
+    trials: list[study.Evaluated],
+    dense_perplexity: float,
+    speed: SpeedModel,
+) -> list[Measured]:
+    """Export the most promising plans of the front one by one and measure each in turns with the dense model."""
+    recipe = job.recipe
+    front = study.pareto_front(trials)
+    picked = study.candidates(front, recipe.target, dense_perplexity, recipe.search.measured_plans)
+    workload, settings = recipe.workload, recipe.engine
+    checkpoint = folder.root / "candidate"
+    measured: list[Measured] = []
+    runs = 0
+    with (
+        progress_bar(len(picked) * 2 * settings.repeats, "4/6 measure") as progress,
+        open_engine(job.source.path, workload, settings, sharing=2) as dense,
+    ):
+
+        def step() -> None:
+            nonlocal runs
+            runs += 1
+            progress(runs)
+
+        for candidate in picked:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            checkpoint.mkdir()
+            VllmExporter().export(job.compressed_model(candidate.plan, store), job.source.path, checkpoint, job.dtype)
+            with open_engine(checkpoint, workload, settings, sharing=2) as engine:
+                comparison = compare(dense, engine, workload, settings.repeats, seed=recipe.seed, progress=step)
+            measured.append(Measured(candidate, speed.speedup(candidate.plan), comparison))
+            spread = f"{min(comparison.speedups):.2f} to {max(comparison.speedups):.2f}"
+            job.say(
+                f"4/6 measure: {candidate.origin}: validation perplexity {candidate.perplexity:.2f}, "
+                f"{comparison.speedup:.2f}x of dense ({spread}), predicted {speed.speedup(candidate.plan):.2f}x"
+            )
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    return measured

@@ -1,0 +1,122 @@
+"""Budgets are met by construction, for any shares and any cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lrserve.allocation.allocate import greedy, loss_aware, uniform
+from lrserve.allocation.plan import BudgetFit, RankPlan, rank_choices
+from lrserve.compression.groups import Group
+from lrserve.errors import InfeasibleTargetError, InputError
+
+
+def group(name: str, m: int, n: int) -> Group:
+    return Group(name=name, kind="o", layer=0, members=(name,), out_features=(m,), in_features=n)
+
+
+GROUPS = [group("a", 96, 64), group("b", 64, 64), group("c", 64, 160), group("tiny", 4, 4)]
+FIT = BudgetFit(GROUPS, 8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shares=st.lists(st.floats(0.01, 100), min_size=4, max_size=4),
+    keep=st.floats(0.35, 1.0),
+)
+def test_a_fit_stays_in_the_budget_and_uses_it(shares: list[float], keep: float) -> None:
+    budget = keep * FIT.dense_cost
+    plan = FIT.fit(dict(zip("abc", shares, strict=False)) | {"tiny": shares[3]}, budget)
+    spent = plan.parameters(GROUPS)
+    assert spent <= budget
+    assert abs(plan.ratio(GROUPS) - (1 - spent / FIT.dense_cost)) < 1e-12
+    for member in GROUPS:  # nothing more fits: each next level would break the budget
+        rank = plan.ranks[member.name]
+        levels = [*rank_choices(member, 8), None]
+        if rank is not None:
+            upper = levels[levels.index(rank) + 1]
+            assert spent - member.parameters(rank) + member.parameters(upper) > budget
+        assert rank in levels
+
+
+def test_uniform_gives_equal_shares() -> None:
+    groups = [group(str(i), 128, 128) for i in range(6)]
+    fit = BudgetFit(groups, 1)
+    plan = uniform(fit, 0.5 * fit.dense_cost)
+    ranks = [rank or 0 for rank in plan.ranks.values()]
+    assert max(ranks) - min(ranks) <= 1  # what rounding left over goes to some
+    assert fit.shares(plan)["0"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_group_too_small_to_save_stays_dense() -> None:
+    assert rank_choices(GROUPS[3], 8) == []
+    assert uniform(FIT, 0.5 * FIT.dense_cost).ranks["tiny"] is None
+
+
+def test_an_impossible_budget_says_so() -> None:
+    with pytest.raises(InfeasibleTargetError, match="smallest ranks need"):
+        FIT.fit({g.name: 1.0 for g in GROUPS}, 0.01 * FIT.dense_cost)
+
+
+def brute_force(losses: dict[str, list[float]], groups: list[Group], fit: BudgetFit, budget: float) -> float:
+    best = float("inf")
+    levels = {g.name: [*rank_choices(g, 8), None] for g in groups}
+
+    def visit(rest: list[Group], cost: float, loss: float) -> None:
+        nonlocal best
+        if cost > budget:
+            return
+        if not rest:
+            best = min(best, loss)
+            return
+        for rank in levels[rest[0].name]:
+            extra = 0.0 if rank is None else losses[rest[0].name][rank]
+            visit(rest[1:], cost + rest[0].parameters(rank), loss + extra)
+
+    visit(groups, 0.0, 0.0)
+    return best
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 999), keep=st.floats(0.4, 0.95))
+def test_the_lagrangian_comes_close_to_the_exhaustive_optimum(seed: int, keep: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    groups = GROUPS[:3]
+    fit = BudgetFit(groups, 8)
+    errors = {}
+    for g in groups:
+        values = torch.rand(g.full_rank, generator=generator, dtype=torch.float64).sort(descending=True).values ** 3
+        tails = torch.cat([values.flip(0).cumsum(0).flip(0), torch.zeros(1)])
+        errors[g.name] = tails / tails[0]
+    sensitivities = {g.name: float(torch.rand(1, generator=generator)) + 0.1 for g in groups}
+    budget = keep * fit.dense_cost
+    plan = loss_aware(fit, errors, sensitivities, budget)
+    losses = {name: (e * sensitivities[name]).tolist() for name, e in errors.items()}
+    loss = sum(0.0 if (r := plan.ranks[g.name]) is None else losses[g.name][r] for g in groups)
+    assert plan.parameters(groups) <= budget
+    # one group's jump from break-even to dense is the most that a Lagrangian solution can leave on the table
+    assert loss <= brute_force(losses, groups, fit, budget) + max(max(rest[8:]) for rest in losses.values())
+    assert greedy(fit, errors, budget).parameters(groups) <= budget
+
+
+def test_a_sensitive_group_gets_more() -> None:
+    groups = [group("a", 128, 128), group("b", 128, 128)]
+    fit = BudgetFit(groups, 8)
+    tails = torch.linspace(1, 0, 129, dtype=torch.float64) ** 2
+    shares = fit.shares(loss_aware(fit, {"a": tails, "b": tails}, {"a": 10.0, "b": 0.1}, 0.6 * fit.dense_cost))
+    assert shares["a"] > shares["b"]
+
+
+def test_plan_files_round_trip_and_others_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    plan = RankPlan(ranks={"a": 8, "b": None})
+    plan.write(path)
+    assert RankPlan.read(path) == plan
+    for content in ("[]", '{"format_version": 2, "ranks": {}}', '{"format_version": 1, "ranks": {"a": -1}}', "nonsense"):
+        path.write_text(content)
+        with pytest.raises(InputError, match="not a rank plan"):
+            RankPlan.read(path)

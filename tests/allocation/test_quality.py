@@ -1,0 +1,34 @@
+"""Perplexity and divergence against transformers' own loss and a direct computation."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny import FAMILIES_TESTED, VOCABULARY, dense_model
+
+from lrserve.allocation.quality import Divergence, negative_log_likelihood, perplexity
+
+WINDOWS = torch.randint(3, VOCABULARY, (5, 33), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("architecture", FAMILIES_TESTED)
+def test_perplexity_is_the_exponential_of_transformers_loss(architecture: str) -> None:
+    model = dense_model(architecture)
+    with torch.inference_mode():
+        losses = torch.stack([model(input_ids=w[None], labels=w[None]).loss for w in WINDOWS])
+    torch.testing.assert_close(negative_log_likelihood(model, WINDOWS).float(), losses, rtol=1e-4, atol=1e-4)
+    assert perplexity(model, WINDOWS) == pytest.approx(math.exp(float(losses.mean())), rel=1e-4)
+
+
+def test_divergence_is_zero_for_the_same_model_and_right_for_another() -> None:
+    model = dense_model("LlamaForCausalLM")
+    divergence = Divergence(model, WINDOWS)
+    assert abs(divergence(model)) < 1e-3
+    other = copy.deepcopy(model)
+    other.model.layers[0].mlp.down_proj.weight.data *= 0.5
+    with torch.inference_mode():
+        p, q = (m(WINDOWS).logits.double().log_softmax(-1) for m in (model, other))
+    assert divergence(other) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.02)

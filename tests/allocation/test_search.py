@@ -1,0 +1,125 @@
+"""The study: budgets, base plans first, resuming, choosing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+
+from lrserve.allocation.plan import RankPlan
+from lrserve.allocation.search import BASES, Evaluated, SearchSpace, candidates, choose, pareto_front, run_study
+from lrserve.allocation.speed import Shape, SpeedModel
+from lrserve.compression.groups import KINDS, Group
+from lrserve.errors import InfeasibleTargetError
+from lrserve.recipe import Search, Target, Workload
+
+GROUPS = [
+    Group(name=f"{layer}.{kind}", kind=kind, layer=layer, members=(f"{layer}.{kind}",), out_features=(256,), in_features=256)
+    for layer in range(4)
+    for kind in KINDS
+]
+TAILS = torch.linspace(1, 0, 257, dtype=torch.float64) ** 2
+ERRORS = {group.name: TAILS for group in GROUPS}
+SENSITIVITIES = {group.name: 1.0 + group.layer for group in GROUPS}
+LATENCIES = {Shape(256, 256, None): (100.0, 3000.0)} | {Shape(256, 256, r): (10.0 + r, 100.0 + 20 * r) for r in range(16, 128, 16)}
+SPEED = SpeedModel(GROUPS, Workload(prompt_tokens=64, output_tokens=101, concurrency=4), 0.5, LATENCIES)
+SETTINGS = Search(trials=9, depth_groups=2)
+
+
+def evaluate(plan: RankPlan) -> float:
+    """A smooth stand-in for perplexity: each group's error weighs by its depth."""
+    return 10 + sum(SENSITIVITIES[n] * float(TAILS[r]) for n, r in plan.ranks.items() if r is not None)
+
+
+def space(target: Target) -> SearchSpace:
+    return SearchSpace(GROUPS, target, SETTINGS, ERRORS, SENSITIVITIES, SPEED)
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_every_trial_meets_the_ratio_and_the_base_plans_come_first(tmp_path: Path, sampler: str) -> None:
+    settings = SETTINGS.model_copy(update={"sampler": sampler})
+    trials = run_study(space(Target(ratio=0.3)), evaluate, SPEED, settings, tmp_path / "s.sqlite3", seed=0)
+    assert [trial.origin for trial in trials[:3]] == list(BASES)
+    assert len(trials) == 9
+    for trial in trials:
+        assert 0.3 <= trial.plan.ratio(GROUPS) < 0.36
+        assert trial.perplexity == evaluate(trial.plan)
+    assert len({trial.plan.key() for trial in trials}) >= 6
+
+
+def test_every_trial_meets_a_speedup(tmp_path: Path) -> None:
+    trials = run_study(space(Target(min_speedup=1.2)), evaluate, SPEED, SETTINGS, tmp_path / "s.sqlite3", seed=0)
+    assert all(SPEED.speedup(trial.plan) >= 1.2 for trial in trials)
+    assert trials[0].plan.ranks != trials[1].plan.ranks
+
+
+def test_a_perplexity_limit_searches_over_ratios(tmp_path: Path) -> None:
+    trials = run_study(space(Target(max_ppl_increase=0.5)), evaluate, SPEED, SETTINGS, tmp_path / "s.sqlite3", seed=0)
+    assert len({round(trial.plan.ratio(GROUPS), 1) for trial in trials}) > 1
+
+
+def test_a_killed_study_resumes_to_the_same_trials(tmp_path: Path) -> None:
+    target = Target(ratio=0.3)
+    whole = run_study(space(target), evaluate, SPEED, SETTINGS, tmp_path / "whole.sqlite3", seed=3)
+
+    calls = 0
+
+    def dies(plan: RankPlan) -> float:
+        nonlocal calls
+        calls += 1
+        if calls in (2, 6):
+            raise KeyboardInterrupt
+        return evaluate(plan)
+
+    path = tmp_path / "cut.sqlite3"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_study(space(target), dies, SPEED, SETTINGS, path, seed=3)
+    resumed = run_study(space(target), dies, SPEED, SETTINGS, path, seed=3)
+    assert [t.plan.key() for t in resumed] == [t.plan.key() for t in whole]
+    study = optuna.load_study(study_name="lrserve", storage=f"sqlite:///{path}")
+    states = [trial.state.name for trial in study.trials]
+    assert states.count("FAIL") == 2
+    assert states.count("COMPLETE") == 9
+
+
+def test_more_trials_go_on_where_fewer_ended(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite3"
+    first = run_study(space(Target(ratio=0.3)), evaluate, SPEED, SETTINGS.model_copy(update={"trials": 4}), path, seed=0)
+    reports: list[int] = []
+    more = run_study(
+        space(Target(ratio=0.3)), evaluate, SPEED, SETTINGS, path, seed=0, progress=lambda done, last: reports.append(done)
+    )
+    assert more[:4] == first
+    assert reports == [4, 5, 6, 7, 8, 9]
+
+
+def test_infeasible_targets_are_refused_at_once() -> None:
+    with pytest.raises(InfeasibleTargetError, match="out of reach"):
+        space(Target(min_speedup=50))
+    with pytest.raises(InfeasibleTargetError, match="smallest ranks"):
+        space(Target(ratio=0.99))
+
+
+def evaluated(perplexity: float, speed: float) -> Evaluated:
+    return Evaluated(RankPlan({"a": int(perplexity * 100)}), perplexity, speed, "trial", 0)
+
+
+def test_front_candidates_and_choice() -> None:
+    a, b, c, d = evaluated(10, 1.0), evaluated(11, 1.2), evaluated(12, 1.1), evaluated(15, 2.0)
+    front = pareto_front([d, c, b, a])
+    assert front == [a, b, d]
+    assert candidates(front, Target(ratio=0.2), 9, 2) == [a, d]
+    assert candidates(front, Target(max_ppl_increase=0.3), 9, 5) == [b, a]
+    with pytest.raises(InfeasibleTargetError, match="the best of the search has 10.00"):
+        candidates(front, Target(max_ppl_increase=0.01), 9, 5)
+    measured = [(a, 0.9), (b, 1.1), (d, 1.8)]
+    assert choose(measured, Target(ratio=0.2)) is a
+    assert choose(measured, Target(min_speedup=1.05)) is b
+    assert choose(measured, Target(max_ppl_increase=0.9)) is d
+    with pytest.raises(InfeasibleTargetError, match="no measured plan reaches 3x"):
+        choose(measured, Target(min_speedup=3))
+    with pytest.raises(InfeasibleTargetError, match="faster than dense"):
+        choose([(a, 0.9)], Target(max_ppl_increase=0.9))

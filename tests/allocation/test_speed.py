@@ -1,0 +1,49 @@
+"""The prediction from single layers' latencies, on numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.speed import Shape, SpeedModel, shapes_to_measure, token_counts
+from lrserve.compression.groups import Group
+from lrserve.recipe import Workload
+
+GROUPS = [Group(name=f"{i}", kind="o", layer=i, members=(f"{i}",), out_features=(128,), in_features=128) for i in range(2)]
+WORKLOAD = Workload(prompt_tokens=100, output_tokens=11, concurrency=2)
+LATENCIES = {
+    Shape(128, 128, None): (100.0, 5000.0),
+    Shape(128, 128, 16): (40.0, 1000.0),
+    Shape(128, 128, 32): (60.0, 2000.0),
+    Shape(128, 128, 48): (50.0, 3000.0),
+}
+
+
+def test_prediction_by_hand() -> None:
+    speed = SpeedModel(GROUPS, WORKLOAD, dense_seconds=0.1, latencies=LATENCIES)
+    dense = RankPlan({"0": None, "1": None})
+    assert speed.tokens_per_second(dense) == pytest.approx(2 * 11 / 0.1)
+    # 10 decode steps and one prefill chunk: one layer saves 10 x 60 us + 4000 us
+    assert speed.seconds(RankPlan({"0": 16, "1": None})) == pytest.approx(0.1 - 10 * 60e-6 - 4000e-6)
+    # halfway between 16 and 32
+    assert speed.cost(GROUPS[0], 24) == pytest.approx(10 * 50e-6 + 1500e-6)
+
+
+def test_noise_never_makes_more_rank_cheaper() -> None:
+    latencies = {**LATENCIES, Shape(128, 128, 48): (1.0, 1.0)}
+    speed = SpeedModel(GROUPS, WORKLOAD, 0.1, latencies)
+    assert speed.cost(GROUPS[0], 48) == speed.cost(GROUPS[0], 32)
+
+
+def test_a_speed_budget_is_met_by_construction() -> None:
+    speed = SpeedModel(GROUPS, WORKLOAD, 0.1, LATENCIES)
+    fit = BudgetFit(GROUPS, 16, speed.cost)
+    plan = fit.fit({"0": 1.0, "1": 1.0}, speed.budget(1.05))
+    assert speed.speedup(plan) >= 1.05
+
+
+def test_the_table_covers_dense_and_the_range_of_ranks_once_per_shape() -> None:
+    shapes = shapes_to_measure(GROUPS, 8)
+    assert len(shapes) == len(set(shapes)) <= 14
+    assert {None, 8, 56} <= {shape.rank for shape in shapes}
+    assert token_counts(Workload(prompt_tokens=4096, output_tokens=1, concurrency=8)) == (8, 4096)

@@ -1,0 +1,84 @@
+"""The block-by-block pass on every family: same statistics as hooks on the whole model, resumable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES_TESTED, VOCABULARY, dense_model
+
+from lrserve.compression import calibrate as calibration
+from lrserve.compression.calibrate import calibrate, read_statistics, statistics_path
+from lrserve.compression.groups import Group, find_groups
+
+
+def windows(count: int = 6, length: int = 10) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def reference(model: Any, groups: list[Group], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Every group's inputs over all tokens, in double precision: (tokens, n)."""
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        model.get_submodule(group.members[0]).register_forward_pre_hook(
+            lambda _, inputs, name=group.name: seen.__setitem__(name, inputs[0].flatten(0, 1).double())
+        )
+        for group in groups
+    ]
+    with torch.inference_mode():
+        model(input_ids=tokens)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("architecture", FAMILIES_TESTED)
+def test_statistics_equal_those_of_the_whole_model(architecture: str, tmp_path: Path) -> None:
+    model = dense_model(architecture)
+    groups = find_groups(model)
+    tokens = windows()
+    calibrate(model, groups, tokens, tmp_path, pool_sequences=6, batch_tokens=20)
+    for name, x in reference(model, groups, tokens).items():
+        found = read_statistics(tmp_path, next(g for g in groups if g.name == name))
+        torch.testing.assert_close(found.C.double(), x.T.cov(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.mu.double(), x.mean(0), rtol=1e-3, atol=1e-4)
+        assert found.tokens == tokens.numel()
+    assert not list(tmp_path.glob("hidden*"))
+
+
+def test_pools_that_do_not_fill_a_batch(tmp_path: Path) -> None:
+    model = dense_model("LlamaForCausalLM")
+    groups = find_groups(model)
+    calibrate(model, groups, windows(7), tmp_path, pool_sequences=3, batch_tokens=20)
+    found = read_statistics(tmp_path, groups[0])
+    assert (found.tokens, found.pools) == (70, 3)
+
+
+def test_an_interrupted_pass_resumes_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dense_model("LlamaForCausalLM", layers=4)
+    groups = find_groups(model)
+    tokens = windows()
+    options = {"pool_sequences": 2, "batch_tokens": 20}
+    calibrate(model, groups, tokens, tmp_path / "whole", **options)
+
+    publish = calibration._publish
+
+    def fail_at_third(path: Path, statistics: Any) -> None:
+        if path == statistics_path(tmp_path / "cut", 2):
+            raise KeyboardInterrupt
+        publish(path, statistics)
+
+    monkeypatch.setattr(calibration, "_publish", fail_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, groups, tokens, tmp_path / "cut", **options)
+    monkeypatch.setattr(calibration, "_publish", publish)
+    steps: list[int] = []
+    assert calibrate(model, groups, tokens, tmp_path / "cut", **options, progress=steps.append) == 2
+    assert steps == [2, 3, 4]
+    for group in groups:
+        torch.testing.assert_close(
+            read_statistics(tmp_path / "cut", group).C, read_statistics(tmp_path / "whole", group).C, rtol=0, atol=0
+        )
+    assert calibrate(model, groups, tokens, tmp_path / "cut", **options) == 4

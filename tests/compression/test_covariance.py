@@ -1,0 +1,87 @@
+"""Pooled covariance against torch.cov of all tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lrserve.compression.covariance import CovarianceAccumulator, moments
+from lrserve.errors import CalibrationError
+
+
+def collect(x: torch.Tensor, pool: int, batch: int = 7) -> CovarianceAccumulator:
+    accumulator = CovarianceAccumulator(x.shape[1])
+    for start in range(0, len(x), pool):
+        for rows in x[start : start + pool].split(batch):
+            accumulator.update(rows)
+        accumulator.close_pool()
+    return accumulator
+
+
+def direct(x: torch.Tensor, pool: int) -> torch.Tensor:
+    parts = [part.double() for part in x.split(pool)]
+    return sum((len(p) - 1) * p.T.cov() if len(p) > 1 else torch.zeros(x.shape[1], x.shape[1]).double() for p in parts) / sum(
+        len(p) - 1 for p in parts
+    )
+
+
+def test_one_pool_is_the_plain_covariance() -> None:
+    x = torch.randn(200, 12) + 5
+    covariance = collect(x, 200).finish()
+    torch.testing.assert_close(covariance.C, x.double().T.cov(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(covariance.mu, x.double().mean(0), rtol=1e-6, atol=1e-6)
+    assert (covariance.tokens, covariance.pools) == (200, 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.integers(3, 60), pool=st.integers(2, 20), cut=st.integers(1, 59), seed=st.integers(0, 99))
+def test_pools_match_the_definition_and_merge_is_exact(tokens: int, pool: int, cut: int, seed: int) -> None:
+    x = torch.randn(tokens, 5, generator=torch.Generator().manual_seed(seed))
+    whole = collect(x, pool).finish()
+    torch.testing.assert_close(whole.C, direct(x, pool), rtol=1e-4, atol=1e-5)
+    cut = min(cut // pool * pool, tokens)  # between pools
+    if 0 < cut < tokens:
+        left, right = collect(x[:cut], pool), collect(x[cut:], pool)
+        left.merge(right)
+        merged = left.finish()
+        torch.testing.assert_close(merged.C, whole.C)
+        torch.testing.assert_close(merged.mu, whole.mu)
+        assert merged.tokens == whole.tokens == tokens
+
+
+def test_scatter_between_pools_is_dropped() -> None:
+    x = torch.cat([torch.randn(50, 4), torch.randn(50, 4) + 100])
+    assert collect(x, 50).finish().C.diagonal().max() < 10
+    assert collect(x, 100).finish().C.diagonal().min() > 1000
+
+
+@pytest.mark.parametrize("n", [3, 512, 700, 1100])
+def test_blocked_moments_equal_the_full_product(n: int) -> None:
+    x = torch.randn(40, n).bfloat16()
+    total, S = moments(x)
+    torch.testing.assert_close(S, x.float().T @ x.float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(total, x.float().sum(0), rtol=1e-5, atol=1e-4)
+    assert torch.equal(S, S.T) or (S - S.T).abs().max() < 1e-4
+
+
+def test_a_mean_far_larger_than_the_spread_does_not_cancel() -> None:
+    x = torch.randn(4000, 6, dtype=torch.float64) + 300
+    C = collect(x.float(), 4000, batch=500).finish().C
+    torch.testing.assert_close(C, x.T.cov(), rtol=0.05, atol=0.05)
+
+
+def test_nothing_seen_and_infinite_inputs_are_errors() -> None:
+    with pytest.raises(CalibrationError, match="more calibration text"):
+        CovarianceAccumulator(3).finish()
+    accumulator = CovarianceAccumulator(3)
+    accumulator.update(torch.full((4, 3), float("inf")))
+    with pytest.raises(CalibrationError, match="not finite"):
+        accumulator.finish()
+
+
+def test_one_token_gives_a_zero_covariance() -> None:
+    accumulator = CovarianceAccumulator(3)
+    accumulator.update(torch.ones(1, 3))
+    assert torch.equal(accumulator.finish().C, torch.zeros(3, 3).double())

@@ -1,0 +1,141 @@
+"""Groups, spectra on disk, and the low-rank layer inside models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import FAMILIES_TESTED, VOCABULARY, dense_model
+
+from lrserve.compression.calibrate import calibrate
+from lrserve.compression.factorize import Factors
+from lrserve.compression.groups import KINDS, family_of, find_groups
+from lrserve.compression.lowrank import LowRankLinear, install_low_rank, load_factors, parse_groups, quantization_config, specs_of
+from lrserve.compression.spectra import MergedRanks, SpectrumStore, compress_model, plain_statistics, write_spectra
+from lrserve.errors import ArtifactError, CalibrationError, UnsupportedModelError
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=FAMILIES_TESTED)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def make_store(architecture: str, folder: Path) -> SpectrumStore:
+    model = dense_model(architecture)
+    groups = find_groups(model)
+    calibrate(model, groups, tokens(), folder / "statistics", pool_sequences=8, batch_tokens=48)
+    write_spectra(model, groups, folder / "statistics", folder / "spectra")
+    return SpectrumStore(folder / "spectra", groups)
+
+
+def test_groups_count_the_linears_parameters(architecture: str) -> None:
+    model = dense_model(architecture)
+    groups = find_groups(model)
+    assert [group.kind for group in groups] == list(KINDS) * 2
+    layers = model.get_submodule("model.layers")
+    linears = [module for module in layers.modules() if isinstance(module, torch.nn.Linear)]
+    assert sum(group.dense_parameters for group in groups) == sum(p.numel() for linear in linears for p in linear.parameters())
+
+
+def test_full_rank_changes_nothing(architecture: str, tmp_path: Path) -> None:
+    store = make_store(architecture, tmp_path)
+    groups = list(store.groups.values())
+    dense = dense_model(architecture)
+    compressed = compress_model(dense_model(architecture), [(g, g.full_rank) for g in groups], store, torch.float32)
+    with torch.inference_mode():
+        torch.testing.assert_close(compressed(tokens()).logits, dense(tokens()).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_merged_ranks_equal_the_installed_factors_and_restore(architecture: str, tmp_path: Path) -> None:
+    store = make_store(architecture, tmp_path)
+    groups = list(store.groups.values())
+    ranks = {group.name: 16 if group.kind in ("qkv", "down") else None for group in groups}
+    chosen = [(group, rank) for group in groups if (rank := ranks[group.name]) is not None]
+    compressed = compress_model(dense_model(architecture), chosen, store, torch.float32)
+    model = dense_model(architecture)
+    merged = MergedRanks(model, groups, store)
+    with torch.inference_mode():
+        before = model(tokens()).logits
+        merged.apply({group.name: 8 for group in groups})
+        merged.apply(ranks)
+        torch.testing.assert_close(model(tokens()).logits, compressed(tokens()).logits, rtol=1e-3, atol=1e-3)
+        assert (model(tokens()).logits - before).abs().max() > 0.01
+        merged.apply({})
+        assert torch.equal(model(tokens()).logits, before)
+
+
+@torch.no_grad()
+def test_features_beat_the_weights_own_svd_on_the_outputs(tmp_path: Path) -> None:
+    store = make_store("LlamaForCausalLM", tmp_path)
+    model = dense_model("LlamaForCausalLM")
+    groups = list(store.groups.values())
+    write_spectra(model, groups, tmp_path, tmp_path / "svd", read=plain_statistics)
+    plain = SpectrumStore(tmp_path / "svd", groups)
+    hidden: list[torch.Tensor] = []
+    group = groups[0]
+    model.get_submodule(group.members[0]).register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].flatten(0, 1)))
+    model(tokens())
+    x = hidden[0]
+    W = torch.cat([model.get_submodule(member).weight for member in group.members])
+
+    def error(factors: Factors) -> float:
+        return float((x @ W.T - (x @ factors.A.T @ factors.B.T + factors.b)).square().sum())
+
+    assert error(store.cut(group.name, 8)) < 0.9 * error(plain.cut(group.name, 8))
+
+
+def test_the_shared_factor_is_stored_once() -> None:
+    model = dense_model("LlamaForCausalLM")
+    groups = [group for group in find_groups(model) if group.layer == 0]
+    install_low_rank(model, specs_of([(group, 4) for group in groups]))
+    names = [name for name in model.state_dict() if "layers.0" in name and "A.weight" in name]
+    assert sorted(names) == [
+        "model.layers.0.mlp.down_proj.A.weight",
+        "model.layers.0.mlp.gate_up_proj.A.weight",
+        "model.layers.0.self_attn.o_proj.A.weight",
+        "model.layers.0.self_attn.qkv_proj.A.weight",
+    ]
+    attention = model.get_submodule("model.layers.0.self_attn")
+    assert attention.q_proj.first is attention.v_proj.first
+    assert isinstance(attention.q_proj, LowRankLinear)
+
+
+def test_factors_that_overflow_their_dtype_are_refused() -> None:
+    model = dense_model("LlamaForCausalLM")
+    group = find_groups(model)[1]
+    install_low_rank(model, specs_of([(group, 4)]))
+    factors = Factors(A=torch.full((4, group.n), 1e6), B=torch.zeros(group.m, 4), b=torch.zeros(group.m))
+    with pytest.raises(CalibrationError, match="not finite in torch.float16"):
+        load_factors(model, group, factors, torch.float16)
+
+
+def test_config_round_trip_and_what_is_refused() -> None:
+    groups = find_groups(dense_model("LlamaForCausalLM"))
+    specs = specs_of([(group, 8) for group in groups])
+    config = quantization_config(specs)
+    assert parse_groups(config) == specs
+    name = groups[0].name
+    for broken, message in [
+        ({**config, "format_version": 2}, "format_version is 2"),
+        ({**config, "groups": None}, "groups is missing"),
+        ({**config, "groups": {name: {"structure": "magic", "rank": 8, "members": ["q"]}}}, "unknown structure 'magic'"),
+        ({**config, "groups": {name: {"structure": "low_rank", "rank": 0, "members": ["q"]}}}, "rank 0"),
+        ({**config, "groups": {name: {"structure": "low_rank", "rank": 8, "members": []}}}, "members"),
+    ]:
+        with pytest.raises(ArtifactError, match=message):
+            parse_groups(broken)
+    with pytest.raises(ArtifactError, match="does not have"):
+        install_low_rank(dense_model("LlamaForCausalLM"), specs_of([(groups[0], 8)]), prefix="model.layers.")
+
+
+def test_an_unknown_architecture_is_refused_by_name() -> None:
+    class Config:
+        architectures = ("FalconForCausalLM",)
+
+    with pytest.raises(UnsupportedModelError, match="unsupported architecture: FalconForCausalLM.*LlamaForCausalLM"):
+        family_of(Config())

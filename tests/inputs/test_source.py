@@ -1,0 +1,71 @@
+"""Opening models: what is accepted, and what each refusal says."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import dense_model, write_dense
+
+from lrserve.errors import InputError
+from lrserve.inputs.source import open_source
+
+
+def test_a_folder_opens_and_loads_in_the_asked_dtype(tmp_path: Path) -> None:
+    source = open_source(str(write_dense(dense_model("LlamaForCausalLM"), tmp_path / "model")))
+    assert source.config().architectures == ["LlamaForCausalLM"]
+    model = source.load(torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert next(source.skeleton().parameters()).device.type == "meta"
+    assert source.tokenizer()("a")["input_ids"]
+
+
+def test_the_fingerprint_notices_changed_weights(tmp_path: Path) -> None:
+    folder = write_dense(dense_model("LlamaForCausalLM"), tmp_path / "model")
+    source = open_source(str(folder))
+    before = source.fingerprint()
+    assert source.fingerprint() == before
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    os.utime(weights, ns=(1, 1))
+    assert source.fingerprint() != before
+
+
+def test_refusals_say_what_and_where(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no model at"):
+        open_source(str(tmp_path / "nowhere"))
+    (tmp_path / "file.bin").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"not a \.gguf"):
+        open_source(str(tmp_path / "file.bin"))
+    folder = tmp_path / "incomplete"
+    folder.mkdir()
+    (folder / "weights.pt").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"lacks config\.json and \*\.safetensors \(it holds weights\.pt\)"):
+        open_source(str(folder))
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 64)
+    with pytest.raises(InputError, match="cannot be read as GGUF"):
+        open_source(str(tmp_path / "bad.gguf"))
+
+
+def test_missing_shards_tensors_and_compressed_models_are_refused(tmp_path: Path) -> None:
+    folder = write_dense(dense_model("LlamaForCausalLM"), tmp_path / "model")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(InputError, match="lacks 1 of 1 shards"):
+        open_source(str(folder))
+    index.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(InputError, match=r"lacks 9 tensors .* first model\.layers\.2"):
+        open_source(str(folder)).load(torch.float32)
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(InputError, match="already quantized or compressed"):
+        open_source(str(folder))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json"):
+        open_source(str(folder))

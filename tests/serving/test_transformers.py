@@ -1,0 +1,248 @@
+"""The transformers quantizer: tiny random artifacts load to exactly the model they were written from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES_TESTED, VOCABULARY, dense_model, factorized_model, write_artifact
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import lrserve
+from exporters.vllm import VllmExporter, low_rank_groups
+from lrserve.compression.lowrank import FirstFactor, LowRankLinear
+from lrserve.errors import ArtifactError
+
+INPUTS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=INPUTS).logits
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    return write_artifact(factorized_model("LlamaForCausalLM"), tmp_path / "model")
+
+
+@pytest.mark.parametrize("architecture", FAMILIES_TESTED)
+def test_loaded_model_computes_what_the_written_one_did(architecture: str, tmp_path: Path) -> None:
+    model = factorized_model(architecture)
+    folder = write_artifact(model, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert low_rank_groups(loaded) == low_rank_groups(model)
+    assert len(low_rank_groups(loaded)) == 6  # all of the first layer, two of the second
+
+
+@pytest.mark.parametrize("architecture", FAMILIES_TESTED)
+def test_saving_a_loaded_model_writes_the_same_artifact(architecture: str, tmp_path: Path) -> None:
+    folder = write_artifact(factorized_model(architecture), tmp_path / "model")
+    again = tmp_path / "again"
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(again)
+    assert json.loads((again / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    first, second = tensors_of(folder), tensors_of(again)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_tensor_names_are_those_of_the_format(artifact: Path) -> None:
+    names = {name for name in tensors_of(artifact) if "layers.0.self_attn" in name}
+    attention = "model.layers.0.self_attn."
+    assert names == {
+        attention + name
+        for name in (
+            "qkv_proj.A.weight",
+            *(f"{member}_proj.B.{part}" for member in "qkv" for part in ("weight", "bias")),
+            *("o_proj.A.weight", "o_proj.B.weight", "o_proj.B.bias"),
+        )
+    }
+
+
+def test_base_model_loads_from_a_causal_lm_artifact(artifact: Path) -> None:
+    causal = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32)
+    base = AutoModel.from_pretrained(artifact, dtype=torch.float32)
+    assert isinstance(base.layers[0].self_attn.q_proj, LowRankLinear)
+    assert isinstance(base.layers[0].self_attn.qkv_proj, FirstFactor)
+    with torch.inference_mode():
+        assert torch.equal(base(input_ids=INPUTS).last_hidden_state, causal.model(input_ids=INPUTS).last_hidden_state)
+
+
+def test_saved_base_model_loads_again(artifact: Path, tmp_path: Path) -> None:
+    base = AutoModel.from_pretrained(artifact, dtype=torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModel.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with torch.inference_mode():
+        assert torch.equal(again(input_ids=INPUTS).last_hidden_state, base(input_ids=INPUTS).last_hidden_state)
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoModel])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_argument_wins_over_the_checkpoint(artifact: Path, loader: Any, dtype: torch.dtype) -> None:
+    model = loader.from_pretrained(artifact, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_dtype_auto_is_the_artifact_dtype(tmp_path: Path) -> None:
+    folder = write_artifact(factorized_model("Qwen2ForCausalLM").to(torch.bfloat16), tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.qkv_proj.A.weight",
+        "model.layers.0.self_attn.k_proj.B.weight",
+        "model.layers.1.mlp.down_proj.B.bias",
+    ],
+)
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoModel])
+def test_missing_factor_is_an_error_that_names_it(artifact: Path, loader: Any, name: str) -> None:
+    tensors = tensors_of(artifact)
+    del tensors[name]
+    rewrite(artifact, tensors)
+    with pytest.raises(ArtifactError, match=f"missing from the checkpoint: .*{name.removeprefix('model.')}"):
+        loader.from_pretrained(artifact)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.v_proj.B.weight", "model.layers.1.self_attn.o_proj.weight"])
+def test_wrong_shape_is_an_error_that_names_the_tensor(artifact: Path, name: str) -> None:
+    tensors = tensors_of(artifact)
+    tensors[name] = tensors[name][:-1].clone()
+    rewrite(artifact, tensors)
+    with pytest.raises(ArtifactError, match=rf"{name} is \(\d+, \d+\) in the checkpoint"):
+        AutoModelForCausalLM.from_pretrained(artifact)
+
+
+def test_rank_that_does_not_fit_the_factors_is_an_error(artifact: Path) -> None:
+    change_config(artifact, "model.layers.0.mlp.gate_up_proj", {"rank": 5})
+    with pytest.raises(ArtifactError, match=r"layers\.0\.mlp\.gate_\S+\.weight is .*makes it \(.*\b5\b"):
+        AutoModelForCausalLM.from_pretrained(artifact)
+
+
+def test_unknown_structure_is_refused(artifact: Path) -> None:
+    change_config(artifact, "model.layers.0.mlp.gate_up_proj", {"structure": "butterfly"})
+    with pytest.raises(ArtifactError, match="unknown structure 'butterfly'"):
+        AutoModelForCausalLM.from_pretrained(artifact)
+
+
+def test_group_that_the_model_does_not_have_is_refused(artifact: Path) -> None:
+    config = json.loads((artifact / "config.json").read_text())
+    groups = config["quantization_config"]["groups"]
+    groups["model.layers.7.mlp.down_proj"] = {"structure": "low_rank", "rank": 8, "members": ["down_proj"]}
+    (artifact / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=r"model\.layers\.7\.mlp\.down_proj: config\.json names a layer"):
+        AutoModelForCausalLM.from_pretrained(artifact)
+
+
+def test_loaded_model_is_trainable(artifact: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32)
+    model(input_ids=INPUTS, labels=INPUTS).loss.backward()
+    first = model.model.layers[0].self_attn.qkv_proj.A.weight
+    assert first.grad is not None
+    assert first.grad.abs().max() > 0
+
+
+def test_tied_output_layer_is_stored_once(tmp_path: Path) -> None:
+    model = factorized_model("Qwen2ForCausalLM")
+    folder = write_artifact(model, tmp_path / "model")
+    assert "lm_head.weight" not in tensors_of(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_factors_that_are_views_of_one_stacked_matrix_are_written_alone(tmp_path: Path) -> None:
+    model = factorized_model("LlamaForCausalLM")
+    attention = model.model.layers[0].self_attn
+    stacked = torch.randn(4 * 32 + 2 * 2 * 32, attention.q_proj.rank)
+    for member, rows in zip((attention.q_proj, attention.k_proj, attention.v_proj), stacked.split([128, 64, 64]), strict=True):
+        member.B.weight.data = rows
+    folder = write_artifact(model, tmp_path / "model")
+    assert torch.equal(tensors_of(folder)["model.layers.0.self_attn.k_proj.B.weight"], stacked[128:192])
+
+
+def test_dense_model_is_written_as_a_dense_checkpoint(tmp_path: Path) -> None:
+    model = dense_model("Qwen3ForCausalLM")
+    model.config.quantization_config = {"quant_method": "gguf"}  # as transformers leaves it after reading a GGUF file
+    folder = write_artifact(model, tmp_path / "model")
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(folder)), logits_of(model))
+    assert model.config.quantization_config == {"quant_method": "gguf"}
+
+
+def test_half_factorized_group_is_not_exported(tmp_path: Path) -> None:
+    model = factorized_model("LlamaForCausalLM")
+    model.model.layers[0].self_attn.k_proj = torch.nn.Linear(64, 64, bias=False)
+    with pytest.raises(ArtifactError, match=r"layers\.0\.self_attn\.qkv_proj: its linears"):
+        write_artifact(model, tmp_path / "model")
+
+
+def test_tokenizer_files_are_copied_and_code_is_not(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    kept = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.json")
+    for name in (*kept, "tokenization_custom.py", "tokenizer.py", "model.safetensors", "README.md"):
+        (source / name).write_text(f"of the source: {name}")
+    VllmExporter().export(factorized_model("LlamaForCausalLM"), source, out, torch.float32)
+    assert {path.name for path in out.iterdir()} == {*kept, "config.json", "model.safetensors"}
+    assert all((out / name).read_text() == f"of the source: {name}" for name in kept)
+
+
+@pytest.mark.parametrize("first", ["lrserve", "transformers"])
+def test_quantizer_is_registered_whichever_import_comes_first(first: str, artifact: Path) -> None:
+    second = "transformers" if first == "lrserve" else "lrserve"
+    code = (
+        f"import {first}, {second}\n"
+        f"from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(artifact)!r})\n"
+        f"print(type(model.model.layers[0].self_attn.q_proj).__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "LowRankLinear"
+
+
+def test_import_is_light_and_lazy() -> None:
+    code = (
+        "import sys, lrserve\n"
+        "heavy = {'torch', 'transformers', 'vllm', 'optuna', 'onnx', 'lrserve.serving.transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert lrserve.LrserveError.__module__ == 'lrserve.errors'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_api() -> None:
+    names = ["LowRankLinear", "LrserveError", "RankPlan", "Recipe", "__version__", "compress_and_export"]
+    assert sorted(lrserve.__all__) == names
+    assert set(names) <= set(dir(lrserve))
+    assert lrserve.LowRankLinear is LowRankLinear
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        lrserve.nonsense  # noqa: B018
+
+
+def test_config_alone_round_trips(artifact: Path) -> None:
+    stored = json.loads((artifact / "config.json").read_text())["quantization_config"]
+    assert AutoConfig.from_pretrained(artifact).quantization_config == stored
+
+
+def change_config(folder: Path, group: str, change: dict[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["groups"][group].update(change)
+    (folder / "config.json").write_text(json.dumps(config))

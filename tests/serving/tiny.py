@@ -1,0 +1,82 @@
+"""Tiny random models of every supported family, with some groups factorized by random factors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lrserve.compression.groups import FAMILIES, find_groups
+from lrserve.compression.lowrank import install_low_rank, quantization_config, specs_of
+
+FAMILIES_TESTED = sorted(FAMILIES)
+VOCABULARY = 256
+_MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma3ForCausalLM": "gemma3_text",
+}
+
+
+def dense_model(architecture: str, *, layers: int = 2) -> Any:
+    """A random model whose outputs depend visibly on every weight and bias."""
+    # vLLM's CPU attention wants a head_dim of at least 32, which in its Qwen2 is hidden_size / heads.
+    qwen2 = architecture == "Qwen2ForCausalLM"
+    sizes = {"hidden_size": 128} if qwen2 else {"hidden_size": 64, "head_dim": 32}
+    config = AutoConfig.for_model(
+        _MODEL_TYPES[architecture],
+        **sizes,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=256,
+        tie_word_embeddings=architecture in ("Qwen2ForCausalLM", "Gemma3ForCausalLM"),
+        architectures=[architecture],
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    config.dtype = "float32"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            std = 0.2 if "embed" in name else parameter.shape[1] ** -0.5
+        else:
+            std = 0.3
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=std)
+    return model
+
+
+def factorized_model(architecture: str, *, layers: int = 2) -> Any:
+    """Two layers: in the first every group factorized (each at its own rank), in the second only some."""
+    model = dense_model(architecture, layers=layers)
+    chosen = [
+        (group, 16 + 8 * index)
+        for index, group in enumerate(find_groups(model))
+        if group.layer == 0 or group.kind in ("qkv", "down")
+    ]
+    install_low_rank(model, specs := specs_of(chosen))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".A.weight", ".B.weight")):
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        elif name.endswith(".B.bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.config.quantization_config = quantization_config(specs)
+    return model
+
+
+def write_artifact(model: Any, folder: Path) -> Path:
+    """Write the model as the vLLM exporter does; there is no tokenizer to copy."""
+    from exporters.vllm import VllmExporter
+
+    folder.mkdir(parents=True)
+    VllmExporter().export(model, folder.parent / "no-source", folder)
+    return folder

@@ -1,0 +1,52 @@
+"""Recipes: defaults, overrides, round trip, clear refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lrserve.errors import InputError
+from lrserve.recipe import Recipe
+
+
+def test_defaults_overrides_and_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: some/model\ntarget: {ratio: 0.4}\nsearch: {trials: 7}\n")
+    recipe = Recipe.load(path, {"search.trials": 9, "seed": None, "target.ratio": None, "export": ["onnx"]})
+    assert (recipe.model, recipe.target.ratio, recipe.search.trials, recipe.export) == ("some/model", 0.4, 9, ("onnx",))
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.to_yaml())
+    assert Recipe.load(again, {}) == recipe
+    assert Recipe.load(None, {"model": "m"}).target.ratio == 0.2
+    assert str(Recipe.load(path, {"target.min_speedup": 1.3}).target) == "min-speedup 1.3"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({}, "model: Field required"),
+        ({"model": "m", "target.ratio": 1.5}, r"target\.ratio: .*less than 1; got 1\.5"),
+        ({"model": "m", "target.ratio": 0.2, "target.min_speedup": 2.0}, "give one of ratio"),
+        ({"model": "m", "search.trials": 0}, r"search\.trials"),
+        ({"model": "m", "search.trial": 5}, r"search\.trial: Extra inputs"),
+    ],
+)
+def test_refusals_name_the_setting(overrides: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Recipe.load(None, overrides)
+
+
+def test_unreadable_recipes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read the recipe"):
+        Recipe.load(tmp_path / "nowhere.yaml", {})
+    path = tmp_path / "recipe.yaml"
+    path.write_text("a: [")
+    with pytest.raises(InputError, match="not YAML"):
+        Recipe.load(path, {})
+    path.write_text("- 1\n")
+    with pytest.raises(InputError, match="holds a list"):
+        Recipe.load(path, {})
+    path.write_text("search: 3\n")
+    with pytest.raises(InputError, match="search must hold settings"):
+        Recipe.load(path, {"search.trials": 4})
