@@ -71,10 +71,10 @@ def open_job(recipe: Recipe, say: Say) -> Job:
     Raises:
         InputError, UnsupportedModelError: what cannot be used, and what to do.
     """
-    texts = load_texts(recipe.text.calibration, recipe.text.validation, recipe.text.report)
     source = open_source(recipe.model)
     config = source.config()
     family_of(config)
+    texts = load_texts(recipe.text.calibration, recipe.text.validation, recipe.text.report)
     tokenizer = source.tokenizer()
     calibration, search, report = recipe.calibration, recipe.search, recipe.report
     most = max(search.validation_tokens, search.probe_tokens)

@@ -77,8 +77,8 @@ def compress_and_export(
 
     with work_folder(work or out.with_name(f"{out.name}.work"), say) as folder:
         model = job.source.load(job.dtype)
-        statistics = _calibrate(job, model, folder)
-        store = _factorize(job, model, statistics, folder)
+        statistics = calibrate_blocks(job, model, folder)
+        store = factorize_groups(job, model, statistics, folder)
         tuned = tune(job, model, store, folder)
         del model
         with staged(out, size) as staging:
@@ -146,7 +146,8 @@ def _say_intent(job: Job) -> None:
     )
 
 
-def _calibrate(job: Job, model: Any, folder: WorkFolder) -> Path:
+def calibrate_blocks(job: Job, model: Any, folder: WorkFolder) -> Path:
+    """Stage 2: collect the covariances, or reuse them; returns their folder."""
     settings = job.recipe.calibration
     stage = folder.stage(
         "calibration",
@@ -174,7 +175,8 @@ def _calibrate(job: Job, model: Any, folder: WorkFolder) -> Path:
     return stage
 
 
-def _factorize(job: Job, model: Any, statistics: Path, folder: WorkFolder) -> SpectrumStore:
+def factorize_groups(job: Job, model: Any, statistics: Path, folder: WorkFolder) -> SpectrumStore:
+    """Stage 3: decompose every group at every rank, or reuse the spectra."""
     stage = folder.stage("spectra", {"calibration": statistics.name})
     before = len(list(stage.glob("*.safetensors")))
     with progress_bar(job.layers, "3/6 factorize") as progress:

@@ -148,7 +148,7 @@ class Recipe(_Frozen):
             except yaml.YAMLError as error:
                 raise InputError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from None
             if loaded is not None and not isinstance(loaded, dict):
-                raise InputError(f"the recipe {path} holds a {type(loaded).__name__}, not settings by name; see docs/recipe.md")
+                raise InputError(f"the recipe {path} holds a {type(loaded).__name__}, not settings by name (README, 'Settings')")
             data = loaded or {}
         if any(name.startswith("target.") and value is not None for name, value in overrides.items()):
             data.pop("target", None)

@@ -116,10 +116,10 @@ Made by lrserve {metrics["versions"]["lrserve"]} from {model["name"]} ({model["a
 
 {summary(metrics)}
 
-Perplexity: {report["tokens"]} tokens of report text in windows of {report["length"]}, this checkpoint as transformers
-loads it in {metrics["dtype"]}. Throughput: {speed["engine"]} {compiled} torch.compile, {workload["concurrency"]} requests at once of
-{workload["prompt_tokens"]} prompt and {workload["output_tokens"]} output tokens, median of {speed["rounds"]} rounds in turns with the
-dense model, on the machine that made this card.
+Perplexity: {report["tokens"]} tokens of report text in windows of {report["length"]}, this checkpoint as
+transformers loads it in {metrics["dtype"]}. Throughput: {speed["engine"]} {compiled} torch.compile,
+{workload["concurrency"]} requests at once of {workload["prompt_tokens"]} prompt and {workload["output_tokens"]} output
+tokens, median of {speed["rounds"]} rounds in turns with the dense model, on the machine that made this card.
 
 {agreement(metrics)}
 

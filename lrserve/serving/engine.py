@@ -227,7 +227,9 @@ class Engine:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
         except OSError:
-            raise self._failure("the engine's process has ended") from None
+            failure = self._failure("the engine's process has ended")
+            self.close(keep_log=True)
+            raise failure from None
 
     def _receive(self, timeout: float, doing: str) -> dict[str, Any]:
         try:
@@ -240,7 +242,9 @@ class Engine:
             self.close()
             raise
         if line is None:
-            raise self._failure(f"the engine's process ended during {doing!r}")
+            failure = self._failure(f"the engine's process ended during {doing!r}")
+            self.close(keep_log=True)
+            raise failure
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise self._failure(reply["error"], reply.get("kind", ""))

@@ -1,0 +1,168 @@
+"""The whole job on a tiny random model, with the real engines; then what a user does with the result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import dense_model, write_dense
+from transformers import AutoModelForCausalLM
+
+from lrserve.artifacts.store import read_manifest
+from lrserve.benchmark import bench
+from lrserve.errors import ArtifactError, InfeasibleTargetError
+from lrserve.inspection import inspect, verify
+from lrserve.pipeline import compress_and_export
+from lrserve.recipe import Recipe
+
+pytestmark = pytest.mark.engine
+
+SMALL = {
+    "calibration": {"sequences": 8, "length": 32, "pool_sequences": 4, "batch_tokens": 64},
+    "search": {
+        "trials": 4,
+        "rank_step": 8,
+        "depth_groups": 2,
+        "probe_tokens": 64,
+        "validation_tokens": 128,
+        "validation_length": 32,
+        "measured_plans": 1,
+    },
+    "workload": {"prompt_tokens": 8, "output_tokens": 8, "concurrency": 2},
+    "engine": {"dtype": "float32", "enforce_eager": True, "repeats": 2},
+    "report": {"tokens": 128, "length": 32, "prompts": 2, "prompt_tokens": 12, "new_tokens": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("job")
+    write_dense(dense_model("LlamaForCausalLM"), place / "model")
+    rows = ({"text": f"Document {i}: " + "some words that repeat and some that do not, " * 3 + str(i * 7919)} for i in range(200))
+    (place / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def recipe(place: Path, **overrides: Any) -> Recipe:
+    settings = {
+        "model": str(place / "model"),
+        "target": {"ratio": 0.2},
+        "text": {"calibration": str(place / "text.jsonl")},
+        **SMALL,
+    }
+    return Recipe.model_validate({**settings, **overrides})
+
+
+@pytest.fixture(scope="module")
+def made(place: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    lines: list[str] = []
+    metrics = compress_and_export(recipe(place), place / "out", say=lines.append)
+    return place / "out", metrics, lines
+
+
+def test_the_job_leaves_a_whole_artifact(made: tuple[Path, dict[str, Any], list[str]]) -> None:
+    out, metrics, lines = made
+    files = set(read_manifest(out)["files"])
+    assert {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "onnx/model.onnx",
+        "onnx/model.onnx_data",
+        "onnx/genai_config.json",
+        "lrserve/recipe.yaml",
+        "lrserve/plan.json",
+        "lrserve/metrics.json",
+        "lrserve/study.sqlite3",
+    } <= files
+    assert "match the manifest" in verify(out)
+    assert "low-rank" in inspect(str(out))
+    assert set(metrics["agreement"]) == {"transformers", "vllm", "onnxruntime"}
+    for engine in metrics["agreement"].values():
+        assert engine["max_logprob_difference"] <= engine["tolerance"]
+        assert engine["greedy_tokens"] == 16
+    assert 0.2 <= metrics["sizes"]["linear_parameters"]["ratio"] < 0.35
+    assert metrics["throughput"]["speedup"] > 0
+    assert [line[:3] for line in lines if line[:3] in ("1/6", "2/6", "3/6", "5/6")] == ["1/6", "2/6", "3/6", "5/6"]
+    assert "perplexity, report text" in (out / "README.md").read_text()
+    assert not [p.name for p in out.parent.iterdir() if "staging" in p.name]
+
+
+def test_the_sizes_are_those_of_the_files(made: tuple[Path, dict[str, Any], list[str]]) -> None:
+    out, metrics, _ = made
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    assert parameters == metrics["sizes"]["model_parameters"]["compressed"]
+    assert (out / "model.safetensors").stat().st_size == pytest.approx(metrics["sizes"]["bytes"]["compressed"], rel=0.05)
+
+
+def test_a_second_run_reuses_and_a_changed_input_is_noticed(place: Path, made: tuple[Path, dict[str, Any], list[str]]) -> None:
+    out, metrics, _ = made
+    said: list[str] = []
+    assert compress_and_export(recipe(place), out, say=said.append) == metrics
+    assert any("nothing to do" in line for line in said)
+    with pytest.raises(ArtifactError, match=r"made from other inputs: recipe\.target\.ratio \(0\.2 -> 0\.3\); pass --overwrite"):
+        compress_and_export(recipe(place, target={"ratio": 0.3}), out, say=said.append)
+    said.clear()
+    with pytest.raises(InfeasibleTargetError, match="out of reach"):
+        compress_and_export(recipe(place, target={"min_speedup": 1000}), place / "fast", work=place / "out.work", say=said.append)
+    assert any("2/6" in line and "all reused" in line for line in said)
+    assert any("3/6" in line and "all reused" in line for line in said)
+    assert any("latency" in line and "all reused" in line for line in said)
+    assert not (place / "fast").exists()
+
+
+def test_damage_is_found(made: tuple[Path, dict[str, Any], list[str]], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(made[0], copy)
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    with pytest.raises(ArtifactError, match=r"model\.safetensors differs from the manifest"):
+        verify(copy)
+
+
+def test_bench_measures_it_again(made: tuple[Path, dict[str, Any], list[str]], tmp_path: Path) -> None:
+    said: list[str] = []
+    figures = bench(made[0], json_file=tmp_path / "bench.json", say=said.append)
+    assert json.loads((tmp_path / "bench.json").read_text())["speedup"] == figures["speedup"] > 0
+    assert figures["rounds"] == 2
+    assert "speedup" in said[-1]
+
+
+def test_an_interrupted_search_goes_on(place: Path) -> None:
+    """Kill the process in the middle of the study, then run the same command to its end."""
+    work, out = place / "killed.work", place / "killed"
+    shutil.copytree(place / "out.work", work, ignore=shutil.ignore_patterns("study-*", "lock"))
+    path = place / "killed.yaml"
+    path.write_text(recipe(place, export=["onnx"], seed=0).to_yaml())
+    code = (
+        "import os, signal, sys\n"
+        "from lrserve.allocation import search\n"
+        "sampler = search._sampler\n"
+        "def dying(kind, seed):\n"
+        "    if seed % 1_000_003 == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return sampler(kind, seed)\n"
+        "search._sampler = dying\n"
+        "from lrserve.cli import main\n"
+        "main()\n"
+    )
+    command = ["compress-and-export", "-o", str(out), "--recipe", str(path)]
+    killed = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    assert not out.exists()
+    done = subprocess.run(
+        [sys.executable, "-c", "from lrserve.cli import main; main()", *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4/6 search: 4 trials (2 reused)" in done.stdout
+    assert (out / "onnx" / "model.onnx").is_file()
+    assert not (out / "config.json").exists()
