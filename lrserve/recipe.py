@@ -70,6 +70,8 @@ class Search(_Frozen):
 
     trials: Annotated[int, Field(ge=3)] = 24
     sampler: Literal["gp", "tpe"] = "gp"
+    speed_weight: Annotated[float, Field(ge=0)] = 1.0
+    """What speed counts under a ratio target: with 1, one percent of throughput is worth one percent of perplexity."""
     rank_step: Annotated[int, Field(ge=1)] = 16
     """Ranks are multiples of this; the factor kernels like multiples of 16 on CPU and 64 on GPU."""
     depth_groups: Annotated[int, Field(ge=1)] = 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +59,13 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder) -> Tune
     merged = MergedRanks(model, job.groups, store)
     sensitivities = _probe(job, merged, store, folder)
     speed = _latencies(job, folder)
-    trials, dense_perplexity, path = _search(job, merged, store, folder, sensitivities, speed)
+    dense_perplexity = _validate(job, merged, None)
+    space = study.SearchSpace(
+        job.groups, job.recipe.target, job.recipe.search, store.relative_errors(), sensitivities, speed, dense_perplexity
+    )
+    trials, path = _search(job, merged, space, store, folder, speed, dense_perplexity)
     measured = _measure(job, store, folder, trials, dense_perplexity, speed)
-    best = study.choose([(m.candidate, m.comparison.speedup) for m in measured], job.recipe.target)
+    best = study.choose([(m.candidate, m.comparison.speedup) for m in measured], job.recipe.target, space)
     chosen = next(m for m in measured if m.candidate is best)
     job.say(f"4/6 chosen: {best.origin}, ratio {best.plan.ratio(job.groups):.3f}, {chosen.comparison.speedup:.2f}x of dense")
     return Tuned(chosen, measured, trials, dense_perplexity, path)
@@ -152,16 +155,23 @@ def _latencies(job: Job, folder: WorkFolder) -> SpeedModel:
     return speed
 
 
+def _validate(job: Job, merged: MergedRanks, plan: RankPlan | None) -> float:
+    """Perplexity of a plan (None: dense) on the validation text."""
+    settings = job.recipe.search
+    merged.apply(dict(plan.ranks) if plan is not None else {})
+    return perplexity(merged.model, job.windows["validation"][: max(1, settings.validation_tokens // settings.validation_length)])
+
+
 def _search(
     job: Job,
     merged: MergedRanks,
+    space: study.SearchSpace,
     store: SpectrumStore,
     folder: WorkFolder,
-    sensitivities: Mapping[str, float],
     speed: SpeedModel,
-) -> tuple[list[study.Evaluated], float, Path]:
-    settings, target = job.recipe.search, job.recipe.target
-    space = study.SearchSpace(job.groups, target, settings, store.relative_errors(), sensitivities, speed)
+    dense_perplexity: float,
+) -> tuple[list[study.Evaluated], Path]:
+    settings = job.recipe.search
     stage = folder.stage(
         "study",
         {
@@ -169,19 +179,12 @@ def _search(
             "text": job.fingerprints["validation"],
             # the number of trials is no part of the identity: more of them go on from where fewer ended
             "search": settings.model_dump(mode="json", exclude={"trials", "measured_plans"}),
-            "target": target.model_dump(mode="json"),
+            "target": job.recipe.target.model_dump(mode="json"),
             "seed": job.recipe.seed,
             "workload": job.recipe.workload.model_dump(mode="json"),
             "engine": job.recipe.engine.model_dump(mode="json", exclude={"repeats"}),
         },
     )
-    windows = job.windows["validation"][: max(1, settings.validation_tokens // settings.validation_length)]
-
-    def evaluate(plan: RankPlan) -> float:
-        merged.apply(dict(plan.ranks))
-        return perplexity(merged.model, windows)
-
-    dense_perplexity = evaluate(RankPlan({group.name: None for group in job.groups}))
     resumed: list[int] = []
     with progress_bar(settings.trials, "4/6 search") as progress:
 
@@ -191,14 +194,22 @@ def _search(
             progress(done)
 
         path = stage / "study.sqlite3"
-        trials = study.run_study(space, evaluate, speed, settings, path, seed=job.recipe.seed, progress=report)
+        trials = study.run_study(
+            space,
+            lambda plan: _validate(job, merged, plan),
+            speed,
+            settings,
+            path,
+            seed=job.recipe.seed,
+            progress=report,
+        )
     best = min(trials, key=lambda e: e.perplexity)
     bases = ", ".join(f"{e.origin} {e.perplexity:.2f}" for e in trials if e.origin in study.BASES)
     job.say(
         f"4/6 search: {len(trials)} trials{reused(resumed[0], len(trials))}; validation perplexity: dense {dense_perplexity:.2f}, "
         f"{bases}, best {best.perplexity:.2f} ({best.origin})"
     )
-    return trials, dense_perplexity, path
+    return trials, path
 
 
 def _measure(

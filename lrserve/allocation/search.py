@@ -1,15 +1,20 @@
 """The Optuna study that allocates the ranks.
 
-A trial suggests a base plan (uniform, greedy or loss-aware) and a multiplier for each group kind in each run of layers; the base
-plan's shares times the multipliers are fitted into the budget, so every trial meets it by construction. Objectives: validation
-log perplexity (down) and predicted output tokens per second (up). What the user fixed decides the budget's unit:
+A trial suggests how to divide the budget: a base allocator, and a multiplier for each group kind in each run of layers. For
+`loss_aware` and `greedy` the multipliers scale what a cell's errors count, and the additive loss is minimised again; for `uniform`
+they scale its share. Either way the plan meets the budget by construction. What the user fixed decides the budget's unit, and the
+one number that the study minimises:
 
-    ratio             parameters, fixed
-    min_speedup       predicted seconds; the trial also suggests how far beyond the asked speedup to go
-    max_ppl_increase  parameters; the trial also suggests the ratio
+    target             budget                                        objective
+    ratio              parameters                                    log(ppl / dense ppl) - w log(speedup)
+    min_speedup        predicted seconds; the trial also suggests    log(ppl / dense ppl)
+                       how far beyond the asked speedup to go
+    max_ppl_increase   parameters; the trial also suggests           -log(speedup), and a steep penalty beyond the limit
+                       the ratio
 
-The first trials are the base plans themselves. The study lives in one SQLite file. Every trial's suggestion is drawn from a sampler
-seeded by the run's seed and the trial's number, so a resumed study goes on as if it had not been interrupted.
+with ppl the validation perplexity, speedup the predicted throughput over dense, and w `search.speed_weight`. The first trials are
+the three allocators themselves. The study lives in one SQLite file. Every suggestion is drawn from a sampler that is seeded by the
+run's seed and the trial's index, so a resumed study goes on as if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +37,8 @@ from lrserve.compression.groups import KINDS, Group
 from lrserve.errors import InfeasibleTargetError
 from lrserve.recipe import Search, Target
 
-_MULTIPLIER = (0.4, 2.5)
+_MULTIPLIER = (0.3, 3.0)
+_LIMIT_PENALTY = 20.0  # nats of objective per nat of log perplexity beyond the limit
 _SPEED_MARGIN = (1.0, 1.25)
 _RATIOS = (0.02, 0.8)
 BASES: tuple[Literal["loss_aware", "uniform", "greedy"], ...] = ("loss_aware", "uniform", "greedy")
@@ -60,6 +66,7 @@ class SearchSpace:
         relative_errors: Mapping[str, torch.Tensor],
         sensitivities: Mapping[str, float],
         speed: SpeedModel,
+        dense_perplexity: float,
     ) -> None:
         """Check at once that the target can be met.
 
@@ -68,6 +75,8 @@ class SearchSpace:
         """
         self._groups = list(groups)
         self._target = target
+        self._speed_weight = search.speed_weight
+        self._dense_perplexity = dense_perplexity
         self._errors = relative_errors
         self._sensitivities = sensitivities
         self._speed = speed
@@ -115,26 +124,29 @@ class SearchSpace:
             budget = max(wanted, self._fit.smallest_cost)
         else:
             budget = (1 - (self._target.ratio or 0.0)) * self._fit.dense_cost
-        plan = self.base(base, budget)
-        if all(value == 1 for value in multipliers.values()):
-            return plan
-        shares = self._fit.shares(plan)
-        return self._fit.fit({g.name: shares[g.name] * multipliers[g.kind, self._run_of[g.name]] for g in self._groups}, budget)
+        weights = {g.name: multipliers[g.kind, self._run_of[g.name]] for g in self._groups}
+        if base == "uniform":
+            return self._fit.fit(weights, budget)
+        if base == "loss_aware":
+            weights = {name: weight * self._sensitivities[name] for name, weight in weights.items()}
+        return allocate.loss_aware(self._fit, self._errors, weights, budget)
 
-    def base(self, name: str, budget: float) -> RankPlan:
-        """Return one of the closed-form plans under a budget."""
-        if name == "uniform":
-            return allocate.uniform(self._fit, budget)
-        if name == "greedy":
-            return allocate.greedy(self._fit, self._errors, budget)
-        return allocate.loss_aware(self._fit, self._errors, self._sensitivities, budget)
+    def objective(self, perplexity: float, speedup: float) -> float:
+        """Return what the study minimises, for a perplexity and a speedup over dense, predicted or measured."""
+        loss = math.log(min(perplexity, 1e30) / self._dense_perplexity)
+        if self._target.min_speedup:
+            return loss
+        if self._target.max_ppl_increase:
+            beyond = loss - math.log1p(self._target.max_ppl_increase)
+            return _LIMIT_PENALTY * max(beyond, 0.0) - math.log(speedup)
+        return loss - self._speed_weight * math.log(speedup)
 
 
 def _sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
     if kind == "tpe":
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=6)
     with _experimental():
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=6, deterministic_objective=True)
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=len(BASES), deterministic_objective=True)
 
 
 @contextmanager
@@ -172,11 +184,9 @@ def run_study(
     study = optuna.create_study(
         study_name="lrserve",
         storage=f"sqlite:///{path}",
-        directions=["minimize", "maximize"],
+        direction="minimize",
         load_if_exists=True,
     )
-    with _experimental():
-        study.set_metric_names(["log_perplexity", "tokens_per_second"])
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
     first = space.first_trials()
@@ -198,7 +208,8 @@ def run_study(
         trial.set_user_attr("perplexity", value)
         trial.set_user_attr("origin", origin)
         throughput = speed.tokens_per_second(plan)
-        study.tell(trial, [math.log(min(value, 1e30)), throughput])
+        trial.set_user_attr("tokens_per_second", throughput)
+        study.tell(trial, space.objective(value, speed.speedup(plan)))
         evaluated = Evaluated(plan, value, throughput, origin, trial.number)
         done.append(evaluated)
         seen.setdefault(plan.key(), evaluated)
@@ -211,7 +222,7 @@ def _finished(study: optuna.Study) -> list[Evaluated]:
         Evaluated(
             plan=RankPlan(ranks=trial.user_attrs["ranks"]),
             perplexity=trial.user_attrs["perplexity"],
-            tokens_per_second=trial.values[1],
+            tokens_per_second=trial.user_attrs["tokens_per_second"],
             origin=trial.user_attrs["origin"],
             trial=trial.number,
         )
@@ -256,27 +267,24 @@ def candidates(front: Sequence[Evaluated], target: Target, dense_perplexity: flo
     return [pool[round(i * (len(pool) - 1) / (count - 1))] for i in range(count)]
 
 
-def choose(measured: Sequence[tuple[Evaluated, float]], target: Target) -> Evaluated:
-    """Choose among candidates with their measured speedups.
-
-    Ratio: best perplexity. Speedup: best perplexity among those that reach it. Perplexity limit: fastest.
+def choose(measured: Sequence[tuple[Evaluated, float]], target: Target, space: SearchSpace) -> Evaluated:
+    """Choose among candidates by their *measured* speedups: the best objective that meets the target.
 
     Raises:
         InfeasibleTargetError: none reaches the speedup, or, under a perplexity limit, none is faster than dense.
     """
     table = "; ".join(f"{e.origin} perplexity {e.perplexity:.2f} at {speedup:.2f}x" for e, speedup in measured)
+    feasible = list(measured)
     if target.min_speedup:
-        fast = [e for e, speedup in measured if speedup >= target.min_speedup]
-        if not fast:
+        feasible = [(e, speedup) for e, speedup in measured if speedup >= target.min_speedup]
+        if not feasible:
             raise InfeasibleTargetError(
                 f"no measured plan reaches {target.min_speedup:g}x of dense ({table}); ask for less, or give more trials"
             )
-        return min(fast, key=lambda e: e.perplexity)
     if target.max_ppl_increase:
-        best, speedup = max(measured, key=lambda item: item[1])
-        if speedup <= 1:
+        feasible = [(e, speedup) for e, speedup in measured if speedup > 1]
+        if not feasible:
             raise InfeasibleTargetError(
                 f"no plan within the perplexity limit is faster than dense ({table}); serve the dense model, or allow more"
             )
-        return best
-    return min((e for e, _ in measured), key=lambda e: e.perplexity)
+    return min(feasible, key=lambda item: space.objective(item[0].perplexity, item[1]))[0]

@@ -34,7 +34,7 @@ def evaluate(plan: RankPlan) -> float:
 
 
 def space(target: Target) -> SearchSpace:
-    return SearchSpace(GROUPS, target, SETTINGS, ERRORS, SENSITIVITIES, SPEED)
+    return SearchSpace(GROUPS, target, SETTINGS, ERRORS, SENSITIVITIES, SPEED, dense_perplexity=10.0)
 
 
 @pytest.mark.parametrize("sampler", ["gp", "tpe"])
@@ -116,10 +116,16 @@ def test_front_candidates_and_choice() -> None:
     with pytest.raises(InfeasibleTargetError, match="the best of the search has 10.00"):
         candidates(front, Target(max_ppl_increase=0.01), 9, 5)
     measured = [(a, 0.9), (b, 1.1), (d, 1.8)]
-    assert choose(measured, Target(ratio=0.2)) is a
-    assert choose(measured, Target(min_speedup=1.05)) is b
-    assert choose(measured, Target(max_ppl_increase=0.9)) is d
-    with pytest.raises(InfeasibleTargetError, match="no measured plan reaches 3x"):
-        choose(measured, Target(min_speedup=3))
+
+    def choice(target: Target, among: list[tuple[Evaluated, float]]) -> Evaluated:
+        return choose(among, target, space(target))
+
+    assert choice(Target(min_speedup=1.05), measured) is b
+    assert choice(Target(max_ppl_increase=0.9), measured) is d
+    assert choice(Target(max_ppl_increase=0.2), measured) is b
+    assert choice(Target(ratio=0.2), measured) is d  # 50 % more perplexity, but twice as fast
+    assert choice(Target(ratio=0.2), measured[:2]) is b
+    with pytest.raises(InfeasibleTargetError, match="no measured plan reaches 1.3x"):
+        choice(Target(min_speedup=1.3), measured[:2])
     with pytest.raises(InfeasibleTargetError, match="faster than dense"):
-        choose([(a, 0.9)], Target(max_ppl_increase=0.9))
+        choice(Target(max_ppl_increase=0.9), [(a, 0.9)])

@@ -99,8 +99,9 @@ def test_dtype_argument_wins_over_the_checkpoint(artifact: Path, loader: Any, dt
 
 
 def test_dtype_auto_is_the_artifact_dtype(tmp_path: Path) -> None:
-    folder = write_artifact(factorized_model("Qwen2ForCausalLM").to(torch.bfloat16), tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    VllmExporter().export(factorized_model("Qwen2ForCausalLM"), tmp_path / "no-source", tmp_path, torch.bfloat16)
+    assert {tensor.dtype for tensor in tensors_of(tmp_path).values()} == {torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
