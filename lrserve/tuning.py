@@ -64,7 +64,7 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder) -> Tune
         job.groups, job.recipe.target, job.recipe.search, store.relative_errors(), sensitivities, speed, dense_perplexity
     )
     trials, path = _search(job, merged, space, store, folder, speed, dense_perplexity)
-    measured = _measure(job, store, folder, trials, dense_perplexity, speed)
+    measured = _measure(job, store, folder, trials, space)
     best = study.choose([(m.candidate, m.comparison.speedup) for m in measured], job.recipe.target, space)
     chosen = next(m for m in measured if m.candidate is best)
     job.say(f"4/6 chosen: {best.origin}, ratio {best.plan.ratio(job.groups):.3f}, {chosen.comparison.speedup:.2f}x of dense")
@@ -217,13 +217,11 @@ def _measure(
     store: SpectrumStore,
     folder: WorkFolder,
     trials: list[study.Evaluated],
-    dense_perplexity: float,
-    speed: SpeedModel,
+    space: study.SearchSpace,
 ) -> list[Measured]:
     """Export the most promising plans of the front one by one and measure each in turns with the dense model."""
     recipe = job.recipe
-    front = study.pareto_front(trials)
-    picked = study.candidates(front, recipe.target, dense_perplexity, recipe.search.measured_plans)
+    picked = study.candidates(trials, recipe.target, space, recipe.search.measured_plans)
     workload, settings = recipe.workload, recipe.engine
     checkpoint = folder.root / "candidate"
     measured: list[Measured] = []
@@ -244,11 +242,11 @@ def _measure(
             VllmExporter().export(job.compressed_model(candidate.plan, store), job.source.path, checkpoint, job.dtype)
             with open_engine(checkpoint, workload, settings, sharing=2) as engine:
                 comparison = compare(dense, engine, workload, settings.repeats, seed=recipe.seed, progress=step)
-            measured.append(Measured(candidate, speed.speedup(candidate.plan), comparison))
+            measured.append(Measured(candidate, space.speedup(candidate.plan), comparison))
             spread = f"{min(comparison.speedups):.2f} to {max(comparison.speedups):.2f}"
             job.say(
                 f"4/6 measure: {candidate.origin}: validation perplexity {candidate.perplexity:.2f}, "
-                f"{comparison.speedup:.2f}x of dense ({spread}), predicted {speed.speedup(candidate.plan):.2f}x"
+                f"{comparison.speedup:.2f}x of dense ({spread}), predicted {space.speedup(candidate.plan):.2f}x"
             )
     shutil.rmtree(checkpoint, ignore_errors=True)
     return measured

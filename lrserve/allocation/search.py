@@ -76,7 +76,7 @@ class SearchSpace:
         self._groups = list(groups)
         self._target = target
         self._speed_weight = search.speed_weight
-        self._dense_perplexity = dense_perplexity
+        self.dense_perplexity = dense_perplexity
         self._errors = relative_errors
         self._sensitivities = sensitivities
         self._speed = speed
@@ -131,9 +131,13 @@ class SearchSpace:
             weights = {name: weight * self._sensitivities[name] for name, weight in weights.items()}
         return allocate.loss_aware(self._fit, self._errors, weights, budget)
 
+    def speedup(self, plan: RankPlan) -> float:
+        """Predict a plan's throughput over dense."""
+        return self._speed.speedup(plan)
+
     def objective(self, perplexity: float, speedup: float) -> float:
         """Return what the study minimises, for a perplexity and a speedup over dense, predicted or measured."""
-        loss = math.log(min(perplexity, 1e30) / self._dense_perplexity)
+        loss = math.log(min(perplexity, 1e30) / self.dense_perplexity)
         if self._target.min_speedup:
             return loss
         if self._target.max_ppl_increase:
@@ -209,7 +213,7 @@ def run_study(
         trial.set_user_attr("origin", origin)
         throughput = speed.tokens_per_second(plan)
         trial.set_user_attr("tokens_per_second", throughput)
-        study.tell(trial, space.objective(value, speed.speedup(plan)))
+        study.tell(trial, space.objective(value, space.speedup(plan)))
         evaluated = Evaluated(plan, value, throughput, origin, trial.number)
         done.append(evaluated)
         seen.setdefault(plan.key(), evaluated)
@@ -241,30 +245,30 @@ def pareto_front(evaluated: Sequence[Evaluated]) -> list[Evaluated]:
     return front
 
 
-def candidates(front: Sequence[Evaluated], target: Target, dense_perplexity: float, count: int) -> list[Evaluated]:
-    """Pick the plans worth measuring on the engine, the most promising first.
+def candidates(trials: Sequence[Evaluated], target: Target, space: SearchSpace, count: int) -> list[Evaluated]:
+    """Pick the plans of the front worth measuring on the engine.
 
-    For a ratio or a speedup these spread over the front from its best perplexity; for a perplexity limit, over the part that
-    keeps it, from its fastest.
+    Those of the best predicted objective; for a speedup, which a measurement may deny to the best of them, plans spread from
+    there to the fastest.
 
     Raises:
         InfeasibleTargetError: no plan keeps the perplexity limit.
     """
-    pool = list(front)
+    front = pareto_front(trials)
+    if target.min_speedup:
+        if len(front) <= count or count == 1:
+            return front[:count]
+        return [front[round(i * (len(front) - 1) / (count - 1))] for i in range(count)]
     if target.max_ppl_increase:
-        limit = dense_perplexity * (1 + target.max_ppl_increase)
-        pool = [e for e in reversed(pool) if e.perplexity <= limit]
-        if not pool:
-            best = min(e.perplexity for e in front)
+        limit = space.dense_perplexity * (1 + target.max_ppl_increase)
+        if front[0].perplexity > limit:
             raise InfeasibleTargetError(
-                f"no plan of {dense_perplexity:.2f} x {1 + target.max_ppl_increase:g} = {limit:.2f} validation perplexity or less: "
-                f"the best of the search has {best:.2f}; allow more, or give more trials or calibration text"
+                f"no plan has a validation perplexity of {limit:.2f} ({space.dense_perplexity:.2f} x "
+                f"{1 + target.max_ppl_increase:g}) or less: the best of the search has {front[0].perplexity:.2f}; "
+                "allow more, or give more trials or calibration text"
             )
-    if len(pool) <= count:
-        return pool
-    if count == 1:
-        return pool[:1]
-    return [pool[round(i * (len(pool) - 1) / (count - 1))] for i in range(count)]
+        front = [e for e in front if e.perplexity <= limit]
+    return sorted(front, key=lambda e: space.objective(e.perplexity, space.speedup(e.plan)))[:count]
 
 
 def choose(measured: Sequence[tuple[Evaluated, float]], target: Target, space: SearchSpace) -> Evaluated:

@@ -8,7 +8,8 @@ Notation
     mu   (n,)    pooled mean:  sum_k s_k / sum_k n_k
 
 Each pool is centred on its own mean, so the scatter between pools is dropped; a single pool gives the plain covariance.
-Products are formed and summed in float32 within a batch, and in float64 across batches.
+Within a pool, products of 16-bit inputs are formed and summed in float32, whose rounding is far below the inputs' own, and those of
+wider inputs in float64; across pools everything is float64.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from lrserve.errors import CalibrationError
 
-_BLOCK = 512  # columns per block of the symmetric product: small enough to save work, large enough for fast GEMMs
+_BLOCK = 192  # columns per block of the symmetric product: small enough to save work, large enough for fast GEMMs
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,36 @@ def _exact_bfloat16_products(x: torch.Tensor) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum (n,) and x^T x (n, n), both in float32, of x (t, n).
+class _Moments:
+    """Sum (n,) and upper triangle of x^T x (n, n) of the open pool, the triangle in rows of blocks."""
 
-    Only the blocks on and above the diagonal of x^T x are computed, then mirrored.
-    """
-    n = x.shape[1]
-    with _exact_bfloat16_products(x):
-        x32 = x.float()
-        total = x32.new_ones(1, x.shape[0]) @ x32  # several times as fast as x.sum(0)
-        if n <= _BLOCK:
-            return total[0], x32.T @ x32
-        S = torch.empty(n, n, dtype=torch.float32, device=x.device)
-        for start in range(0, n, _BLOCK):
-            stop = min(start + _BLOCK, n)
-            S[start:stop, start:] = x32[:, start:stop].T @ x32[:, start:]
-            S[stop:, start:stop] = S[start:stop, stop:].T
-    return total[0], S
+    def __init__(self, n: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.tokens = 0
+        self.dtype = torch.float32 if dtype.itemsize <= 2 else torch.float64
+        self._starts = range(0, n, _BLOCK)
+        self._sum = torch.zeros(1, n, dtype=self.dtype, device=device)
+        self._rows = [torch.zeros(min(_BLOCK, n - start), n - start, dtype=self.dtype, device=device) for start in self._starts]
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add tokens x (t, n)."""
+        with _exact_bfloat16_products(x):
+            wide = x.to(self.dtype)
+            self._sum.addmm_(wide.new_ones(1, x.shape[0]), wide)  # several times as fast as x.sum(0)
+            for start, row in zip(self._starts, self._rows, strict=True):
+                row.addmm_(wide[:, start : start + _BLOCK].T, wide[:, start:])
+        self.tokens += x.shape[0]
+
+    def take(self, scatter: torch.Tensor, total: torch.Tensor) -> None:
+        """Add the pool's scatter around its own mean to `scatter`'s upper triangle and its sum to `total`, float64; start anew."""
+        own = self._sum[0].double()
+        for start, row in zip(self._starts, self._rows, strict=True):
+            upper = scatter[start : start + _BLOCK, start:]
+            upper += row
+            upper.addr_(own[start : start + _BLOCK], own[start:], alpha=-1 / self.tokens)
+            row.zero_()
+        total += own
+        self._sum.zero_()
+        self.tokens = 0
 
 
 class CovarianceAccumulator:
@@ -76,35 +90,27 @@ class CovarianceAccumulator:
 
     def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
         self.n = n
-        self._M2 = torch.zeros(n, n, dtype=torch.float64, device=device)
+        self._M2 = torch.zeros(n, n, dtype=torch.float64, device=device)  # its upper triangle
         self._sum = torch.zeros(n, dtype=torch.float64, device=device)
         self._tokens = 0
         self._pools = 0
         self._degrees = 0
-        self._pool_S = torch.zeros_like(self._M2)
-        self._pool_sum = torch.zeros_like(self._sum)
-        self._pool_tokens = 0
+        self._pool: _Moments | None = None
 
     def update(self, x: torch.Tensor) -> None:
         """Add tokens x (..., n) to the open pool."""
-        x = x.reshape(-1, self.n)
-        total, S = moments(x)
-        self._pool_S += S
-        self._pool_sum += total
-        self._pool_tokens += x.shape[0]
+        if self._pool is None:
+            self._pool = _Moments(self.n, x.dtype, x.device)
+        self._pool.add(x.reshape(-1, self.n))
 
     def close_pool(self) -> None:
         """Centre the open pool on its own mean and start the next one; nothing happens when it is empty."""
-        if self._pool_tokens == 0:
+        if self._pool is None or self._pool.tokens == 0:
             return
-        self._M2 += self._pool_S - torch.outer(self._pool_sum, self._pool_sum) / self._pool_tokens
-        self._sum += self._pool_sum
-        self._tokens += self._pool_tokens
-        self._degrees += self._pool_tokens - 1
+        self._tokens += self._pool.tokens
+        self._degrees += self._pool.tokens - 1
         self._pools += 1
-        self._pool_S.zero_()
-        self._pool_sum.zero_()
-        self._pool_tokens = 0
+        self._pool.take(self._M2, self._sum)
 
     def merge(self, other: CovarianceAccumulator) -> None:
         """Add another accumulator's pools to this one's; both open pools are closed first."""
@@ -125,8 +131,7 @@ class CovarianceAccumulator:
         self.close_pool()
         if self._tokens == 0:
             raise CalibrationError("no token reached this layer; give more calibration text")
-        C = self._M2 / max(self._degrees, 1)
-        C = (C + C.T) / 2
+        C = (self._M2.triu() + self._M2.triu(1).T) / max(self._degrees, 1)
         mu = self._sum / self._tokens
         if not (torch.isfinite(C).all() and torch.isfinite(mu).all()):
             raise CalibrationError(

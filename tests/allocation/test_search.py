@@ -33,8 +33,8 @@ def evaluate(plan: RankPlan) -> float:
     return 10 + sum(SENSITIVITIES[n] * float(TAILS[r]) for n, r in plan.ranks.items() if r is not None)
 
 
-def space(target: Target) -> SearchSpace:
-    return SearchSpace(GROUPS, target, SETTINGS, ERRORS, SENSITIVITIES, SPEED, dense_perplexity=10.0)
+def space(target: Target, dense: float = 10.0) -> SearchSpace:
+    return SearchSpace(GROUPS, target, SETTINGS, ERRORS, SENSITIVITIES, SPEED, dense_perplexity=dense)
 
 
 @pytest.mark.parametrize("sampler", ["gp", "tpe"])
@@ -104,17 +104,23 @@ def test_infeasible_targets_are_refused_at_once() -> None:
 
 
 def evaluated(perplexity: float, speed: float) -> Evaluated:
-    return Evaluated(RankPlan({"a": int(perplexity * 100)}), perplexity, speed, "trial", 0)
+    plan = RankPlan({group.name: None for group in GROUPS} | {"id": int(perplexity)})
+    return Evaluated(plan, perplexity, speed, "trial", 0)
 
 
 def test_front_candidates_and_choice() -> None:
     a, b, c, d = evaluated(10, 1.0), evaluated(11, 1.2), evaluated(12, 1.1), evaluated(15, 2.0)
-    front = pareto_front([d, c, b, a])
-    assert front == [a, b, d]
-    assert candidates(front, Target(ratio=0.2), 9, 2) == [a, d]
-    assert candidates(front, Target(max_ppl_increase=0.3), 9, 5) == [b, a]
+    trials = [d, c, b, a]
+    assert pareto_front(trials) == [a, b, d]
+
+    def picked(target: Target, count: int) -> list[Evaluated]:
+        return candidates(trials, target, space(target), count)
+
+    assert picked(Target(ratio=0.2), 2) == [a, b]  # the plans of this test are all predicted to be equally fast
+    assert picked(Target(min_speedup=1.1), 2) == [a, d]
+    assert picked(Target(max_ppl_increase=0.15), 5) == [a, b]
     with pytest.raises(InfeasibleTargetError, match="the best of the search has 10.00"):
-        candidates(front, Target(max_ppl_increase=0.01), 9, 5)
+        candidates(trials, Target(max_ppl_increase=0.1), space(Target(max_ppl_increase=0.1), dense=5.0), 5)
     measured = [(a, 0.9), (b, 1.1), (d, 1.8)]
 
     def choice(target: Target, among: list[tuple[Evaluated, float]]) -> Evaluated:
