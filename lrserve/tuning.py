@@ -104,7 +104,7 @@ def _probe(job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFold
                     rank = fit.fit({group.name: 1.0}, budget).ranks[group.name]
                     error = 0.0 if rank is None else float(errors[group.name][rank])
                     merged.apply({group.name: rank})
-                    found[group.name] = max(divergence(merged.model), 0.0) / error if error > 0 else 0.0
+                    found[group.name] = max(divergence(merged.model, group.layer), 0.0) / error if error > 0 else 0.0
                     write_json(path, found)
                 progress(index + 1)
     job.say(f"4/6 probe: sensitivity of {len(job.groups)} groups{reused(before, len(job.groups))}")

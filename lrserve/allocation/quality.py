@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from lrserve.compression.calibrate import PassThrough, replaced
+from lrserve.compression.groups import family_of
+
 _BATCH_TOKENS = 4096  # tokens in one forward pass
 _LOGIT_ROWS = 1024  # tokens whose logits are in memory at once: the vocabulary is wide
 
@@ -62,21 +65,32 @@ def perplexity(model: Any, windows: torch.Tensor, progress: Callable[[int], None
 class Divergence:
     """Mean per-token KL divergence, in nats, of a changed model from the dense one on a few windows.
 
-    The dense model's log probabilities are kept in bfloat16: 2 bytes x tokens x vocabulary.
+    Memory: the dense probabilities, 4 bytes x tokens x vocabulary, and the states before each block. A model that is changed
+    from block i on is run from there.
     """
 
     @torch.inference_mode()
     def __init__(self, model: Any, windows: torch.Tensor) -> None:
-        self._windows = windows
-        hidden = _hidden(model, windows).flatten(0, 1)
-        self._dense = [_logits(model, h).log_softmax(-1).bfloat16() for h in torch.split(hidden, _LOGIT_ROWS // 4)]
+        self._layers = model.get_submodule(family_of(model.config).layers)
+        self._before: list[torch.Tensor] = []
+        hooks = [layer.register_forward_pre_hook(lambda _, inputs: self._before.append(inputs[0])) for layer in self._layers]
+        try:
+            hidden = _hidden(model, windows).flatten(0, 1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._rows = _LOGIT_ROWS // 4
+        self._probabilities = [_logits(model, h).softmax(-1) for h in torch.split(hidden, self._rows)]
+        self._negative_entropy = sum(float(torch.special.entr(p).sum()) for p in self._probabilities) * -1
 
     @torch.inference_mode()
-    def __call__(self, model: Any) -> float:
-        """Return KL(dense || model)."""
-        hidden = _hidden(model, self._windows).flatten(0, 1)
-        total = 0.0
-        for dense, h in zip(self._dense, torch.split(hidden, _LOGIT_ROWS // 4), strict=True):
-            reference = dense.float().log_softmax(-1)  # bfloat16 rounding is normalised away
-            total += float((reference.exp() * (reference - _logits(model, h).log_softmax(-1))).sum())
-        return total / self._windows.numel()
+    def __call__(self, model: Any, first_changed: int = 0) -> float:
+        """Return KL(dense || model); no block before `first_changed` may differ from the dense model's."""
+        with replaced(self._layers, [PassThrough(layer) for layer in self._layers[:first_changed]]):
+            states = model.base_model(inputs_embeds=self._before[first_changed], use_cache=False).last_hidden_state
+        total = self._negative_entropy
+        hidden = states.flatten(0, 1)
+        for p, h in zip(self._probabilities, torch.split(hidden, self._rows), strict=True):
+            logits = _logits(model, h)
+            total += float(logits.logsumexp(-1).double().sum() - (p * logits).sum(-1).double().sum())
+        return total / len(hidden)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lrserve.compression.groups import Group, family_of
 from lrserve.errors import CalibrationError
 
 
-class _Recorder(nn.Module):
+class PassThrough(nn.Module):
     """Stands for a decoder block: passes the hidden states on and keeps the keyword arguments."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -41,6 +42,7 @@ class _Recorder(nn.Module):
                 setattr(self, name, getattr(block, name))
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Return the hidden states as they came."""
         self.kwargs = kwargs
         return hidden_states
 
@@ -50,7 +52,7 @@ class _FirstInput(Exception):  # noqa: N818 - a signal, not an error
         self.hidden_states = hidden_states
 
 
-class _Interceptor(_Recorder):
+class _Interceptor(PassThrough):
     """Stands for the first block: hands the embedded tokens over and ends the forward pass."""
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -78,28 +80,32 @@ def statistics_path(folder: Path, block: int) -> Path:
     return folder / f"block-{block:05d}.safetensors"
 
 
-def _rehearse(model: Any, layers: nn.ModuleList, windows: torch.Tensor) -> list[dict[str, Any]]:
+@contextmanager
+def replaced(layers: nn.ModuleList, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
+    """Put other modules in the place of the first blocks for a while."""
     blocks = list(layers)
-    recorders = [_Recorder(block) for block in blocks]
     try:
-        for index, recorder in enumerate(recorders):
-            layers[index] = recorder
-        model.base_model(input_ids=windows, use_cache=False)
+        for index, stand_in in enumerate(stand_ins):
+            layers[index] = stand_in
+        yield
     finally:
         for index, block in enumerate(blocks):
             layers[index] = block
+
+
+def _rehearse(model: Any, layers: nn.ModuleList, windows: torch.Tensor) -> list[dict[str, Any]]:
+    recorders = [PassThrough(block) for block in layers]
+    with replaced(layers, recorders):
+        model.base_model(input_ids=windows, use_cache=False)
     return [{**recorder.kwargs, "use_cache": False, "past_key_values": None} for recorder in recorders]
 
 
 def _embed(model: Any, layers: nn.ModuleList, windows: torch.Tensor) -> torch.Tensor:
-    block = layers[0]
-    layers[0] = _Interceptor(block)
     try:
-        model.base_model(input_ids=windows, use_cache=False)
+        with replaced(layers, [_Interceptor(layers[0])]):
+            model.base_model(input_ids=windows, use_cache=False)
     except _FirstInput as caught:
         return caught.hidden_states
-    finally:
-        layers[0] = block
     raise CalibrationError("the model's forward pass did not reach its first decoder block")
 
 
