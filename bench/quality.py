@@ -46,7 +46,7 @@ def main() -> None:
     with work_folder(arguments.work or arguments.artifact.with_name(f"{arguments.artifact.name}.work"), print) as folder:
         model = job.source.load(job.dtype)
         store = factorize_groups(job, model, calibrate_blocks(job, model, folder), folder)
-        svd = folder.stage("svd", {"model": job.fingerprints["model"]})
+        svd = folder.stage("svd", job.model_inputs())
         write_spectra(model, job.groups, folder.root, svd, read=plain_statistics)
 
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{arguments.artifact / 'lrserve' / 'study.sqlite3'}")

@@ -31,8 +31,16 @@ class Exporter(Protocol):
     tolerance: float
     """Largest difference of a prompt log probability to the model in memory, in nats, that is still agreement."""
 
-    def preflight(self) -> None:
-        """Raise EngineError if what the export and its proof need is not installed."""
+    def preflight(self, skeleton: Any) -> None:
+        """Check, before any work, that the export and its proof can be done.
+
+        Args:
+            skeleton: the dense model on the meta device.
+
+        Raises:
+            EngineError: something that they need is not installed.
+            UnsupportedModelError: the model cannot be rendered faithfully.
+        """
 
     def export(self, model: Any, source: Path, out: Path, dtype: torch.dtype) -> None:
         """Write the rendering of `model` into `out`.

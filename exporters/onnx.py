@@ -14,7 +14,7 @@ import torch
 
 from exporters.base import Transcript
 from exporters.companions import copy_companions
-from exporters.onnx_graph import build_graph, head_width, save_graph
+from exporters.onnx_graph import build_graph, check_renderable, head_width, save_graph
 from lrserve.errors import ArtifactError, EngineError, InputError
 
 FOLDER: Final = "onnx"
@@ -36,8 +36,17 @@ class OnnxExporter:
     name: str = "onnx"
     tolerance: float = 2e-3
 
-    def preflight(self) -> None:
-        """Raise EngineError unless everything that writes and runs the graph is installed."""
+    def preflight(self, skeleton: Any) -> None:
+        """Check packages and model.
+
+        Raises:
+            EngineError: a package that writes or runs the graph is not installed.
+            UnsupportedModelError: the graph would not render this model faithfully.
+        """
+        self._require_packages()
+        check_renderable(skeleton)
+
+    def _require_packages(self) -> None:
         missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
         if missing:
             raise EngineError(
@@ -55,7 +64,7 @@ class OnnxExporter:
             EngineError: a package is missing.
             UnsupportedModelError: the graph would not render this model faithfully.
         """
-        self.preflight()
+        self._require_packages()
         import onnx
 
         folder = out / FOLDER
@@ -80,7 +89,7 @@ class OnnxExporter:
             ArtifactError: there is no exported graph in `out`.
             InputError: an empty prompt.
         """
-        self.preflight()
+        self._require_packages()
         for number, prompt in enumerate(prompts):
             if not prompt:
                 raise InputError(f"prompt {number} has no tokens; a prompt needs at least one")

@@ -27,7 +27,7 @@ class VllmExporter:
     name = "vllm"
     tolerance = 0.02
 
-    def preflight(self) -> None:
+    def preflight(self, skeleton: Any) -> None:
         """Raise EngineError if vLLM is missing or of an untested version."""
         from lrserve.serving.engine import preflight
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lrserve.artifacts.card import table
 from lrserve.artifacts.store import read_manifest, write_json
-from lrserve.errors import ArtifactError
+from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.source import open_source
 from lrserve.job import Say, progress_bar
 from lrserve.recipe import Recipe
@@ -38,6 +38,8 @@ def bench(
         LrserveError: not an artifact, no dense model, or a failing engine.
     """
     read_manifest(out)
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise InputError(f"no folder {json_file.absolute().parent} for --json; make it first")
     if not (out / "config.json").is_file():
         raise ArtifactError(f"{out} has no vLLM checkpoint; export it with --export vllm")
     recipe = Recipe.load(out / "lrserve" / "recipe.yaml", overrides or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +54,11 @@ def compress_and_export(
         "text.calibration": calibration,
         "seed": seed,
     }
-    run(Recipe.load(recipe, overrides), out, work=work, overwrite=overwrite, dry_run=dry_run)
+    try:
+        run(Recipe.load(recipe, overrides), out, work=work, overwrite=overwrite, dry_run=dry_run)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from where it stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @app.command(context_settings=_PASS_ON)
@@ -116,12 +121,10 @@ def verify(out: Annotated[Path, typer.Argument(help="An artifact of lrserve.")])
 
 
 def main() -> None:
-    """Run the command line; deliberate errors become one line and exit code 2, an interruption exit code 130."""
+    """Run the command line; a deliberate error becomes one line and exit code 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that staging folders and engines are cleaned up
     try:
         app()
     except LrserveError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
+import resource
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,22 +54,21 @@ def agree(engine: str, reference: Sequence[Transcript], transcripts: Sequence[Tr
     Raises:
         AgreementError: a difference beyond the tolerance.
     """
-    worst = 0.0
+    differences = [0.0]
     equal = total = 0
     for number, (expected, found) in enumerate(zip(reference, transcripts, strict=True)):
-        for a, b in zip(expected.logprobs, found.logprobs, strict=True):
-            difference = abs(a - b)
-            worst = worst if difference <= worst else difference  # a NaN replaces the worst and stays
+        differences += [abs(a - b) for a, b in zip(expected.logprobs, found.logprobs, strict=True)]
         total += len(expected.tokens)
         for step, (right, token) in enumerate(zip(expected.tokens, found.tokens, strict=True)):
             if token != right:
-                if expected.margins[step] > 2 * tolerance:
+                if not expected.margins[step] <= 2 * tolerance:  # written so that a NaN fails
                     raise AgreementError(
                         f"{engine} continues prompt {number} with token {token} at step {step}, the model in memory with {right} "
                         f"by a margin of {expected.margins[step]:.3f} nats; nothing was published, please report this"
                     )
                 break
             equal += 1
+    worst = math.nan if any(map(math.isnan, differences)) else max(differences)
     if not worst <= tolerance:
         raise AgreementError(
             f"{engine} differs from the model in memory by {worst:.3g} nats in a prompt token's log probability (tolerance "
@@ -144,6 +145,7 @@ def collect_metrics(job: Job, tuned: Tuned, agreement: dict[str, Any], report: d
             for t in tuned.trials
         ],
         "agreement": agreement,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # without the engines' processes
         "versions": versions(),
     }
 

@@ -10,11 +10,11 @@ from safetensors import safe_open
 
 from lrserve.allocation.plan import RankPlan
 from lrserve.artifacts.card import sizes, table
-from lrserve.artifacts.store import read_manifest, verify_files
+from lrserve.artifacts.store import MANIFEST, read_manifest, verify_files
 from lrserve.compression.groups import KINDS, Group, find_groups
 from lrserve.compression.lowrank import QUANT_METHOD, GroupSpec, parse_groups
 from lrserve.errors import ArtifactError
-from lrserve.inputs.source import open_source
+from lrserve.inputs.source import Source, open_source
 
 
 def _quantization(folder: Path) -> dict[str, Any] | None:
@@ -27,19 +27,6 @@ def _quantization(folder: Path) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD else None
 
 
-def _dense_groups(folder: Path) -> tuple[list[Group], Any]:
-    """Return the fused groups and the skeleton of the dense model behind an artifact's or a dense model's config."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    return find_groups(skeleton), skeleton
-
-
 def inspect(model: str) -> str:
     """Describe a dense model or an artifact as text: one row per group kind, then the sizes in four units.
 
@@ -48,12 +35,16 @@ def inspect(model: str) -> str:
     """
     folder = Path(model).expanduser()
     entry = _quantization(folder)
+    if entry is None and (folder / MANIFEST).is_file():
+        raise ArtifactError(
+            f"{folder} holds no checkpoint, only {', '.join(read_manifest(folder)['files'])}; see lrserve/plan.json"
+        )
     specs = parse_groups(entry) if entry is not None else {}
-    if entry is None:
-        folder = open_source(model).path
-    groups, skeleton = _dense_groups(folder)
+    source = Source(name=model, path=folder) if entry is not None else open_source(model)
+    skeleton = source.skeleton()
+    groups = find_groups(skeleton)
     plan = RankPlan({group.name: specs[group.name].rank if group.name in specs else None for group in groups})
-    lines = [f"{folder}: {skeleton.config.architectures[0] if skeleton.config.architectures else type(skeleton).__name__}"]
+    lines = [f"{source.path}: {type(skeleton).__name__}"]
     rows = []
     for kind in KINDS:
         members = [group for group in groups if group.kind == kind]
@@ -84,7 +75,7 @@ def verify(out: Path) -> str:
     if entry is not None and not faults:
         specs = parse_groups(entry)
         shapes = _tensor_shapes(out)
-        groups = {group.name: group for group in _dense_groups(out)[0]}
+        groups = {group.name: group for group in find_groups(Source(name=str(out), path=out).skeleton())}
         for name, spec in specs.items():
             if name not in groups:
                 faults.append(f"config.json names a group that the architecture does not have: {name}")
@@ -114,7 +105,8 @@ def _group_faults(group: Group, spec: GroupSpec, shapes: dict[str, tuple[int, ..
     for member, m in zip(group.members, group.out_features, strict=True):
         wanted[f"{member}.B.weight"] = (m, spec.rank)
         wanted[f"{member}.B.bias"] = (m,)
-    return [
+    forbidden = [f"{member}.{name}" for member in group.members for name in ("weight", "bias") if f"{member}.{name}" in shapes]
+    return [f"{name} stands beside the factors that replace it" for name in forbidden] + [
         f"{name} has shape {shapes.get(name, 'none')}, expected {shape}"
         for name, shape in wanted.items()
         if shapes.get(name) != shape

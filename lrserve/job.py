@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,11 +54,17 @@ class Job:
 
     def provenance(self) -> dict[str, Any]:
         """Identify everything that decides the result; JSON."""
-        return {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "content": self.fingerprints,
-            "work_version": WORK_VERSION,
-        }
+        settings = self.recipe.model_dump(mode="json", exclude={"model", "text"})  # whose content counts, not their place
+        return {"recipe": settings, "content": self.fingerprints, "work_version": WORK_VERSION}
+
+    def calibration_inputs(self) -> dict[str, Any]:
+        """Identify what the covariances depend on; JSON."""
+        settings = self.recipe.calibration.model_dump(mode="json", exclude={"batch_tokens"})
+        return {**self.model_inputs(), "windows": tensor_sha256(self.windows["calibration"]), **settings}
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Identify the model and the dtype that it is used in; JSON."""
+        return {"version": WORK_VERSION, "model": self.fingerprints["model"], "dtype": self.recipe.engine.dtype}
 
     def compressed_model(self, plan: RankPlan, store: SpectrumStore) -> Any:
         """Build the compressed model in float32 on the CPU, every value rounded to the dtype that it is stored in."""
@@ -100,6 +107,11 @@ def open_job(recipe: Recipe, say: Say) -> Job:
         },
         say=say,
     )
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """Return sha256 of a tensor's shape and values, as hex."""
+    return hashlib.sha256(str(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 @contextmanager

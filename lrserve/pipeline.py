@@ -10,15 +10,16 @@ from typing import Any
 
 from exporters.base import Exporter
 from exporters.vllm import VllmExporter
+from lrserve.allocation.allocate import uniform
 from lrserve.allocation.plan import BudgetFit
 from lrserve.artifacts import card
-from lrserve.artifacts.store import check_place, read_manifest, staged
+from lrserve.artifacts.store import check_place, explained, read_manifest, staged, verify_files
 from lrserve.artifacts.work import WorkFolder, differences, work_folder
 from lrserve.compression.calibrate import calibrate
 from lrserve.compression.spectra import SpectrumStore, write_spectra
 from lrserve.errors import ArtifactError, InputError
 from lrserve.evidence import collect_metrics, prove_agreement, report_perplexity, write_evidence
-from lrserve.job import WORK_VERSION, Job, Say, open_job, progress_bar, reused
+from lrserve.job import Job, Say, open_job, progress_bar, reused
 from lrserve.recipe import Recipe
 from lrserve.serving.engine import engine_version
 from lrserve.tuning import tune
@@ -55,11 +56,15 @@ def compress_and_export(
     Raises:
         LrserveError: of any kind; nothing half-written is left at `out`.
     """
-    out = out.absolute()
+    out = out.resolve()
+    work = work.resolve() if work is not None else out.with_name(f"{out.name}.work")
+    if out == work or out in work.parents:
+        raise ArtifactError(f"the work folder {work} lies inside {out}, which is published as a whole; choose another --work")
     exporters = load_exporters(recipe.export)
-    for exporter in [VllmExporter(), *exporters]:  # vLLM measures the plans, whatever is exported
-        exporter.preflight()
     job = open_job(recipe, say)
+    skeleton = job.source.skeleton()
+    for exporter in [VllmExporter(), *exporters]:  # vLLM measures the plans, whatever is exported
+        exporter.preflight(skeleton)
     linears = sum(group.dense_parameters for group in job.groups)
     say(
         f"1/6 open: {job.architecture}, {job.layers} layers, {len(job.groups)} fused groups, {linears / 1e6:.1f} M parameters in "
@@ -69,19 +74,23 @@ def compress_and_export(
         say(f"{out} was made from these inputs before; nothing to do")
         _say_summary(finished, out, say)
         return finished
-    size = _estimated_bytes(job)
-    check_place(out, size)
+    if recipe.target.ratio:
+        fit = BudgetFit(job.groups, recipe.search.rank_step)
+        fit.require((1 - recipe.target.ratio) * fit.dense_cost)
+    weights = sum(parameter.numel() for parameter in skeleton.parameters()) * job.dtype.itemsize
+    check_place(out, weights * (3 if "onnx" in recipe.export else 1))  # float32 is twice as large
+    check_place(work, _work_bytes(job, weights))
     if dry_run:
         _say_intent(job)
         return {}
 
-    with work_folder(work or out.with_name(f"{out.name}.work"), say) as folder:
+    with work_folder(work, say) as folder, explained(work):
         model = job.source.load(job.dtype)
         statistics = calibrate_blocks(job, model, folder)
         store = factorize_groups(job, model, statistics, folder)
         tuned = tune(job, model, store, folder)
         del model
-        with staged(out, size) as staging:
+        with staged(out, replace=overwrite) as staging:
             model = job.compressed_model(tuned.chosen.candidate.plan, store)
             _export(job, model, exporters, staging)
             agreement = prove_agreement(job, model, exporters, staging)
@@ -117,25 +126,28 @@ def _finished(out: Path, provenance: Mapping[str, Any], overwrite: bool) -> dict
     except ArtifactError:
         raise ArtifactError(f"{out} holds other files than an lrserve artifact; choose another -o") from None
     changed = differences(manifest["inputs"], json.loads(json.dumps(provenance)))
-    if not changed:
+    if not changed and not verify_files(out):
         metrics: dict[str, Any] = json.loads((out / "lrserve" / "metrics.json").read_text(encoding="utf-8"))
         return metrics
+    changed = changed or ["files that no longer match the manifest"]
     if overwrite:
         return None
-    raise ArtifactError(f"{out} was made from other inputs: {', '.join(changed)}; pass --overwrite or choose another -o")
+    raise ArtifactError(f"{out} differs from what this run would make: {', '.join(changed)}; pass --overwrite or choose another -o")
 
 
-def _estimated_bytes(job: Job) -> int:
-    """Upper bound of the artifact's size: a checkpoint no larger than the dense one, and float32 for ONNX."""
-    parameters: int = sum(p.numel() for p in job.source.skeleton().parameters())
-    return parameters * (job.dtype.itemsize + (4 if "onnx" in job.recipe.export else 0))
+def _work_bytes(job: Job, weights: int) -> int:
+    """Estimate the work folder: hidden states twice, covariances and spectra in float32, one candidate checkpoint."""
+    hidden = job.windows["calibration"].numel() * int(job.source.config().hidden_size) * job.dtype.itemsize
+    covariances = sum(group.n**2 for group in job.groups)
+    spectra = sum(group.full_rank * (group.m + group.n) for group in job.groups)
+    return 2 * hidden + 4 * (covariances + spectra) + weights
 
 
 def _say_intent(job: Job) -> None:
     recipe = job.recipe
     if recipe.target.ratio:
         fit = BudgetFit(job.groups, recipe.search.rank_step)
-        plan = fit.fit({group.name: 1.0 for group in job.groups}, (1 - recipe.target.ratio) * fit.dense_cost)
+        plan = uniform(fit, (1 - recipe.target.ratio) * fit.dense_cost)
         ranks = {group.kind: plan.ranks[group.name] for group in reversed(job.groups)}
         shown = ", ".join(f"{kind} {rank or 'dense'}" for kind, rank in reversed(ranks.items()))
         job.say(f"uniform ranks would be: {shown} (ratio {plan.ratio(job.groups):.3f})")
@@ -149,17 +161,7 @@ def _say_intent(job: Job) -> None:
 def calibrate_blocks(job: Job, model: Any, folder: WorkFolder) -> Path:
     """Stage 2: collect the covariances, or reuse them; returns their folder."""
     settings = job.recipe.calibration
-    stage = folder.stage(
-        "calibration",
-        {
-            "version": WORK_VERSION,
-            "model": job.fingerprints["model"],
-            "text": job.fingerprints["calibration"],
-            "dtype": job.recipe.engine.dtype,
-            "seed": job.recipe.seed,
-            **settings.model_dump(mode="json", exclude={"batch_tokens"}),
-        },
-    )
+    stage = folder.stage("calibration", job.calibration_inputs())
     with progress_bar(job.layers, "2/6 calibrate") as progress:
         before = calibrate(
             model,
@@ -199,4 +201,7 @@ def _say_summary(metrics: Mapping[str, Any], out: Path, say: Say) -> None:
     say("")
     say(card.agreement(metrics))
     say("")
-    say(f"{out}: 'lrserve serve {out}' or 'vllm serve {out}' serves it, 'lrserve bench {out}' measures it again")
+    if "vllm" in metrics["exports"]:
+        say(f"{out}: 'lrserve serve {out}' or 'vllm serve {out}' serves it, 'lrserve bench {out}' measures it again")
+    else:
+        say(f"{out}: {' and '.join(metrics['exports'])}; no checkpoint for vLLM was asked for")

@@ -125,7 +125,7 @@ class Recipe(_Frozen):
     workload: Workload = Workload()
     engine: EngineSettings = EngineSettings()
     report: Report = Report()
-    export: tuple[str, ...] = ("vllm", "onnx")
+    export: Annotated[tuple[str, ...], Field(min_length=1)] = ("vllm", "onnx")
     seed: Annotated[int, Field(ge=0)] = 0
 
     def to_yaml(self) -> str:
@@ -147,7 +147,7 @@ class Recipe(_Frozen):
                 loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
             except OSError as error:
                 raise InputError(f"cannot read the recipe {path}: {error.strerror}; check the path") from None
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise InputError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from None
             if loaded is not None and not isinstance(loaded, dict):
                 raise InputError(f"the recipe {path} holds a {type(loaded).__name__}, not settings by name (README, 'Settings')")
@@ -164,10 +164,26 @@ class Recipe(_Frozen):
                     raise InputError(f"the recipe {path}: {parent} must hold settings by name, not {place[parent]!r}")
                 place = place[parent]
             place[leaf] = value
+        if "model" not in data:
+            raise InputError("no model: give one on the command line or in the recipe, a Hub id, a folder or a GGUF file")
         try:
-            return cls.model_validate(data)
+            return cls.model_validate(_absolute_paths(data))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "recipe"
             origin = f" (recipe {path})" if path is not None else ""
             raise InputError(f"{where}{origin}: {first['msg']}; got {first['input']!r}") from None
+
+
+def _absolute_paths(data: dict[str, Any]) -> dict[str, Any]:
+    """Make paths of things that exist absolute: the recipe is saved, and read again from other folders."""
+
+    def absolute(value: Any) -> Any:
+        return str(Path(value).expanduser().absolute()) if isinstance(value, str) and Path(value).expanduser().exists() else value
+
+    text = data.get("text")
+    return {
+        **data,
+        "model": absolute(data["model"]),
+        **({"text": {use: absolute(value) for use, value in text.items()}} if isinstance(text, dict) else {}),
+    }

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +17,15 @@ from lrserve.allocation import search as study
 from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.quality import Divergence, perplexity
 from lrserve.allocation.speed import Shape, SpeedModel, shapes_to_measure, token_counts
-from lrserve.artifacts.store import write_json
+from lrserve.artifacts.store import fingerprint, write_json
 from lrserve.artifacts.work import WorkFolder
 from lrserve.compression.spectra import MergedRanks, SpectrumStore
-from lrserve.job import Job, progress_bar, reused
+from lrserve.job import Job, progress_bar, reused, tensor_sha256
 from lrserve.serving.engine import engine_version
-from lrserve.serving.loadtest import Comparison, compare, open_engine
+from lrserve.serving.loadtest import Comparison, compare, open_engine, read_comparison
 
 _PROBE_SHARE = 0.5  # share of its dense parameters that a group keeps while its sensitivity is probed
+_SMALLEST_ERROR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,17 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder) -> Tune
         EngineError: vLLM failed.
     """
     merged = MergedRanks(model, job.groups, store)
-    sensitivities = _probe(job, merged, store, folder)
-    speed = _latencies(job, folder)
+    device = next(model.parameters()).device
+    sensitivities, probe = _probe(job, merged, store, folder)
+    merged.to("cpu")  # an engine takes the GPU
+    speed, latency = _latencies(job, folder)
+    merged.to(device)
     dense_perplexity = _validate(job, merged, None)
     space = study.SearchSpace(
         job.groups, job.recipe.target, job.recipe.search, store.relative_errors(), sensitivities, speed, dense_perplexity
     )
-    trials, path = _search(job, merged, space, store, folder, speed, dense_perplexity)
+    trials, path = _search(job, merged, space, folder, {"probe": probe, "latency": latency})
+    merged.to("cpu")
     measured = _measure(job, store, folder, trials, space)
     best = study.choose([(m.candidate, m.comparison.speedup) for m in measured], job.recipe.target, space)
     chosen = next(m for m in measured if m.candidate is best)
@@ -71,28 +80,19 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder) -> Tune
     return Tuned(chosen, measured, trials, dense_perplexity, path)
 
 
-def _probe(job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFolder) -> dict[str, float]:
+def _probe(job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFolder) -> tuple[dict[str, float], str]:
     """Measure what each group alone does to the output when it keeps half of its parameters.
 
     Its KL divergence over its expected relative error at that rank is the group's sensitivity, in nats.
     """
     settings = job.recipe.search
-    stage = folder.stage(
-        "probe",
-        {
-            "spectra": store.folder.name,
-            "text": job.fingerprints["validation"],
-            "length": settings.validation_length,
-            "tokens": settings.probe_tokens,
-            "rank_step": settings.rank_step,
-            "share": _PROBE_SHARE,
-        },
-    )
+    windows = job.windows["validation"][: max(1, settings.probe_tokens // settings.validation_length)]
+    identity = {"spectra": store.folder.name, "windows": tensor_sha256(windows), "rank_step": settings.rank_step}
+    stage = folder.stage("probe", {**identity, "share": _PROBE_SHARE})
     path = stage / "sensitivities.json"
     found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     before = len(found)
     if before < len(job.groups):
-        windows = job.windows["validation"][: max(1, settings.probe_tokens // settings.validation_length)]
         merged.apply({})
         divergence = Divergence(merged.model, windows)
         errors = store.relative_errors()
@@ -102,16 +102,17 @@ def _probe(job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFold
                     fit = BudgetFit([group], settings.rank_step)
                     budget = max(_PROBE_SHARE * fit.dense_cost, fit.smallest_cost)
                     rank = fit.fit({group.name: 1.0}, budget).ranks[group.name]
-                    error = 0.0 if rank is None else float(errors[group.name][rank])
+                    # an error of nothing at this rank does not make lower ones harmless
+                    error = _SMALLEST_ERROR if rank is None else max(float(errors[group.name][rank]), _SMALLEST_ERROR)
                     merged.apply({group.name: rank})
-                    found[group.name] = max(divergence(merged.model, group.layer), 0.0) / error if error > 0 else 0.0
+                    found[group.name] = max(divergence(merged.model, group.layer), 0.0) / error
                     write_json(path, found)
                 progress(index + 1)
     job.say(f"4/6 probe: sensitivity of {len(job.groups)} groups{reused(before, len(job.groups))}")
-    return found
+    return found, stage.name
 
 
-def _latencies(job: Job, folder: WorkFolder) -> SpeedModel:
+def _latencies(job: Job, folder: WorkFolder) -> tuple[SpeedModel, str]:
     """Measure the dense model's run and the latency of single layers, dense and at a dozen ranks, in one engine."""
     workload, settings = job.recipe.workload, job.recipe.engine
     shapes = shapes_to_measure(job.groups, job.recipe.search.rank_step)
@@ -119,8 +120,9 @@ def _latencies(job: Job, folder: WorkFolder) -> SpeedModel:
     stage = folder.stage(
         "latency",
         {
-            "model": job.fingerprints["model"],
+            **job.model_inputs(),
             "engine": engine_version(),
+            "machine": [platform.machine(), platform.processor(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS")],
             "settings": settings.model_dump(mode="json", exclude={"repeats"}),
             "workload": workload.model_dump(mode="json"),
             "rank_step": job.recipe.search.rank_step,
@@ -152,7 +154,7 @@ def _latencies(job: Job, folder: WorkFolder) -> SpeedModel:
         f"4/6 latency: {len(shapes)} layers at {tokens[0]} and {tokens[1]} tokens on {engine_version()}, "
         f"dense {rate:.0f} output tokens/s{reused(int(before), 1)}"
     )
-    return speed
+    return speed, stage.name
 
 
 def _validate(job: Job, merged: MergedRanks, plan: RankPlan | None) -> float:
@@ -163,26 +165,18 @@ def _validate(job: Job, merged: MergedRanks, plan: RankPlan | None) -> float:
 
 
 def _search(
-    job: Job,
-    merged: MergedRanks,
-    space: study.SearchSpace,
-    store: SpectrumStore,
-    folder: WorkFolder,
-    speed: SpeedModel,
-    dense_perplexity: float,
+    job: Job, merged: MergedRanks, space: study.SearchSpace, folder: WorkFolder, stages: Mapping[str, str]
 ) -> tuple[list[study.Evaluated], Path]:
     settings = job.recipe.search
     stage = folder.stage(
         "study",
         {
-            "spectra": store.folder.name,
-            "text": job.fingerprints["validation"],
+            **stages,
+            "windows": tensor_sha256(job.windows["validation"]),
             # the number of trials is no part of the identity: more of them go on from where fewer ended
             "search": settings.model_dump(mode="json", exclude={"trials", "measured_plans"}),
             "target": job.recipe.target.model_dump(mode="json"),
             "seed": job.recipe.seed,
-            "workload": job.recipe.workload.model_dump(mode="json"),
-            "engine": job.recipe.engine.model_dump(mode="json", exclude={"repeats"}),
         },
     )
     resumed: list[int] = []
@@ -195,58 +189,65 @@ def _search(
 
         path = stage / "study.sqlite3"
         trials = study.run_study(
-            space,
-            lambda plan: _validate(job, merged, plan),
-            speed,
-            settings,
-            path,
-            seed=job.recipe.seed,
-            progress=report,
+            space, lambda plan: _validate(job, merged, plan), settings, path, seed=job.recipe.seed, progress=report
         )
     best = min(trials, key=lambda e: e.perplexity)
     bases = ", ".join(f"{e.origin} {e.perplexity:.2f}" for e in trials if e.origin in study.BASES)
     job.say(
-        f"4/6 search: {len(trials)} trials{reused(resumed[0], len(trials))}; validation perplexity: dense {dense_perplexity:.2f}, "
-        f"{bases}, best {best.perplexity:.2f} ({best.origin})"
+        f"4/6 search: {len(trials)} trials{reused(resumed[0], len(trials))}; validation perplexity: "
+        f"dense {space.dense_perplexity:.2f}, {bases}, best {best.perplexity:.2f} ({best.origin})"
     )
     return trials, path
 
 
 def _measure(
-    job: Job,
-    store: SpectrumStore,
-    folder: WorkFolder,
-    trials: list[study.Evaluated],
-    space: study.SearchSpace,
+    job: Job, store: SpectrumStore, folder: WorkFolder, trials: list[study.Evaluated], space: study.SearchSpace
 ) -> list[Measured]:
     """Export the most promising plans of the front one by one and measure each in turns with the dense model."""
     recipe = job.recipe
-    picked = study.candidates(trials, recipe.target, space, recipe.search.measured_plans)
     workload, settings = recipe.workload, recipe.engine
+    stage = folder.stage(
+        "measure",
+        {
+            "spectra": store.folder.name,
+            "engine": engine_version(),
+            "settings": settings.model_dump(mode="json"),
+            "workload": workload.model_dump(mode="json"),
+            "seed": recipe.seed,
+        },
+    )
+    picked = study.candidates(trials, recipe.target, space, recipe.search.measured_plans)
+    paths = [stage / f"{fingerprint(candidate.plan.key())[:16]}.json" for candidate in picked]
+    missing = [index for index, path in enumerate(paths) if not path.is_file()]
     checkpoint = folder.root / "candidate"
-    measured: list[Measured] = []
     runs = 0
-    with (
-        progress_bar(len(picked) * 2 * settings.repeats, "4/6 measure") as progress,
-        open_engine(job.source.path, workload, settings, sharing=2) as dense,
-    ):
+    with progress_bar(len(missing) * 2 * settings.repeats, "4/6 measure") as progress, ExitStack() as stack:
 
         def step() -> None:
             nonlocal runs
             runs += 1
             progress(runs)
 
-        for candidate in picked:
+        if missing:
+            dense = stack.enter_context(open_engine(job.source.path, workload, settings, sharing=2))
+        for index in missing:
             shutil.rmtree(checkpoint, ignore_errors=True)
             checkpoint.mkdir()
-            VllmExporter().export(job.compressed_model(candidate.plan, store), job.source.path, checkpoint, job.dtype)
+            model = job.compressed_model(picked[index].plan, store)
+            VllmExporter().export(model, job.source.path, checkpoint, job.dtype)
+            del model
             with open_engine(checkpoint, workload, settings, sharing=2) as engine:
                 comparison = compare(dense, engine, workload, settings.repeats, seed=recipe.seed, progress=step)
-            measured.append(Measured(candidate, space.speedup(candidate.plan), comparison))
-            spread = f"{min(comparison.speedups):.2f} to {max(comparison.speedups):.2f}"
-            job.say(
-                f"4/6 measure: {candidate.origin}: validation perplexity {candidate.perplexity:.2f}, "
-                f"{comparison.speedup:.2f}x of dense ({spread}), predicted {space.speedup(candidate.plan):.2f}x"
-            )
+            write_json(paths[index], asdict(comparison))
     shutil.rmtree(checkpoint, ignore_errors=True)
+    measured = []
+    for index, (candidate, path) in enumerate(zip(picked, paths, strict=True)):
+        result = Measured(candidate, space.speedup(candidate.plan), read_comparison(path))
+        measured.append(result)
+        spread = f"{min(result.comparison.speedups):.2f} to {max(result.comparison.speedups):.2f}"
+        job.say(
+            f"4/6 measure: {candidate.origin}: validation perplexity {candidate.perplexity:.2f}, "
+            f"{result.comparison.speedup:.2f}x of dense ({spread}), predicted {result.predicted_speedup:.2f}x"
+            f"{reused(int(index not in missing), 1)}"
+        )
     return measured

@@ -63,7 +63,7 @@ def test_the_public_api_is_pinned() -> None:
         (["MODEL", "--ratio", "0.2", "--min-speedup", "2"], "give one of ratio"),
         (["MODEL", "--export", "tflite"], "no exporter named 'tflite'; --export takes onnx, vllm"),
         (["MODEL", "--calibration", "missing.txt"], "no text file at missing.txt"),
-        (["MODEL", "--calibration", "TEXT"], "are needed: give more text or ask for fewer"),
+        (["MODEL", "--calibration", "TEXT"], "are needed: give more text, or lower the sequences"),
         (["MODEL", "--recipe", "missing.yaml"], "cannot read the recipe missing.yaml"),
         (["MODEL"], "no calibration text; give --calibration"),
         (["FALCON", "--calibration", "TEXT"], "unsupported architecture: FalconForCausalLM"),

@@ -25,7 +25,7 @@ def test_defaults_overrides_and_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({}, "model: Field required"),
+        ({}, "no model: give one"),
         ({"model": "m", "target.ratio": 1.5}, r"target\.ratio: .*less than 1; got 1\.5"),
         ({"model": "m", "target.ratio": 0.2, "target.min_speedup": 2.0}, "give one of ratio"),
         ({"model": "m", "search.trials": 0}, r"search\.trials"),

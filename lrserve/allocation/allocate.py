@@ -14,27 +14,19 @@ def uniform(fit: BudgetFit, budget: float) -> RankPlan:
     return fit.fit({group.name: 1.0 for group in fit.groups}, budget)
 
 
-def greedy(fit: BudgetFit, relative_errors: Mapping[str, torch.Tensor], budget: float) -> RankPlan:
-    """Minimise the sum of expected relative errors, exact from the spectra: every group's output counts alike.
-
-    Args:
-        fit: the groups, rank step and cost.
-        relative_errors: per group name, `Spectrum.relative_errors()`.
-        budget: in the fit's cost unit.
-    """
-    return fit.cheapest_loss({name: errors.tolist() for name, errors in relative_errors.items()}, budget)
-
-
 def loss_aware(
-    fit: BudgetFit, relative_errors: Mapping[str, torch.Tensor], sensitivities: Mapping[str, float], budget: float
+    fit: BudgetFit, relative_errors: Mapping[str, torch.Tensor], weights: Mapping[str, float], budget: float
 ) -> RankPlan:
-    """Minimise the sum of sensitivity times relative error: the divergence that each group alone was measured to cause.
+    """Minimise the weighted sum of the groups' expected relative errors, exact from the spectra.
 
     Args:
         fit: the groups, rank step and cost.
         relative_errors: per group name, `Spectrum.relative_errors()`.
-        sensitivities: per group name, measured KL divergence over the relative error at the probed rank, in nats.
+        weights: per group name. With sensitivities (measured KL divergence over the relative error at the probed rank, in nats) the
+            sum is the divergence that the groups cause one by one; equal weights give the greedy plan.
         budget: in the fit's cost unit.
+
+    Raises:
+        InfeasibleTargetError: as `BudgetFit.require`.
     """
-    losses = {name: (errors * sensitivities[name]).tolist() for name, errors in relative_errors.items()}
-    return fit.cheapest_loss(losses, budget)
+    return fit.cheapest_loss({name: (errors * weights[name]).tolist() for name, errors in relative_errors.items()}, budget)

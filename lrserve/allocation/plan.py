@@ -9,6 +9,7 @@ groups that were rounded down furthest.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +97,13 @@ class BudgetFit:
         self.dense_cost = sum(levels[-1][0] for levels in self._costs.values())
         self.smallest_cost = sum(levels[0][0] for levels in self._costs.values())
 
-    def cost(self, plan: RankPlan) -> float:
-        """Total cost of a plan whose ranks are among the choices."""
-        return sum(next(c for c, rank in self._costs[name] if rank == plan.ranks[name]) for name in self._costs)
+    def require(self, budget: float) -> None:
+        """Raise InfeasibleTargetError unless the smallest ranks everywhere meet the budget."""
+        if self.smallest_cost > budget:
+            raise InfeasibleTargetError(
+                f"the target leaves {budget / self.dense_cost:.1%} of the dense cost, but the smallest ranks need "
+                f"{self.smallest_cost / self.dense_cost:.1%}; ask for less compression or lower search.rank_step"
+            )
 
     def _levels(self, shares: Mapping[str, float], scale: float) -> dict[str, int]:
         chosen = {}
@@ -120,11 +125,7 @@ class BudgetFit:
         Raises:
             InfeasibleTargetError: not even the smallest ranks everywhere meet the budget.
         """
-        if self.smallest_cost > budget:
-            raise InfeasibleTargetError(
-                f"the target leaves {budget / self.dense_cost:.1%} of the dense cost, but the smallest ranks need "
-                f"{self.smallest_cost / self.dense_cost:.1%}; ask for less compression or lower search.rank_step"
-            )
+        self.require(budget)
         low, high = 0.0, 1.0 / min(shares.values())
         for _ in range(60):
             middle = (low + high) / 2
@@ -149,13 +150,6 @@ class BudgetFit:
             spent += levels[chosen[best[1]] + 1][0] - levels[chosen[best[1]]][0]
             chosen[best[1]] += 1
         return RankPlan(ranks={name: self._costs[name][index][1] for name, index in chosen.items()})
-
-    def shares(self, plan: RankPlan) -> dict[str, float]:
-        """Express a plan as the share of its dense cost that each group gets."""
-        return {
-            name: next(cost for cost, rank in levels if rank == plan.ranks[name]) / levels[-1][0]
-            for name, levels in self._costs.items()
-        }
 
     def cheapest_loss(self, losses: Mapping[str, Sequence[float]], budget: float) -> RankPlan:
         """Return the plan of least additive loss within the budget, by Lagrangian relaxation over the levels' convex hull.
@@ -198,8 +192,9 @@ class BudgetFit:
                 for upper in range(index + 1, len(points[name])):
                     extra = points[name][upper][0] - points[name][index][0]
                     gain = points[name][index][1] - points[name][upper][1]
-                    if spent + extra <= budget and gain > 0 and (best is None or gain / extra > best[0]):
-                        best = (gain / extra, name, upper)
+                    value = gain / extra if extra > 0 else math.inf
+                    if spent + extra <= budget and gain > 0 and (best is None or value > best[0]):
+                        best = (value, name, upper)
             if best is None:
                 break
             _, name, upper = best

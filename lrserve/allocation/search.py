@@ -37,7 +37,7 @@ from lrserve.compression.groups import KINDS, Group
 from lrserve.errors import InfeasibleTargetError
 from lrserve.recipe import Search, Target
 
-_MULTIPLIER = (0.3, 3.0)
+_MULTIPLIER = (0.5, 2.0)
 _LIMIT_PENALTY = 20.0  # nats of objective per nat of log perplexity beyond the limit
 _SPEED_MARGIN = (1.0, 1.25)
 _RATIOS = (0.02, 0.8)
@@ -91,7 +91,7 @@ class SearchSpace:
                 f"{speed.speedup(smallest):.2f}x is predicted for this workload; ask for less, or for more requests at once"
             )
         if target.ratio:
-            self._fit.fit({group.name: 1.0 for group in groups}, (1 - target.ratio) * self._fit.dense_cost)
+            self._fit.require((1 - target.ratio) * self._fit.dense_cost)
 
     def first_trials(self) -> list[dict[str, Any]]:
         """Return the parameters of the base plans themselves."""
@@ -135,6 +135,10 @@ class SearchSpace:
         """Predict a plan's throughput over dense."""
         return self._speed.speedup(plan)
 
+    def tokens_per_second(self, plan: RankPlan) -> float:
+        """Predict a plan's output tokens per second."""
+        return self._speed.tokens_per_second(plan)
+
     def objective(self, perplexity: float, speedup: float) -> float:
         """Return what the study minimises, for a perplexity and a speedup over dense, predicted or measured."""
         loss = math.log(min(perplexity, 1e30) / self.dense_perplexity)
@@ -164,7 +168,6 @@ def _experimental() -> Iterator[None]:
 def run_study(
     space: SearchSpace,
     evaluate: Callable[[RankPlan], float],
-    speed: SpeedModel,
     search: Search,
     path: Path,
     *,
@@ -178,7 +181,6 @@ def run_study(
     Args:
         space: the search space.
         evaluate: validation perplexity of a plan.
-        speed: predicts throughput.
         search: number of trials and sampler.
         path: the SQLite file, private to these inputs.
         seed: of the samplers.
@@ -211,14 +213,14 @@ def run_study(
         trial.set_user_attr("ranks", dict(plan.ranks))
         trial.set_user_attr("perplexity", value)
         trial.set_user_attr("origin", origin)
-        throughput = speed.tokens_per_second(plan)
+        throughput = space.tokens_per_second(plan)
         trial.set_user_attr("tokens_per_second", throughput)
         study.tell(trial, space.objective(value, space.speedup(plan)))
         evaluated = Evaluated(plan, value, throughput, origin, trial.number)
         done.append(evaluated)
         seen.setdefault(plan.key(), evaluated)
         progress(len(done), evaluated)
-    return done
+    return done[: search.trials]
 
 
 def _finished(study: optuna.Study) -> list[Evaluated]:

@@ -103,7 +103,16 @@ def model_card(metrics: Mapping[str, Any]) -> str:
     model, plan, workload, speed = metrics["model"], metrics["plan"], metrics["workload"], metrics["throughput"]
     report = metrics["perplexity"]["report"]
     compiled = "without" if metrics["enforce_eager"] else "with"
-    onnx = "`onnx/model.onnx` is the same model in float32 for ONNX Runtime, with a KV cache; pad on the right.\n\n"
+    serving = ""
+    if "vllm" in metrics["exports"]:
+        serving += """    pip install lrserve
+    vllm serve PATH_TO_THIS_FOLDER
+
+or in Python, `import lrserve` and then `AutoModelForCausalLM.from_pretrained(...)`. No `trust_remote_code` is needed.
+
+"""
+    if "onnx" in metrics["exports"]:
+        serving += "`onnx/model.onnx` is the model in float32 for ONNX Runtime, with a KV cache; pad on the right.\n\n"
     return f"""---
 library_name: transformers
 tags: [lrserve, low-rank, compressed]
@@ -116,8 +125,8 @@ Made by lrserve {metrics["versions"]["lrserve"]} from {model["name"]} ({model["a
 
 {summary(metrics)}
 
-Perplexity: {report["tokens"]} tokens of report text in windows of {report["length"]}, this checkpoint as
-transformers loads it in {metrics["dtype"]}. Throughput: {speed["engine"]} {compiled} torch.compile,
+Perplexity: {report["tokens"]} tokens of report text in windows of {report["length"]}, with
+transformers in {metrics["dtype"]}. Throughput: {speed["engine"]} {compiled} torch.compile,
 {workload["concurrency"]} requests at once of {workload["prompt_tokens"]} prompt and {workload["output_tokens"]} output
 tokens, median of {speed["rounds"]} rounds in turns with the dense model, on the machine that made this card.
 
@@ -125,11 +134,6 @@ tokens, median of {speed["rounds"]} rounds in turns with the dense model, on the
 
 ## Serve
 
-    pip install lrserve
-    vllm serve PATH_TO_THIS_FOLDER
-
-or in Python, `import lrserve` and then `AutoModelForCausalLM.from_pretrained(...)`. No `trust_remote_code` is needed.
-
-{onnx if "onnx" in metrics["exports"] else ""}The recipe, the rank plan, the Optuna study and every figure are in `lrserve/`.
+{serving}The recipe, the rank plan, the Optuna study and every figure are in `lrserve/`.
 `lrserve verify` checks the files. The base model's licence applies to these weights.
 """

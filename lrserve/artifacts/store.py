@@ -7,10 +7,13 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from lrserve.errors import ArtifactError
 
@@ -32,7 +35,7 @@ def replace_folder(staging: Path, target: Path) -> None:
             old.rename(target)
         raise
     if old is not None:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # what is new is in place; a leftover is no failure
 
 
 def _flush(folder: Path) -> None:
@@ -58,54 +61,64 @@ def fingerprint(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def _open_staging(out: Path, needed_bytes: int) -> Path:
-    """Make a private folder beside `out`, on the same file system, so that publishing is one rename."""
-    staging = out.with_name(f".{out.name}.staging-{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        free = shutil.disk_usage(staging).free
-    except OSError as error:
-        raise ArtifactError(f"cannot write to {out.parent}: {error.strerror}; choose another -o or fix its permissions") from None
-    if free < needed_bytes:
-        staging.rmdir()
-        raise ArtifactError(
-            f"{out.parent} has {free / 1e9:.2f} GB free and the export needs about {needed_bytes / 1e9:.2f} GB; "
-            "free some space or choose another -o"
-        )
-    return staging
-
-
 def check_place(out: Path, needed_bytes: int) -> None:
-    """Try, before the work starts, whether `out` can be written and has the space.
+    """Check, before the work starts, that `out` can be made and its disk has the space; makes nothing.
 
     Raises:
         ArtifactError: it cannot, or has not.
     """
-    _open_staging(out, needed_bytes).rmdir()
+    if os.path.ismount(out):
+        raise ArtifactError(f"{out} is a mount point, which cannot be replaced as a whole; choose a folder inside it")
+    place = out.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ArtifactError(f"cannot write to {place}: not a folder that you may write to; choose another place")
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise ArtifactError(
+            f"{place} has {free / 1e9:.2f} GB free and the job needs about {needed_bytes / 1e9:.2f} GB; "
+            "free some space or choose another place"
+        )
 
 
 @contextmanager
-def staged(out: Path, needed_bytes: int) -> Iterator[Path]:
+def explained(what: Path) -> Iterator[None]:
+    """Turn errors of a full or read-only disk into one line about `what`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+        if isinstance(error, OSError) and error.errno not in codes:
+            raise
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"writing below {what} failed: {reason}; make room or choose another place, then run again") from error
+
+
+@contextmanager
+def staged(out: Path, *, replace: bool) -> Iterator[Path]:
     """Give a private folder beside `out`; it becomes `out` when the block ends, and vanishes when the block raises.
 
+    It lies on the same file system, so that publishing is one rename.
+
     Args:
-        out: the folder to publish, absolute; an artifact that is there is replaced.
-        needed_bytes: estimated size.
+        out: the folder to publish, absolute.
+        replace: whether a folder that is there may be replaced; an empty one always is.
 
     Raises:
-        ArtifactError: the place cannot be written, is too small, or ran full.
+        ArtifactError: the place cannot be written, ran full, or something appeared at `out` meanwhile.
     """
-    staging = _open_staging(out, needed_bytes)
-    try:
-        yield staging
-        replace_folder(staging, out)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        raise ArtifactError(f"writing {out} failed: {error.strerror}; make room or choose another -o, then run again") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with explained(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.staging-", dir=out.parent))
+        try:
+            staging.chmod(0o755)
+            yield staging
+            if not replace and out.exists() and any(out.iterdir()):
+                raise ArtifactError(f"{out} was made by something else meanwhile; choose another -o and run again")
+            replace_folder(staging, out)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_manifest(folder: Path, versions: Mapping[str, str], inputs: Mapping[str, Any]) -> None:
@@ -113,7 +126,7 @@ def write_manifest(folder: Path, versions: Mapping[str, str], inputs: Mapping[st
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != folder / MANIFEST
     }
     data = {"format_version": MANIFEST_VERSION, "created_by": dict(versions), "inputs": dict(inputs), "files": files}
     write_json(folder / MANIFEST, data)
@@ -146,7 +159,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise ArtifactError(f"{path} is not JSON ({error}); copy or export the artifact again") from None
-    if not isinstance(data, dict) or data.get("format_version") != MANIFEST_VERSION:
+    if not isinstance(data, dict) or data.get("format_version") != MANIFEST_VERSION or "files" not in data:
         raise ArtifactError(f"{path} has an unknown format version; install the lrserve that wrote it, or export again")
     return data
 

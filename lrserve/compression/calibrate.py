@@ -68,6 +68,9 @@ def _feed(accumulator: CovarianceAccumulator) -> Callable[[nn.Module, tuple[torc
 
 def _memory_map(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     size = int(torch.Size(shape).numel())
+    if not path.is_file():
+        with path.open("wb") as file:  # a sparse file on a full disk would end the process with SIGBUS, not with an error
+            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(*shape)
 
 
@@ -145,10 +148,13 @@ def calibrate(
     batch = max(1, min(batch_tokens // length, pool_sequences))
     folder.mkdir(parents=True, exist_ok=True)
     todo = [i for i in range(len(layers)) if not statistics_path(folder, i).is_file()]
+    # A block's input states exist until its statistics are published; without them the pass starts over.
+    start = todo[0] if todo and _states(folder, todo[0]).is_file() else 0
+    for leftover in folder.glob("hidden*"):
+        if not todo or leftover != _states(folder, start):
+            leftover.unlink()
     if not todo:
         return len(layers)
-    # A block's input states exist until its statistics are published; without them the pass starts over.
-    start = todo[0] if _states(folder, todo[0]).is_file() else 0
     dtype = next(model.parameters()).dtype
     shape = (sequences, length, int(model.config.hidden_size))
     rehearsed: dict[int, list[dict[str, Any]]] = {}

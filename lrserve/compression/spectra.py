@@ -145,6 +145,13 @@ class MergedRanks:
             for linear in [model.get_submodule(member)]
         }
 
+    def to(self, device: torch.device | str) -> None:
+        """Make every group dense and move the model: off a GPU whose memory an engine is about to take, and back."""
+        self.apply({})
+        self.model.to(device)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     @torch.no_grad()
     def apply(self, ranks: dict[str, int | None]) -> None:
         """Set the ranks of the named groups; groups that are not named become dense."""

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from lrserve.artifacts.store import file_sha256, replace_folder
 from lrserve.errors import InputError
 
+_FINGERPRINTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -74,8 +76,11 @@ class Source:
         """Build the model on the meta device: its modules and shapes, without reading a weight."""
         from transformers import AutoModelForCausalLM
 
+        config = self.config()
+        if hasattr(config, "quantization_config"):  # an artifact of ours: the dense model behind it
+            del config.quantization_config
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config())
+            return AutoModelForCausalLM.from_config(config)
 
     def load(self, dtype: torch.dtype) -> Any:
         """Load the dense model for evaluation, on the CPU or the first CUDA device.
@@ -89,7 +94,7 @@ class Source:
         logging.disable_progress_bar()
         try:
             model, info = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"the weights in {self.path} cannot be loaded: {_one_line(error)}; check the download") from None
         missing = sorted(info["missing_keys"])
         if missing:
@@ -99,13 +104,10 @@ class Source:
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def fingerprint(self) -> str:
-        """Identify the weights without reading them all: names, sizes, headers and change times; hex."""
-        digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for file in sorted(self.path.glob("*.safetensors")):
-            stat = file.stat()
-            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-            with file.open("rb") as opened:
-                digest.update(opened.read(1 << 16))
+        """Identify the content of weights, config and tokenizer: sha256, as hex. Reads every file once."""
+        digest = hashlib.sha256()
+        for file in sorted(path for pattern in _FINGERPRINTED for path in self.path.glob(pattern)):
+            digest.update(f"{file.name} {file_sha256(file)} ".encode())
         return digest.hexdigest()
 
 
@@ -162,7 +164,7 @@ def _from_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        folder = snapshot_download(model, allow_patterns=list(_FINGERPRINTED), ignore_patterns=["consolidated*"])
     except Exception as error:
         # huggingface_hub's own exceptions, and those of the HTTP client underneath, share no base class
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def _read_file(path: Path) -> list[str]:
     if path.suffix != ".jsonl":
         return content.split("\n\n")
     texts = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):  # not splitlines, which also splits inside JSON strings
         if not line.strip():
             continue
         try:
@@ -125,9 +126,7 @@ def load_texts(calibration: str | None, validation: str | None, report: str | No
             raise InputError(f"{calibration} has too few documents to cut a {use} part from; give a {use} text of its own")
         parts[use] = Documents(name=f"{calibration} ({use} part)", texts=tuple(rest[keep:]))
         rest = rest[:keep]
-    texts = Texts(Documents(whole.name, tuple(rest)), parts["validation"], parts["report"])
-    _check_disjoint(texts)
-    return texts
+    return _disjoint(Texts(Documents(whole.name, tuple(rest)), parts["validation"], parts["report"]), validation, report)
 
 
 def _prefix_of(texts: Sequence[str], share: float) -> int:
@@ -141,15 +140,21 @@ def _prefix_of(texts: Sequence[str], share: float) -> int:
     return len(texts)
 
 
-def _check_disjoint(texts: Texts) -> None:
+def _disjoint(texts: Texts, validation: str | None, report: str | None) -> Texts:
+    """Leave out of the parts that lrserve cut what stands in an earlier part; refuse that in a part that the user gave."""
     long = 200  # shorter documents, such as headings, may well repeat
-    seen: dict[str, str] = {}
-    for use in ("calibration", "validation", "report"):
-        for text in getattr(texts, use).texts:
-            if len(text) >= long and seen.setdefault(text, use) != use:
-                raise InputError(
-                    f"the {seen[text]} and {use} texts share a document ({' '.join(text.split())[:60]!r}...); give disjoint texts"
-                )
+    seen = {text for text in texts.calibration.texts if len(text) >= long}
+    parts = []
+    for use, part, given in (("validation", texts.validation, validation), ("report", texts.report, report)):
+        repeated = [text for text in part.texts if text in seen]
+        if repeated and given is not None:
+            raise InputError(
+                f"the {use} text {given} repeats a document of an earlier use ({' '.join(repeated[0].split())[:60]!r}...): "
+                "what it measures would not be unseen; give disjoint texts"
+            )
+        parts.append(Documents(part.name, tuple(text for text in part.texts if text not in seen)))
+        seen |= {text for text in part.texts if len(text) >= long}
+    return Texts(texts.calibration, parts[0], parts[1])
 
 
 def token_windows(
@@ -169,7 +174,7 @@ def token_windows(
     Raises:
         InputError: fewer than `count` windows, or not one.
     """
-    ids: list[int] = []
+    ids = array("q")  # 8 bytes a token, where a list takes several times that
     for text in documents.texts:
         ids.extend(tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"])
     bos = _bos(tokenizer)
@@ -178,9 +183,9 @@ def token_windows(
     if available < max(count or 1, 1):
         raise InputError(
             f"{documents.name} has {len(ids)} tokens, enough for {available} windows of {length}; {count or 1} are needed: "
-            "give more text or ask for fewer"
+            "give more text, or lower the sequences, tokens or length settings of the recipe (README, 'Settings')"
         )
-    windows = torch.tensor(ids[: available * body], dtype=torch.int64).view(available, body)
+    windows = torch.frombuffer(ids, dtype=torch.int64)[: available * body].clone().view(available, body)
     if bos:
         windows = torch.cat([torch.tensor([bos]).expand(available, 1), windows], dim=1)
     if count is None:

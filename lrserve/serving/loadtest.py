@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,13 @@ class Comparison:
             "speedup_lowest": min(self.speedups),
             "speedup_highest": max(self.speedups),
         }
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Read what `dataclasses.asdict` made of a comparison."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    dense, compressed = ([Throughput(**run) for run in data[side]] for side in ("dense", "compressed"))
+    return Comparison(dense=dense, compressed=compressed, engine=data["engine"])
 
 
 def open_engine(model: Path, workload: Workload, settings: EngineSettings, *, sharing: int = 1, log: Path | None = None) -> Engine:

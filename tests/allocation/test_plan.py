@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrserve.allocation.allocate import greedy, loss_aware, uniform
+from lrserve.allocation.allocate import loss_aware, uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan, rank_choices
 from lrserve.compression.groups import Group
 from lrserve.errors import InfeasibleTargetError, InputError
@@ -49,7 +49,6 @@ def test_uniform_gives_equal_shares() -> None:
     plan = uniform(fit, 0.5 * fit.dense_cost)
     ranks = [rank or 0 for rank in plan.ranks.values()]
     assert max(ranks) - min(ranks) <= 1  # what rounding left over goes to some
-    assert fit.shares(plan)["0"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_group_too_small_to_save_stays_dense() -> None:
@@ -100,15 +99,14 @@ def test_the_lagrangian_comes_close_to_the_exhaustive_optimum(seed: int, keep: f
     assert plan.parameters(groups) <= budget
     # one group's jump from break-even to dense is the most that a Lagrangian solution can leave on the table
     assert loss <= brute_force(losses, groups, fit, budget) + max(max(rest[8:]) for rest in losses.values())
-    assert greedy(fit, errors, budget).parameters(groups) <= budget
 
 
 def test_a_sensitive_group_gets_more() -> None:
     groups = [group("a", 128, 128), group("b", 128, 128)]
     fit = BudgetFit(groups, 8)
     tails = torch.linspace(1, 0, 129, dtype=torch.float64) ** 2
-    shares = fit.shares(loss_aware(fit, {"a": tails, "b": tails}, {"a": 10.0, "b": 0.1}, 0.6 * fit.dense_cost))
-    assert shares["a"] > shares["b"]
+    plan = loss_aware(fit, {"a": tails, "b": tails}, {"a": 10.0, "b": 0.1}, 0.6 * fit.dense_cost)
+    assert groups[0].parameters(plan.ranks["a"]) > groups[1].parameters(plan.ranks["b"])
 
 
 def test_plan_files_round_trip_and_others_are_refused(tmp_path: Path) -> None:

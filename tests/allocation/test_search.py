@@ -40,7 +40,7 @@ def space(target: Target, dense: float = 10.0) -> SearchSpace:
 @pytest.mark.parametrize("sampler", ["gp", "tpe"])
 def test_every_trial_meets_the_ratio_and_the_base_plans_come_first(tmp_path: Path, sampler: str) -> None:
     settings = SETTINGS.model_copy(update={"sampler": sampler})
-    trials = run_study(space(Target(ratio=0.3)), evaluate, SPEED, settings, tmp_path / "s.sqlite3", seed=0)
+    trials = run_study(space(Target(ratio=0.3)), evaluate, settings, tmp_path / "s.sqlite3", seed=0)
     assert [trial.origin for trial in trials[:3]] == list(BASES)
     assert len(trials) == 9
     for trial in trials:
@@ -50,19 +50,19 @@ def test_every_trial_meets_the_ratio_and_the_base_plans_come_first(tmp_path: Pat
 
 
 def test_every_trial_meets_a_speedup(tmp_path: Path) -> None:
-    trials = run_study(space(Target(min_speedup=1.2)), evaluate, SPEED, SETTINGS, tmp_path / "s.sqlite3", seed=0)
+    trials = run_study(space(Target(min_speedup=1.2)), evaluate, SETTINGS, tmp_path / "s.sqlite3", seed=0)
     assert all(SPEED.speedup(trial.plan) >= 1.2 for trial in trials)
     assert trials[0].plan.ranks != trials[1].plan.ranks
 
 
 def test_a_perplexity_limit_searches_over_ratios(tmp_path: Path) -> None:
-    trials = run_study(space(Target(max_ppl_increase=0.5)), evaluate, SPEED, SETTINGS, tmp_path / "s.sqlite3", seed=0)
+    trials = run_study(space(Target(max_ppl_increase=0.5)), evaluate, SETTINGS, tmp_path / "s.sqlite3", seed=0)
     assert len({round(trial.plan.ratio(GROUPS), 1) for trial in trials}) > 1
 
 
 def test_a_killed_study_resumes_to_the_same_trials(tmp_path: Path) -> None:
     target = Target(ratio=0.3)
-    whole = run_study(space(target), evaluate, SPEED, SETTINGS, tmp_path / "whole.sqlite3", seed=3)
+    whole = run_study(space(target), evaluate, SETTINGS, tmp_path / "whole.sqlite3", seed=3)
 
     calls = 0
 
@@ -76,8 +76,8 @@ def test_a_killed_study_resumes_to_the_same_trials(tmp_path: Path) -> None:
     path = tmp_path / "cut.sqlite3"
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            run_study(space(target), dies, SPEED, SETTINGS, path, seed=3)
-    resumed = run_study(space(target), dies, SPEED, SETTINGS, path, seed=3)
+            run_study(space(target), dies, SETTINGS, path, seed=3)
+    resumed = run_study(space(target), dies, SETTINGS, path, seed=3)
     assert [t.plan.key() for t in resumed] == [t.plan.key() for t in whole]
     study = optuna.load_study(study_name="lrserve", storage=f"sqlite:///{path}")
     states = [trial.state.name for trial in study.trials]
@@ -87,11 +87,9 @@ def test_a_killed_study_resumes_to_the_same_trials(tmp_path: Path) -> None:
 
 def test_more_trials_go_on_where_fewer_ended(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite3"
-    first = run_study(space(Target(ratio=0.3)), evaluate, SPEED, SETTINGS.model_copy(update={"trials": 4}), path, seed=0)
+    first = run_study(space(Target(ratio=0.3)), evaluate, SETTINGS.model_copy(update={"trials": 4}), path, seed=0)
     reports: list[int] = []
-    more = run_study(
-        space(Target(ratio=0.3)), evaluate, SPEED, SETTINGS, path, seed=0, progress=lambda done, last: reports.append(done)
-    )
+    more = run_study(space(Target(ratio=0.3)), evaluate, SETTINGS, path, seed=0, progress=lambda done, last: reports.append(done))
     assert more[:4] == first
     assert reports == [4, 5, 6, 7, 8, 9]
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from lrserve.artifacts.store import check_place, read_manifest, staged, verify_files, write_manifest
+from lrserve.artifacts.store import check_place, explained, read_manifest, staged, verify_files, write_manifest
 from lrserve.artifacts.work import differences, work_folder
 from lrserve.errors import ArtifactError
 
 
 def test_a_block_that_raises_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(RuntimeError), staged(out, 0) as staging:
+    with pytest.raises(RuntimeError), staged(out, replace=True) as staging:
         (staging / "half").write_text("x")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -24,7 +26,7 @@ def test_a_block_that_raises_leaves_nothing(tmp_path: Path) -> None:
 def test_publishing_replaces_and_verifies(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     for content in ("first", "second"):
-        with staged(out, 0) as staging:
+        with staged(out, replace=True) as staging:
             (staging / "sub").mkdir()
             (staging / "sub" / "file").write_text(content)
             write_manifest(staging, {"lrserve": "0"}, {"seed": 0})
@@ -42,11 +44,34 @@ def test_publishing_replaces_and_verifies(tmp_path: Path) -> None:
 
 def test_a_full_disk_and_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="needs about"):
-        check_place(tmp_path / "out", 10**18)
+        check_place(tmp_path / "new" / "out", 10**18)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ArtifactError, match="cannot write to"):
         check_place(tmp_path / "file" / "out", 0)
+    with pytest.raises(ArtifactError, match="mount point"):
+        check_place(Path("/"), 0)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_runs_full_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ArtifactError, match="No space left on device; make room"),
+        staged(tmp_path / "out", replace=True) as staging,
+    ):
+        (staging / "half").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(ArtifactError, match="make room"), explained(tmp_path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ArtifactError, match="meanwhile"), staged(out, replace=False):
+        out.mkdir()
+        (out / "precious").write_text("x")
+    assert (out / "precious").read_text() == "x"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"format_version": 99}'])

@@ -364,14 +364,14 @@ def test_refuses_parameters_that_no_node_reads(source: Path, out: Path) -> None:
 
 
 def test_preflight_passes_here() -> None:
-    OnnxExporter().preflight()
+    OnnxExporter().preflight(make("llama"))
 
 
 def test_preflight_names_the_missing_package_and_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find_spec(name))
     with pytest.raises(EngineError, match=r"onnxruntime, not installed.*pip install 'lrserve\[onnx\]'"):
-        OnnxExporter().preflight()
+        OnnxExporter().preflight(make("llama"))
 
 
 def test_importing_the_exporter_imports_no_engine() -> None:

@@ -31,9 +31,18 @@ def test_the_fingerprint_notices_changed_weights(tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
+    stamp = weights.stat()
     weights.write_bytes(bytes(content))
-    os.utime(weights, ns=(1, 1))
+    os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert source.fingerprint() != before
+
+
+def test_truncated_weights_are_refused(tmp_path: Path) -> None:
+    folder = write_dense(dense_model("LlamaForCausalLM"), tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        open_source(str(folder)).load(torch.float32)
 
 
 def test_refusals_say_what_and_where(tmp_path: Path) -> None:

@@ -32,8 +32,14 @@ def test_three_parts_of_one_text_are_disjoint_and_complete(tmp_path: Path) -> No
 def test_given_parts_are_kept_and_an_overlap_is_refused(tmp_path: Path) -> None:
     a, b, c = (write(tmp_path / f"{x}.jsonl", documents(6, x)) for x in "abc")
     assert load_texts(a, b, c).report.texts == tuple(documents(6, "c"))
-    with pytest.raises(InputError, match="calibration and report texts share a document"):
+    with pytest.raises(InputError, match="repeats a document of an earlier use"):
         load_texts(a, b, a)
+
+
+def test_a_document_that_repeats_in_one_text_stands_in_one_part_only(tmp_path: Path) -> None:
+    once, rest = documents(1, "again")[0], documents(48)
+    texts = load_texts(write(tmp_path / "a.jsonl", [once, *rest, once]), None, None)
+    assert [once in part.texts for part in (texts.calibration, texts.validation, texts.report)] == [True, False, False]
 
 
 def test_plain_text_is_cut_at_blank_lines(tmp_path: Path) -> None:
@@ -49,6 +55,9 @@ def test_bad_text_is_named(tmp_path: Path) -> None:
     empty.write_text(" \n\n ")
     with pytest.raises(InputError, match="holds no text"):
         read_documents(str(empty))
+    separators = tmp_path / "separators.jsonl"
+    separators.write_text('{"text": "one \u2028 document \x85 only"}\n', encoding="utf-8")
+    assert len(read_documents(str(separators)).texts) == 1
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n{"body": 1}\n')
     with pytest.raises(InputError, match=r"line 2 is not a JSON object with a \"text\""):

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from openai import APIConnectionError, OpenAI
 from tiny import dense_model, write_dense
 from transformers import AutoModelForCausalLM
 
+from exporters.base import Transcript
+from exporters.onnx import OnnxExporter
 from lrserve.artifacts.store import read_manifest
 from lrserve.benchmark import bench
-from lrserve.errors import ArtifactError, InfeasibleTargetError
+from lrserve.errors import AgreementError, ArtifactError, InfeasibleTargetError
 from lrserve.inspection import inspect, verify
 from lrserve.pipeline import compress_and_export
 from lrserve.recipe import Recipe
@@ -108,7 +116,9 @@ def test_a_second_run_reuses_and_a_changed_input_is_noticed(place: Path, made: t
     said: list[str] = []
     assert compress_and_export(recipe(place), out, say=said.append) == metrics
     assert any("nothing to do" in line for line in said)
-    with pytest.raises(ArtifactError, match=r"made from other inputs: recipe\.target\.ratio \(0\.2 -> 0\.3\); pass --overwrite"):
+    with pytest.raises(
+        ArtifactError, match=r"differs from what this run would make: recipe\.target\.ratio \(0\.2 -> 0\.3\); pass --overwrite"
+    ):
         compress_and_export(recipe(place, target={"ratio": 0.3}), out, say=said.append)
     said.clear()
     with pytest.raises(InfeasibleTargetError, match="out of reach"):
@@ -136,6 +146,46 @@ def test_bench_measures_it_again(made: tuple[Path, dict[str, Any], list[str]], t
     assert json.loads((tmp_path / "bench.json").read_text())["speedup"] == figures["speedup"] > 0
     assert figures["rounds"] == 2
     assert "speedup" in said[-1]
+
+
+def test_a_rendering_that_disagrees_is_not_published(place: Path, made: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    transcribe = OnnxExporter.transcribe
+
+    def wrong(self: OnnxExporter, out: Path, prompts: Any, new_tokens: int) -> dict[str, list[Transcript]]:
+        found = transcribe(self, out, prompts, new_tokens)["onnxruntime"]
+        return {"onnxruntime": [replace(t, logprobs=(t.logprobs[0] + 0.01, *t.logprobs[1:])) for t in found]}
+
+    monkeypatch.setattr(OnnxExporter, "transcribe", wrong)
+    said: list[str] = []
+    with pytest.raises(AgreementError, match=r"onnxruntime differs from the model in memory by 0\.01"):
+        compress_and_export(recipe(place, export=["onnx"]), place / "wrong", work=place / "out.work", say=said.append)
+    assert not (place / "wrong").exists()
+    assert not [p.name for p in place.iterdir() if "staging" in p.name]
+    assert any("4/6 measure" in line and "reused" in line for line in said)
+
+
+def test_the_server_answers_the_openai_client(made: tuple[Path, dict[str, Any], list[str]]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
+    command = [sys.executable, "-c", "from lrserve.cli import main; main()", "serve", str(made[0]), "--", *flags]
+    with (
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as server,
+        OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client,
+    ):
+        try:
+            answer = None
+            while answer is None and server.poll() is None:
+                try:
+                    answer = client.completions.create(model=str(made[0]), prompt="some words", max_tokens=8, temperature=0)
+                except APIConnectionError:
+                    time.sleep(1)
+            assert answer is not None, "the server ended"
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens > 0
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
 
 
 def test_an_interrupted_search_goes_on(place: Path) -> None:
