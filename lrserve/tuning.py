@@ -74,7 +74,9 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder) -> Tune
     trials, path = _search(job, merged, space, folder, {"probe": probe, "latency": latency})
     merged.to("cpu")
     measured = _measure(job, store, folder, trials, space)
-    best = study.choose([(m.candidate, m.comparison.speedup) for m in measured], job.recipe.target, space)
+    by_ratio = job.recipe.target.ratio is not None
+    speedups = [m.comparison.undisturbed_speedup if by_ratio else m.comparison.speedup for m in measured]
+    best = study.choose(list(zip([m.candidate for m in measured], speedups, strict=True)), job.recipe.target, space)
     chosen = next(m for m in measured if m.candidate is best)
     job.say(f"4/6 chosen: {best.origin}, ratio {best.plan.ratio(job.groups):.3f}, {chosen.comparison.speedup:.2f}x of dense")
     return Tuned(chosen, measured, trials, dense_perplexity, path)

@@ -276,6 +276,8 @@ def candidates(trials: Sequence[Evaluated], target: Target, space: SearchSpace, 
 def choose(measured: Sequence[tuple[Evaluated, float]], target: Target, space: SearchSpace) -> Evaluated:
     """Choose among candidates by their *measured* speedups: the best objective that meets the target.
 
+    Under a ratio target nothing is promised of the speed; the caller gives what ranks best. Otherwise it gives the median.
+
     Raises:
         InfeasibleTargetError: none reaches the speedup, or, under a perplexity limit, none is faster than dense.
     """

@@ -7,6 +7,7 @@ of layers are timed on several copies of their weights.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def latency_table(entries: Sequence[dict[str, Any]], tokens: Sequence[int], dtype: torch.dtype) -> list[list[float]]:
-    """Return the median microseconds of entry i (`n`, `m`, `rank` or None for dense) at tokens[j] rows of input."""
+    """Return the lower-quartile microseconds of entry i (`n`, `m`, `rank` or None for dense) at tokens[j] rows of input."""
     table: list[list[float]] = []
     for batch in _batches(entries, dtype.itemsize):
         table += _time_batch(batch, tokens, dtype)
@@ -63,13 +64,17 @@ def _time_batch(entries: Sequence[dict[str, Any]], tokens: Sequence[int], dtype:
             for layer in of_entry:
                 layer(x)  # the first call of a shape builds the kernel
         samples: list[list[float]] = [[] for _ in entries]
+        order = list(zip(layers, inputs, samples, strict=True))
+        shuffle = random.Random(0).shuffle
         rounds, deadline = 0, time.perf_counter() + _SECONDS_PER_CELL * len(entries)
         while rounds < _MIN_ROUNDS or (rounds < _MAX_ROUNDS and time.perf_counter() < deadline):
-            for of_entry, x, sample in zip(layers, inputs, samples, strict=True):
+            shuffle(order)  # what follows a certain layer must not stick to it
+            for of_entry, x, sample in order:
                 sample.append(_seconds(of_entry[rounds % copies], x))
             rounds += 1
         for row, sample in zip(table, samples, strict=True):
-            row.append(statistics.median(sample) * 1e6)
+            # the lower quartile: other processes only ever make a call slower
+            row.append(statistics.quantiles(sample, n=4)[0] * 1e6)
     return table
 
 
@@ -81,12 +86,11 @@ def _elements(entry: dict[str, Any]) -> int:
 def _build(entry: dict[str, Any], dtype: torch.dtype) -> Layer:
     n, m, rank = entry["n"], entry["m"], entry["rank"]
     if rank is None:
-        return _packed(n, m, bias=False, dtype=dtype)
+        return _packed(n, m, bias=False, dtype=dtype).multiply
     first, second = _packed(n, rank, bias=False, dtype=dtype), _packed(rank, m, bias=True, dtype=dtype)
 
     def low_rank(x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = second(first(x))
-        return y
+        return second.multiply(first.multiply(x))
 
     return low_rank
 

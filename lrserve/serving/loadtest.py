@@ -31,6 +31,12 @@ class Comparison:
         """Median of the rounds' speedups."""
         return statistics.median(self.speedups)
 
+    @property
+    def undisturbed_speedup(self) -> float:
+        """Ratio of the fastest rounds: what else runs on a machine only ever makes a round slower, so this ranks plans best."""
+        dense, compressed = (max(run.output_tokens_per_second for run in runs) for runs in (self.dense, self.compressed))
+        return compressed / dense
+
     def to_json(self) -> dict[str, Any]:
         """Return medians and spreads; throughput in output tokens per second, CPU time in seconds per run."""
 
@@ -51,6 +57,7 @@ class Comparison:
             "speedup": self.speedup,
             "speedup_lowest": min(self.speedups),
             "speedup_highest": max(self.speedups),
+            "undisturbed_speedup": self.undisturbed_speedup,
         }
 
 

@@ -182,10 +182,10 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply x (..., n) -> (..., m); `bias`, the dense layer's own, is part of B's and ignored."""
-        z = layer.A(x)
+        z = layer.A.multiply(x)
         if self._reduce_inside:
             z = tensor_model_parallel_all_reduce(z)
-        y: torch.Tensor = layer.B(z, with_bias=not self._first_rank_only)
+        y: torch.Tensor = layer.B.multiply(z, with_bias=not self._first_rank_only)
         return y
 
 
