@@ -1,12 +1,16 @@
-"""Perplexity of rank plans at one parameter count: what the factorization and the allocation each bring.
+"""Quality at equal parameter counts: published closed forms against lrserve's, idea by idea, in one table.
 
-Rows: the dense model; plain SVD of the weights with uniform ranks; our feature factorization with uniform, greedy and loss-aware
-ranks; the plan that the search chose. All are factors rounded to the serving dtype, on the same report text, as the exported
-checkpoint would compute it. Plans and spectra come from a finished run of `lrserve compress-and-export --ratio ...`:
+    python bench/quality.py                          every row at ratios 0.2, 0.4 and 0.6, on the demo's model and texts
+    python bench/quality.py --row default --ratio 0.2
+    python bench/quality.py --list
 
-    python bench/quality.py demo
+Rows share the calibration text, its statistics and the seed. A cell holds the perplexity on held-out text of two domains, with
+log(ppl / ppl dense) in brackets, and the mean KL divergence from the dense model on both, in nats per token. Models are measured as
+they would be exported: factors rounded to the serving dtype, multiplied unmerged. What is finished is kept in the work folder: an
+interrupted run goes on where it stopped, and a finished row is only printed.
 
-prints a Markdown table and, last, the same as one line of JSON.
+The seconds are those of making the factors: the stages that a row's factorization needs (calibration, backward passes,
+decomposition, each as long as it took when it was made) and its own allocation and improvement.
 """
 
 from __future__ import annotations
@@ -14,69 +18,361 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import optuna
+import torch
 
-from lrserve.allocation.plan import RankPlan
-from lrserve.allocation.quality import perplexity
+from lrserve.allocation import allocate
+from lrserve.allocation.bolaco import bolaco, lord_plan
+from lrserve.allocation.evolution import evolve
+from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.quality import Divergence, Reference, perplexity
+from lrserve.allocation.search import SearchSpace, run_study
 from lrserve.artifacts.card import table
-from lrserve.artifacts.work import work_folder
-from lrserve.compression.spectra import SpectrumStore, plain_statistics, write_spectra
+from lrserve.artifacts.store import fingerprint, write_json
+from lrserve.artifacts.work import WorkFolder, work_folder
+from lrserve.compression.baselines import BASELINES
+from lrserve.compression.calibrate import read_statistics
+from lrserve.compression.factorize import FactorSource
+from lrserve.compression.groups import Group, Structure, separate
+from lrserve.compression.spectra import Decompose, MergedRanks, SpectrumStore, compress_model, features, write_spectra
+from lrserve.inputs.demo import demo_recipe, demo_texts
 from lrserve.inputs.text import read_documents, token_windows
-from lrserve.job import open_job
-from lrserve.pipeline import calibrate_blocks, factorize_groups
-from lrserve.recipe import Recipe
+from lrserve.job import Job, open_job
+from lrserve.pipeline import backpropagate, calibrate_blocks, gradient_reader, improve_factors
+from lrserve.recipe import Recipe, Target
+from lrserve.tuning import probe_groups
+
+RATIOS = (0.2, 0.4, 0.6)
+TRIALS = 50  # of Bolaco's search, as in the paper
+GENERATIONS, OFFSPRING = 25, 4  # of the evolutionary allocator
+STEP = 16
+
+
+PROBING = ("probed", "loss_aware", "searched", "evolution")  # allocators that look at the probes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: how the factors are made, how the ranks are allocated, what comes after."""
+
+    label: str
+    factors: str
+    allocator: str = "uniform"
+    structure: Structure = "identity_block"
+    after: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the recipe's `factorization` that improve the plan's factors."""
+
+
+ROWS: Mapping[str, Row] = {
+    "svd": Row("`svd`: plain SVD, uniform", "svd", structure="low_rank"),
+    "asvd": Row("`asvd`, uniform", "asvd", structure="low_rank"),
+    "svd-llm": Row("`svd-llm`: Cholesky whitening, uniform", "svd-llm", structure="low_rank"),
+    "lord": Row("`lord`: one pool, v dense, q and k half", "lord", "lord", structure="low_rank"),
+    "bolaco-5x1": Row("`bolaco` 5x1, 50 trials", "bolaco", "bolaco-1", structure="low_rank"),
+    "bolaco-5x4": Row("`bolaco` 5x4, 50 trials", "bolaco", "bolaco-4", structure="low_rank"),
+    "separate": Row("features, separate linears, uniform", "bolaco", structure="low_rank"),
+    "fused": Row("+ fused groups", "features", structure="low_rank"),
+    "identity": Row("+ identity blocks", "features"),
+    "identity-probed": Row("+ probed allocation, no Fisher", "features", "probed"),
+    "greedy": Row("features, identity blocks, greedy allocation", "features", "greedy"),
+    "fisher-uniform": Row("two-sided (Fisher), identity blocks, uniform", "fisher"),
+    "fisher-low-rank": Row("two-sided, two factors, loss-aware", "fisher", "loss_aware", structure="low_rank"),
+    "fisher-only": Row("two-sided, identity blocks, Fisher allocation", "fisher", "fisher"),
+    "fisher-probed": Row("two-sided, identity blocks, probed allocation", "fisher", "probed"),
+    "default": Row("**default**: two-sided, identity blocks, loss-aware", "fisher", "loss_aware"),
+    "without-qkv": Row("default, qkv one-sided", "fisher-but-qkv", "loss_aware"),
+    "without-o": Row("default, o one-sided", "fisher-but-o", "loss_aware"),
+    "without-gate_up": Row("default, gate_up one-sided", "fisher-but-gate_up", "loss_aware"),
+    "without-down": Row("default, down one-sided", "fisher-but-down", "loss_aware"),
+    "searched": Row("default + 24 trials of the search", "fisher", "searched"),
+    "evolution": Row("default + evolutionary level switching", "fisher", "evolution"),
+    "propagate": Row("default + error propagation", "fisher", "loss_aware", after={"propagate": True}),
+    "closed-form": Row("default + closed-form refinement", "fisher", "loss_aware", after={"refine": "closed_form"}),
+    "adam": Row("default + 25 Adam steps a block", "fisher", "loss_aware", after={"refine": "adam"}),
+    "recover": Row("default + `--recover 10`", "fisher", "loss_aware", after={"recover_minutes": 10.0}),
+}
+
+
+class _EqualSpeed:
+    """Stands for a speed model where only quality counts."""
+
+    def speedup(self, plan: RankPlan) -> float:
+        return 1.0
+
+    def tokens_per_second(self, plan: RankPlan) -> float:
+        return 1.0
+
+
+class Bench:
+    """The opened inputs, the dense reference, and every stage by name, made when it is first asked for."""
+
+    def __init__(self, job: Job, folder: WorkFolder, texts: Mapping[str, torch.Tensor]) -> None:
+        self.job, self.folder, self.texts = job, folder, texts
+        self.fused = job.groups
+        self.pairs = separate(job.groups)
+        self.single = [group for group, _ in self.pairs]
+        self.model = job.source.load(job.dtype)
+        self.reference = {name: Reference(self.model, windows) for name, windows in texts.items()}
+        self.times_path = folder.root / "times.json"
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Keep how long a stage took, unless it only read what was there."""
+        began = time.monotonic()
+        yield
+        times = self.times()
+        seconds = time.monotonic() - began
+        if seconds > times.get(name, 1.0):
+            write_json(self.times_path, {**times, name: seconds})
+
+    def times(self) -> dict[str, float]:
+        """Seconds by stage."""
+        return json.loads(self.times_path.read_text(encoding="utf-8")) if self.times_path.is_file() else {}
+
+    @cache  # noqa: B019 - one bench per process
+    def statistics(self) -> Path:
+        """Covariances."""
+        with self.timed("calibrate"):
+            return calibrate_blocks(self.job, self.model, self.folder)
+
+    @cache  # noqa: B019
+    def gradients(self) -> Any:
+        """Gradient moments."""
+        with self.timed("gradients"):
+            return backpropagate(self.job, self.model, self.folder)
+
+    def groups(self, factors: str) -> list[Group]:
+        """The unit of allocation that goes with a factorization."""
+        return self.single if factors in BASELINES else self.fused
+
+    @cache  # noqa: B019
+    def spectra(self, factors: str) -> SpectrumStore:
+        """Factors of every rank, by the name of the factorization."""
+        statistics = self.statistics()
+        decompose: Decompose
+        if factors in BASELINES:
+            origin = {group.name: fused for group, fused in self.pairs}
+
+            def decompose(group: Group, W: torch.Tensor, beta: torch.Tensor | None) -> Any:
+                return BASELINES[factors](W, read_statistics(statistics, origin[group.name]), beta)
+
+        elif factors == "features":
+            decompose = features(statistics)
+        else:
+            gradients, without = self.gradients(), factors.removeprefix("fisher-but-")
+            decompose = features(statistics, lambda group: None if group.kind == without else gradients.read(group))
+        inputs = {"calibration": statistics.name, "factors": factors}
+        if factors.startswith("fisher"):
+            inputs["gradients"] = self.gradients().folder.name
+        stage = self.folder.stage(f"spectra-{factors}", inputs)
+        groups = self.groups(factors)
+        with self.timed(f"spectra-{factors}"):
+            write_spectra(self.model, groups, decompose, stage)
+        return SpectrumStore(stage, groups)
+
+    def plan(self, row: Row, ratio: float, place: Path) -> RankPlan:
+        """Allocate the ranks."""
+        store, groups = self.spectra(row.factors), self.groups(row.factors)
+        fit = BudgetFit(groups, STEP, row.structure)
+        budget = (1 - ratio) * fit.dense_cost
+        if row.allocator == "uniform":
+            return allocate.uniform(fit, budget)
+        if row.allocator == "lord":
+            return lord_plan(groups, budget, STEP)
+        if row.allocator.startswith("bolaco"):
+            merged = MergedRanks(self.model, groups, store)
+            validation = self.job.windows["validation"][:4]
+
+            def evaluate(plan: RankPlan) -> float:
+                merged.apply(dict(plan.ranks))
+                return perplexity(merged.model, validation)
+
+            try:
+                runs = int(row.allocator.partition("-")[2])
+                return bolaco(groups, budget, STEP, runs, TRIALS, evaluate, place / "study.sqlite3", seed=self.job.recipe.seed)
+            finally:
+                merged.apply({})
+        errors = store.errors()
+        if row.allocator == "greedy":
+            return allocate.least_loss(fit, allocate.greedy(errors), budget)
+        if row.allocator == "fisher":
+            return allocate.least_loss(fit, allocate.fisher(errors), budget)
+        probed = allocate.probed(errors, self.probes(row.factors, row.structure))
+        if row.allocator == "probed":
+            return allocate.least_loss(fit, probed, budget)
+        without = row.factors.removeprefix("fisher-but-")
+        fisher = allocate.fisher(errors, {group.name: probed[group.name] for group in groups if group.kind == without})
+        start = allocate.least_loss(fit, allocate.loss_aware(probed, fisher), budget)
+        if row.allocator == "loss_aware":
+            return start
+        if row.allocator == "searched":
+            fisher_only = allocate.fisher(errors)
+            losses = {
+                "loss_aware": allocate.loss_aware(probed, fisher_only),
+                "probed": probed,
+                "fisher": fisher_only,
+                "greedy": allocate.greedy(errors),
+            }
+            return self.searched(row, store, losses, ratio, place)
+        merged = MergedRanks(self.model, groups, store)
+        divergence = Divergence(self.model, self.job.windows["validation"][:2])
+
+        def diverge(plan: RankPlan) -> float:
+            merged.apply(dict(plan.ranks))
+            return divergence(merged.model)
+
+        try:
+            state, seed = place / "state.json", self.job.recipe.seed
+            return evolve(fit, start, budget, diverge, state, generations=GENERATIONS, offspring=OFFSPRING, seed=seed)
+        finally:
+            merged.apply({})
+
+    def searched(self, row: Row, store: SpectrumStore, losses: dict[str, Any], ratio: float, place: Path) -> RankPlan:
+        """Return the plan of least perplexity of the pipeline's search, to which all plans are equally fast here."""
+        recipe = self.job.recipe
+        validation = self.job.windows["validation"][: recipe.search.validation_tokens // recipe.search.validation_length]
+        merged = MergedRanks(self.model, self.fused, store)
+        dense = perplexity(self.model, validation)
+        speed: Any = _EqualSpeed()
+        space = SearchSpace(self.fused, Target(ratio=ratio), recipe.search, losses, speed, dense, row.structure)
+
+        def evaluate(plan: RankPlan) -> float:
+            merged.apply(dict(plan.ranks))
+            return perplexity(merged.model, validation)
+
+        try:
+            trials = run_study(space, evaluate, recipe.search, place / "study.sqlite3", seed=recipe.seed)
+        finally:
+            merged.apply({})
+        return min(trials, key=lambda trial: trial.perplexity).plan
+
+    @cache  # noqa: B019
+    def probes(self, factors: str, structure: Structure) -> dict[str, tuple[int | None, float]]:
+        """Divergences of the groups one by one."""
+        store = self.spectra(factors)
+        merged = MergedRanks(self.model, self.fused, store)
+        with self.timed(f"probe-{factors}-{structure}"):
+            found, _ = probe_groups(self.job, merged, store, self.folder, structure)
+        merged.apply({})
+        return found
+
+    def improved(self, row: Row, plan: RankPlan) -> FactorSource:
+        """What comes after the allocation, as the pipeline does it."""
+        store = self.spectra(row.factors)
+        if not row.after:
+            return store
+        settings = self.job.recipe.factorization.model_copy(update=row.after)
+        job = replace(self.job, recipe=self.job.recipe.model_copy(update={"factorization": settings}))
+        return improve_factors(job, plan, store, gradient_reader(job, self.gradients()), self.folder)[0]
+
+    def measure(self, name: str, ratio: float) -> dict[str, Any]:
+        """Measure one cell, or read it."""
+        row = ROWS[name]
+        inputs = {
+            **self.job.calibration_inputs(),
+            "row": [row.factors, row.allocator, row.structure, dict(row.after)],
+            "ratio": ratio,
+            "texts": {name: fingerprint(windows.tolist()) for name, windows in self.texts.items()},
+            "validation": fingerprint(self.job.windows["validation"].tolist()),
+            "factorization": self.job.recipe.factorization.model_dump(mode="json"),
+            "settings": [TRIALS, GENERATIONS, OFFSPRING, STEP, self.job.recipe.seed],
+        }
+        place = self.folder.stage(f"row-{name}-{ratio}", inputs)
+        path = place / "result.json"
+        if not path.is_file():
+            self.spectra(row.factors)
+            if row.allocator in PROBING:
+                self.probes(row.factors, row.structure)
+            began = time.monotonic()
+            plan = self.plan(row, ratio, place)
+            source = self.improved(row, plan)
+            own = time.monotonic() - began
+            groups = self.groups(row.factors)
+            model = self.job.source.load(self.job.dtype)
+            compressed = compress_model(model, plan.factorized(groups), plan.structure, source, self.job.dtype)
+            result: dict[str, Any] = {"ratio": plan.ratio(groups), "own_seconds": own}
+            for domain, reference in self.reference.items():
+                result[domain] = reference(compressed)
+            write_json(path, result)
+        return {"row": name, "asked": ratio, "seconds": self.seconds(row, path), **json.loads(path.read_text(encoding="utf-8"))}
+
+    def seconds(self, row: Row, path: Path) -> float:
+        """Seconds of everything that a row's factors needed."""
+        stages = [f"spectra-{row.factors}", "calibrate"]
+        stages += ["gradients"] if row.factors.startswith("fisher") else []
+        stages += [f"probe-{row.factors}-{row.structure}"] if row.allocator in PROBING else []
+        times = self.times()
+        own: float = json.loads(path.read_text(encoding="utf-8"))["own_seconds"]
+        return own + sum(times.get(stage, 0.0) for stage in stages)
+
+
+def render(results: list[dict[str, Any]], dense: Mapping[str, float], ratios: list[float]) -> str:
+    """One line per row, for each ratio the domains' perplexities and the mean divergence."""
+
+    def cell(result: dict[str, Any] | None) -> list[str]:
+        if result is None:
+            return ["", "", ""]
+        cells = []
+        for domain, nll in dense.items():
+            excess = result[domain]["nll"] - nll
+            cells.append(f"{math.exp(min(result[domain]['nll'], 700)):.4g} ({excess:.2f})")
+        return [*cells, f"{sum(result[domain]['divergence'] for domain in dense) / len(dense):.2f}"]
+
+    domains = list(dense)
+    header = ["", *(f"{ratio:g}: {what}" for ratio in ratios for what in [*domains, "KL"]), "seconds"]
+    lines = [["dense", *(cell for _ in ratios for cell in [*(f"{math.exp(nll):.4g}" for nll in dense.values()), ""]), ""]]
+    for name, row in ROWS.items():
+        found = {result["asked"]: result for result in results if result["row"] == name}
+        if found:
+            seconds = max(result["seconds"] for result in found.values())
+            lines.append([row.label, *(c for ratio in ratios for c in cell(found.get(ratio))), f"{seconds:.0f}"])
+    return table(header, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("artifact", type=Path, help="made with --ratio")
-    parser.add_argument("--work", type=Path, help="its work folder [default: ARTIFACT.work]")
-    parser.add_argument("--domain", action="append", default=[], metavar="NAME=FILE", help="also measure on this text")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, help="another model and texts [default: the demo's]")
+    parser.add_argument("--domain", action="append", metavar="NAME=FILE", help="held-out text [default: the demo's wiki and c4]")
+    parser.add_argument(
+        "--work", type=Path, default=Path("quality.work"), help="folder for what is finished [default: quality.work]"
+    )
+    parser.add_argument("--row", action="append", choices=ROWS, help="repeatable [default: all]")
+    parser.add_argument("--ratio", action="append", type=float, help="repeatable [default: 0.2, 0.4 and 0.6]")
+    parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens per domain [default: 8192]")
+    parser.add_argument("--list", action="store_true", help="list the rows")
     arguments = parser.parse_args()
-    recipe = Recipe.load(arguments.artifact / "lrserve" / "recipe.yaml", {})
+    if arguments.list:
+        for name, row in ROWS.items():
+            print(f"{name:18} {row.label}")
+        return
+    recipe = Recipe.load(arguments.recipe or demo_recipe(), {})
     job = open_job(recipe, print)
-    texts = {"report": job.windows["report"]}
-    for entry in arguments.domain:
-        name, _, path = entry.partition("=")
-        texts[name] = token_windows(job.source.tokenizer(), read_documents(path), recipe.report.length, 16)
-
-    with work_folder(arguments.work or arguments.artifact.with_name(f"{arguments.artifact.name}.work"), print) as folder:
-        model = job.source.load(job.dtype)
-        store = factorize_groups(job, model, calibrate_blocks(job, model, folder), folder)
-        svd = folder.stage("svd", job.model_inputs())
-        write_spectra(model, job.groups, folder.root, svd, read=plain_statistics)
-
-    study = optuna.load_study(study_name=None, storage=f"sqlite:///{arguments.artifact / 'lrserve' / 'study.sqlite3'}")
-    plans = {
-        origin: RankPlan(trial.user_attrs["ranks"])
-        for trial in reversed(study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)))
-        if (origin := trial.user_attrs["origin"]) in ("uniform", "greedy", "loss_aware")
+    if arguments.domain:
+        files = dict(entry.split("=", 1) for entry in arguments.domain)
+    else:
+        files = {name: str(demo_texts()[f"report-{name}"]) for name in ("wiki", "c4")}
+    length = recipe.report.length
+    texts = {
+        name: token_windows(job.source.tokenizer(), read_documents(path), length, arguments.tokens // length)
+        for name, path in files.items()
     }
-    chosen = RankPlan.read(arguments.artifact / "lrserve" / "plan.json")
-    rows: list[tuple[str, RankPlan | None, SpectrumStore]] = [
-        ("dense", None, store),
-        ("plain SVD, uniform ranks", plans["uniform"], SpectrumStore(svd, job.groups)),
-        ("features, uniform ranks", plans["uniform"], store),
-        ("features, greedy ranks", plans["greedy"], store),
-        ("features, loss-aware ranks", plans["loss_aware"], store),
-        ("features, searched ranks", chosen, store),
-    ]
-    results: list[dict[str, Any]] = []
-    for label, plan, spectra in rows:
-        compressed = model if plan is None else job.compressed_model(plan, spectra).to(job.dtype)
-        measured = {name: perplexity(compressed, windows) for name, windows in texts.items()}
-        results.append({"row": label, "ratio": 0.0 if plan is None else plan.ratio(job.groups), **measured})
-        print(json.dumps(results[-1]), flush=True)
-    dense = results[0]
-    cells = [
-        [r["row"], f"{r['ratio']:.3f}"] + [f"{r[name]:.1f} ({math.log(r[name] / dense[name]):.2f})" for name in texts]
-        for r in results
-    ]
-    print(table(["", "ratio", *(f"{name}: perplexity (excess log)" for name in texts)], cells))
-    print(json.dumps(results))
+    ratios = sorted(set(arguments.ratio or RATIOS))
+    with work_folder(arguments.work, lambda line: None) as folder:
+        bench = Bench(job, folder, texts)
+        dense = {name: reference.nll for name, reference in bench.reference.items()}
+        results: list[dict[str, Any]] = []
+        for ratio in ratios:
+            for name in arguments.row or ROWS:
+                results.append(bench.measure(name, ratio))
+                print(json.dumps(results[-1]), flush=True)
+    print(render(results, dense, ratios))
 
 
 if __name__ == "__main__":

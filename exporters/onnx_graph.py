@@ -2,7 +2,8 @@
 
 Notations. B sequences, S new tokens, T = past + S tokens, H hidden width, K key/value heads of width D, V vocabulary,
 P = max_position_embeddings. Activations are (B, S, H); a linear layer's weight is stored transposed, (in, out), as
-MatMul reads it; the factors of a fused group are one MatMul by A (n, r) and one by B (r, m_i) for each member.
+MatMul reads it; the factors of a fused group are one MatMul by A (n, r) and one by B (r, m_i) for each member. An
+identity block's z = x_J + T x_Jc is a Gather by `order`, a Split, a MatMul by T (n - r, r) and an Add.
 
 Inputs: input_ids (B, S) and attention_mask (B, T), int64; past_key_values.i.key and .value (B, K, T - S, D), float32.
 Outputs: logits (B, S, V); present.i.key and .value (B, K, T, D), float32.
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lrserve.compression.lowrank import LowRankLinear
+from lrserve.compression.lowrank import IdentityBlock, LowRankLinear
 from lrserve.errors import UnsupportedModelError
 
 OPSET: Final = 23  # the first with RMSNormalization
@@ -173,7 +174,7 @@ class _Builder:
         self.parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self.nodes: list[Any] = []
         self.initializers: dict[str, Any] = {}
-        self.products: dict[tuple[int, str], Any] = {}  # (A, input) -> A x, which the members of a group share
+        self.products: dict[tuple[int, str], Any] = {}  # (A, input) -> z, which the members of a group share
         self.inputs: list[Any] = []
         self.presents: list[Any] = []
 
@@ -241,20 +242,34 @@ class _Builder:
         y = self.node("MatMul", [x, self.weight(linear.weight, where, _transposed)], f"{where}.MatMul")
         return y if linear.bias is None else self.node("Add", [y, self.weight(linear.bias, where)], f"{where}.Add")
 
+    def interpolate(self, x: Any, block: IdentityBlock, where: str) -> Any:
+        """Return x_J + T x_Jc: (B, S, n) -> (B, S, r)."""
+        widths = [block.rank, block.weight.shape[1]]
+        order = self.constant(f"{where}.order", block.order.cpu().numpy(), np.int32)
+        sizes = self.constant(f"split.{widths[0]}.{widths[1]}", widths, np.int64)
+        pivots, others = (self.ir.Value(name=f"{where}.{part}") for part in ("pivots", "others"))
+        reordered = self.node("Gather", [x, order], f"{where}.Gather", axis=-1)
+        self.node("Split", [reordered, sizes], f"{where}.Split", outputs=[pivots, others], axis=-1)
+        product = self.node("MatMul", [others, self.weight(block.weight, where, _transposed)], f"{where}.MatMul")
+        return self.node("Add", [product, pivots], f"{where}.Add")
+
     def linear(self, x: Any, module: nn.Module, where: str) -> Any:
-        """Multiply by a dense or a factorized linear; members of a fused group share one product A x."""
+        """Multiply by a dense or a factorized linear; members of a fused group share one z."""
         if isinstance(module, LowRankLinear):
             first = module.first
             key = (id(first), x.name)
             if key not in self.products:
-                name = self.parameters.get(id(first.weight), f"{where}.A.weight")
-                self.products[key] = self.affine(x, first, name.removesuffix(".weight"))
+                name = self.parameters.get(id(first.weight), f"{where}.A.weight").removesuffix(".weight")
+                if isinstance(first, IdentityBlock):
+                    self.products[key] = self.interpolate(x, first, name)
+                else:
+                    self.products[key] = self.affine(x, first, name)
             return self.affine(self.products[key], module.B, f"{where}.B")
         # A subclass with a forward of its own (quantized, adapted) is not the plain product that its weight suggests.
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             return self.affine(x, module, where)
         raise UnsupportedModelError(
-            f"{where}: the ONNX graph renders dense and low-rank linears, this is a {type(module).__name__}; "
+            f"{where}: the ONNX graph renders dense and factorized linears, this is a {type(module).__name__}; "
             "merge adapters and dequantize first"
         )
 

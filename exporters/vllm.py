@@ -36,10 +36,11 @@ class VllmExporter:
     def export(self, model: Any, source: Path, out: Path, dtype: torch.dtype) -> None:
         """Write `model` into the existing folder `out`, with the tokenizer files of `source`.
 
-        Tensors are stored in `dtype`. A model without factorized layers is written as the dense checkpoint that it is.
+        Tensors are stored in `dtype`, integers as they are. A model without factorized layers is written as the dense
+        checkpoint that it is.
 
         Raises:
-            ArtifactError: the members of a fused group are not all factorized, or at different ranks.
+            ArtifactError: the members of a fused group are not all factorized, or not alike.
         """
         config = copy.deepcopy(model.config)
         if hasattr(config, "quantization_config"):  # a GGUF file's, or an older artifact's
@@ -69,10 +70,10 @@ class VllmExporter:
 
 
 def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
-    """Read off a causal LM which of its fused groups are factorized, at which rank, in the artifact's terms.
+    """Read off a causal LM which of its fused groups are factorized, as what and at which rank, in the artifact's terms.
 
     Raises:
-        ArtifactError: the members of a group are not all factorized, or at different ranks.
+        ArtifactError: the members of a group are not all factorized, or not alike.
         UnsupportedModelError: unknown architecture.
     """
     family = family_of(model.config)
@@ -82,15 +83,16 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
         prefix = f"{family.layers}.{index}."
         for names in family.groups.values():
             modules = [model.get_submodule(prefix + member) for member in names.members]
-            ranks = {module.rank if isinstance(module, LowRankLinear) else None for module in modules}
-            if len(ranks) != 1:
+            kinds = {(module.structure, module.rank) if isinstance(module, LowRankLinear) else None for module in modules}
+            if len(kinds) != 1:
+                found = ", ".join(sorted(f"{kind[0]} of rank {kind[1]}" if kind else "dense" for kind in kinds))
                 raise ArtifactError(
-                    f"{prefix}{names.fused}: its linears {', '.join(names.members)} must all be factorized at one rank "
-                    f"or all be dense; found {sorted(map(str, ranks))}"
+                    f"{prefix}{names.fused}: its linears {', '.join(names.members)} must all be factorized alike and at one "
+                    f"rank, or all be dense; found {found}"
                 )
-            if rank := ranks.pop():
+            if kind := kinds.pop():
                 members = tuple(member.rpartition(".")[2] for member in names.members)
-                groups[prefix + names.fused] = GroupSpec(rank=rank, members=members)
+                groups[prefix + names.fused] = GroupSpec(rank=kind[1], members=members, structure=kind[0])
     return groups
 
 

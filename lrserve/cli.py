@@ -32,6 +32,9 @@ def compress_and_export(
     min_speedup: Annotated[float | None, typer.Option(help="Best quality at this measured speedup over dense.")] = None,
     max_ppl_increase: Annotated[float | None, typer.Option(help="Best speed at this relative perplexity increase.")] = None,
     export: Annotated[list[str] | None, typer.Option(help="Rendering to export, repeatable [default: vllm and onnx].")] = None,
+    recover: Annotated[
+        float | None, typer.Option(metavar="MINUTES", help="Distil the dense model into the factors [default: 0].")
+    ] = None,
     trials: Annotated[int | None, typer.Option(help="Trials of the search [default: 24].")] = None,
     calibration: Annotated[str | None, typer.Option(help="Text file (.jsonl or plain) or Hub dataset.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with any setting; the options here win over it.")] = None,
@@ -50,6 +53,7 @@ def compress_and_export(
         "target.min_speedup": min_speedup,
         "target.max_ppl_increase": max_ppl_increase,
         "export": export or None,
+        "factorization.recover_minutes": recover,
         "search.trials": trials,
         "text.calibration": calibration,
         "seed": seed,

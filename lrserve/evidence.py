@@ -13,15 +13,17 @@ from typing import Any
 
 from exporters.base import Exporter, Transcript
 from exporters.transcript import transcribe_model
+from lrserve.allocation.plan import RankPlan
 from lrserve.allocation.quality import perplexity
 from lrserve.artifacts import card
 from lrserve.artifacts.store import write_json, write_manifest
-from lrserve.compression.spectra import SpectrumStore
-from lrserve.errors import AgreementError
+from lrserve.compression.factorize import FactorSource
+from lrserve.compression.spectra import compress_model
+from lrserve.errors import AgreementError, InfeasibleTargetError
 from lrserve.inputs.source import Source
 from lrserve.job import Job, progress_bar
 from lrserve.serving.engine import engine_version
-from lrserve.tuning import Measured, Tuned
+from lrserve.tuning import Tuned
 
 
 def prove_agreement(job: Job, model: Any, exporters: Sequence[Exporter], staging: Path) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def agree(engine: str, reference: Sequence[Transcript], transcripts: Sequence[Tr
     return {"max_logprob_difference": worst, "tolerance": tolerance, "greedy_equal": equal, "greedy_tokens": total}
 
 
-def report_perplexity(job: Job, chosen: Measured, store: SpectrumStore, staging: Path) -> dict[str, Any]:
+def report_perplexity(job: Job, plan: RankPlan, factors: FactorSource, staging: Path) -> dict[str, Any]:
     """Perplexity on the report text: the dense model, and the exported checkpoint as transformers loads it."""
     windows = job.windows["report"]
     with progress_bar(2 * len(windows), "6/6 perplexity") as progress:
@@ -85,7 +87,8 @@ def report_perplexity(job: Job, chosen: Measured, store: SpectrumStore, staging:
         if (staging / "config.json").is_file():
             model = Source(name="export", path=staging).load(job.dtype)
         else:  # no checkpoint was asked for
-            model = job.compressed_model(chosen.candidate.plan, store).to(job.dtype)
+            ranks = plan.factorized(job.groups)
+            model = compress_model(job.source.load(job.dtype), ranks, plan.structure, factors, job.dtype)
         compressed = perplexity(model, windows, lambda done: progress(len(windows) + done))
     increase = compressed / dense - 1
     job.say(f"6/6 perplexity on the report text: dense {dense:.2f}, compressed {compressed:.2f} ({increase:+.1%})")
@@ -98,7 +101,33 @@ def report_perplexity(job: Job, chosen: Measured, store: SpectrumStore, staging:
     }
 
 
-def collect_metrics(job: Job, tuned: Tuned, agreement: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+def validate_improved(job: Job, tuned: Tuned, factors: FactorSource) -> float:
+    """Return the validation perplexity of factors that are no longer those that the search chose its plan by.
+
+    Raises:
+        InfeasibleTargetError: it is beyond the limit that the recipe sets.
+    """
+    plan, settings, limit = tuned.chosen.candidate.plan, job.recipe.search, job.recipe.target.max_ppl_increase
+    windows = job.windows["validation"][: max(1, settings.validation_tokens // settings.validation_length)]
+    model = compress_model(job.source.load(job.dtype), plan.factorized(job.groups), plan.structure, factors, job.dtype)
+    found = perplexity(model, windows)
+    job.say(f"5/6 improved: validation perplexity {tuned.chosen.candidate.perplexity:.2f} to {found:.2f}")
+    if limit is not None and not found <= tuned.dense_perplexity * (1 + limit):
+        raise InfeasibleTargetError(
+            f"the improved factors have a validation perplexity of {found:.2f}, beyond {tuned.dense_perplexity * (1 + limit):.2f}; "
+            "leave factorization.propagate and refine out, or allow more"
+        )
+    return found
+
+
+def collect_metrics(
+    job: Job,
+    tuned: Tuned,
+    improved: dict[str, Any],
+    validation: float,
+    agreement: dict[str, Any],
+    report: dict[str, Any],
+) -> dict[str, Any]:
     """Return what metrics.json holds (docs/format.md)."""
     recipe = job.recipe
     skeleton = job.source.skeleton()
@@ -112,9 +141,11 @@ def collect_metrics(job: Job, tuned: Tuned, agreement: dict[str, Any], report: d
         "workload": recipe.workload.model_dump(mode="json"),
         "plan": {
             "origin": tuned.chosen.candidate.origin,
+            "structure": plan.structure,
             "groups": len(job.groups),
             "factorized": len(plan.factorized(job.groups)),
         },
+        "improved": improved,
         "sizes": card.sizes(
             job.groups,
             plan,
@@ -123,7 +154,11 @@ def collect_metrics(job: Job, tuned: Tuned, agreement: dict[str, Any], report: d
             dtype_bytes=job.dtype.itemsize,
         ),
         "perplexity": {
-            "validation": {"dense": tuned.dense_perplexity, "compressed": tuned.chosen.candidate.perplexity},
+            "validation": {
+                "dense": tuned.dense_perplexity,
+                "searched": tuned.chosen.candidate.perplexity,
+                "compressed": validation,
+            },
             "report": report,
         },
         "throughput": tuned.chosen.comparison.to_json(),

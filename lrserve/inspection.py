@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from lrserve.allocation.plan import RankPlan
 from lrserve.artifacts.card import sizes, table
 from lrserve.artifacts.store import MANIFEST, read_manifest, verify_files
 from lrserve.compression.groups import KINDS, Group, find_groups
-from lrserve.compression.lowrank import QUANT_METHOD, GroupSpec, parse_groups
+from lrserve.compression.lowrank import QUANT_METHOD, GroupSpec, is_permutation, parse_groups
 from lrserve.errors import ArtifactError
 from lrserve.inputs.source import Source, open_source
 
@@ -25,6 +28,25 @@ def _quantization(folder: Path) -> dict[str, Any] | None:
         return None
     entry = config.get("quantization_config") if isinstance(config, dict) else None
     return entry if isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD else None
+
+
+@dataclass(frozen=True)
+class _StoredPlan(RankPlan):
+    """The plan that a checkpoint amounts to. A plan has one structure; an artifact may have another for every group."""
+
+    specs: Mapping[str, GroupSpec] = field(default_factory=dict)
+
+    def parameters(self, groups: Sequence[Group]) -> int:
+        """Parameters of the decoder's linears as they are stored."""
+        return sum(
+            group.parameters(spec.rank, spec.structure) if (spec := self.specs.get(group.name)) else group.dense_parameters
+            for group in groups
+        )
+
+    def order_entries(self, groups: Sequence[Group]) -> int:
+        """Entries of the orders of those groups that are identity blocks."""
+        blocks = {name for name, spec in self.specs.items() if spec.structure == "identity_block"}
+        return sum(group.n for group in groups if group.name in blocks)
 
 
 def inspect(model: str) -> str:
@@ -43,17 +65,19 @@ def inspect(model: str) -> str:
     source = Source(name=model, path=folder) if entry is not None else open_source(model)
     skeleton = source.skeleton()
     groups = find_groups(skeleton)
-    plan = RankPlan({group.name: specs[group.name].rank if group.name in specs else None for group in groups})
+    plan = _StoredPlan({group.name: specs[group.name].rank if group.name in specs else None for group in groups}, specs=specs)
     lines = [f"{source.path}: {type(skeleton).__name__}"]
     rows = []
     for kind in KINDS:
         members = [group for group in groups if group.kind == kind]
-        ranks = [rank for group in members if (rank := plan.ranks[group.name]) is not None]
+        found = [specs[group.name] for group in members if group.name in specs]
+        ranks = [spec.rank for spec in found]
         shown = f"{min(ranks)} to {max(ranks)}" if ranks else "-"
-        parameters = sum(group.parameters(plan.ranks[group.name]) for group in members)
+        structures = ", ".join(sorted({spec.structure for spec in found})) or "-"
+        parameters = f"{plan.parameters(members) / 1e6:.1f} M"
         first = members[0]
-        rows.append([kind, str(len(members)), f"{first.m} x {first.n}", str(len(ranks)), shown, f"{parameters / 1e6:.1f} M"])
-    lines.append(table(["group", "layers", "outputs x inputs", "low-rank", "ranks", "parameters"], rows))
+        rows.append([kind, str(len(members)), f"{first.m} x {first.n}", str(len(ranks)), structures, shown, parameters])
+    lines.append(table(["group", "layers", "outputs x inputs", "low-rank", "structure", "ranks", "parameters"], rows))
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     head = skeleton.get_output_embeddings().weight.numel()
     dtype = getattr(skeleton.config, "dtype", None)
@@ -74,13 +98,13 @@ def verify(out: Path) -> str:
     count = 0
     if entry is not None and not faults:
         specs = parse_groups(entry)
-        shapes = _tensor_shapes(out)
+        shapes, orders = _tensors(out)
         groups = {group.name: group for group in find_groups(Source(name=str(out), path=out).skeleton())}
         for name, spec in specs.items():
             if name not in groups:
                 faults.append(f"config.json names a group that the architecture does not have: {name}")
             else:
-                faults += _group_faults(groups[name], spec, shapes)
+                faults += _group_faults(groups[name], spec, shapes, orders)
                 count += 1
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -92,21 +116,37 @@ def verify(out: Path) -> str:
     )
 
 
-def _tensor_shapes(out: Path) -> dict[str, tuple[int, ...]]:
+def _tensors(out: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.Tensor]]:
+    """Read every tensor's shape, and the identity blocks' orders themselves."""
     shapes: dict[str, tuple[int, ...]] = {}
+    orders: dict[str, torch.Tensor] = {}
     for file in sorted(out.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            shapes.update((name, tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118
-    return shapes
+            for name in tensors.keys():  # noqa: SIM118
+                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+                if name.endswith(".A.order"):
+                    orders[name] = tensors.get_tensor(name)
+    return shapes, orders
 
 
-def _group_faults(group: Group, spec: GroupSpec, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+def _group_faults(
+    group: Group, spec: GroupSpec, shapes: Mapping[str, tuple[int, ...]], orders: Mapping[str, torch.Tensor]
+) -> list[str]:
+    order = f"{group.name}.A.order"
     wanted: dict[str, tuple[int, ...]] = {f"{group.name}.A.weight": (spec.rank, group.n)}
+    faults: list[str] = []
+    if spec.structure == "identity_block":
+        wanted = {f"{group.name}.A.weight": (spec.rank, group.n - spec.rank), order: (group.n,)}
+        if order in orders and not is_permutation(orders[order]):
+            faults.append(f"{order} is no permutation of the inputs in int32")
+    elif order in orders:
+        faults.append(f"{order} belongs to an identity block, config.json says {spec.structure}")
     for member, m in zip(group.members, group.out_features, strict=True):
         wanted[f"{member}.B.weight"] = (m, spec.rank)
         wanted[f"{member}.B.bias"] = (m,)
     forbidden = [f"{member}.{name}" for member in group.members for name in ("weight", "bias") if f"{member}.{name}" in shapes]
-    return [f"{name} stands beside the factors that replace it" for name in forbidden] + [
+    faults += [f"{name} stands beside the factors that replace it" for name in forbidden]
+    return faults + [
         f"{name} has shape {shapes.get(name, 'none')}, expected {shape}"
         for name, shape in wanted.items()
         if shapes.get(name) != shape

@@ -13,15 +13,16 @@ import torch
 from tqdm import tqdm
 
 from lrserve.allocation.plan import RankPlan
+from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group, family_of, find_groups
-from lrserve.compression.spectra import SpectrumStore, compress_model
+from lrserve.compression.spectra import compress_model
 from lrserve.inputs.source import Source, open_source
 from lrserve.inputs.text import load_texts, token_windows
 from lrserve.recipe import Recipe
 
 Say = Callable[[str], None]
 
-WORK_VERSION = 1
+WORK_VERSION = 2
 """Version of the computation kept in work folders: raised when the same inputs would give other numbers."""
 
 
@@ -66,10 +67,10 @@ class Job:
         """Identify the model and the dtype that it is used in; JSON."""
         return {"version": WORK_VERSION, "model": self.fingerprints["model"], "dtype": self.recipe.engine.dtype}
 
-    def compressed_model(self, plan: RankPlan, store: SpectrumStore) -> Any:
+    def compressed_model(self, plan: RankPlan, factors: FactorSource) -> Any:
         """Build the compressed model in float32 on the CPU, every value rounded to the dtype that it is stored in."""
         model = self.source.load(torch.float32).cpu()
-        return compress_model(model, plan.factorized(self.groups), store, self.dtype)
+        return compress_model(model, plan.factorized(self.groups), plan.structure, factors, self.dtype)
 
 
 def open_job(recipe: Recipe, say: Say) -> Job:

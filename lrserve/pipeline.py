@@ -8,18 +8,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from exporters.base import Exporter
 from exporters.vllm import VllmExporter
 from lrserve.allocation.allocate import uniform
-from lrserve.allocation.plan import BudgetFit
+from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.artifacts import card
-from lrserve.artifacts.store import check_place, explained, read_manifest, staged, verify_files
+from lrserve.artifacts.store import check_place, explained, fingerprint, read_manifest, staged, verify_files
 from lrserve.artifacts.work import WorkFolder, differences, work_folder
 from lrserve.compression.calibrate import calibrate
-from lrserve.compression.spectra import SpectrumStore, write_spectra
+from lrserve.compression.factorize import FactorSource, GradientOf
+from lrserve.compression.gradients import GradientStore, collect_gradients
+from lrserve.compression.propagate import propagate
+from lrserve.compression.recover import recover
+from lrserve.compression.refine import refine_adam, refine_closed_form
+from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.errors import ArtifactError, InputError
-from lrserve.evidence import collect_metrics, prove_agreement, report_perplexity, write_evidence
-from lrserve.job import Job, Say, open_job, progress_bar, reused
+from lrserve.evidence import collect_metrics, prove_agreement, report_perplexity, validate_improved, write_evidence
+from lrserve.job import Job, Say, open_job, progress_bar, reused, tensor_sha256
 from lrserve.recipe import Recipe
 from lrserve.serving.engine import engine_version
 from lrserve.tuning import tune
@@ -37,7 +44,7 @@ def compress_and_export(
     """Compress a model, search the ranks, export the result and prove it.
 
     1. open the model and the texts          4. search: probe, time single layers, run the study, measure its front
-    2. calibrate, block by block             5. export the chosen plan
+    2. calibrate, block by block             5. improve the factors, if asked to, and export
     3. factorize, every rank at once         6. prove it: the engines agree, perplexity, throughput
 
     Finished stages are kept in the work folder and reused when the same inputs come again; `out` appears when it is whole.
@@ -75,7 +82,7 @@ def compress_and_export(
         _say_summary(finished, out, say)
         return finished
     if recipe.target.ratio:
-        fit = BudgetFit(job.groups, recipe.search.rank_step)
+        fit = BudgetFit(job.groups, recipe.search.rank_step, recipe.structure)
         fit.require((1 - recipe.target.ratio) * fit.dense_cost)
     weights = sum(parameter.numel() for parameter in skeleton.parameters()) * job.dtype.itemsize
     check_place(out, weights * (3 if "onnx" in recipe.export else 1))  # float32 is twice as large
@@ -87,16 +94,20 @@ def compress_and_export(
     with work_folder(work, say) as folder, explained(work):
         model = job.source.load(job.dtype)
         statistics = calibrate_blocks(job, model, folder)
-        store = factorize_groups(job, model, statistics, folder)
+        gradients = backpropagate(job, model, folder)
+        store = factorize_groups(job, model, statistics, gradients, folder)
         tuned = tune(job, model, store, folder)
         del model
+        plan = tuned.chosen.candidate.plan
+        factors, improved = improve_factors(job, plan, store, gradient_reader(job, gradients), folder)
+        validation = validate_improved(job, tuned, factors) if improved else tuned.chosen.candidate.perplexity
         with staged(out, replace=overwrite) as staging:
-            model = job.compressed_model(tuned.chosen.candidate.plan, store)
+            model = job.compressed_model(plan, factors)
             _export(job, model, exporters, staging)
             agreement = prove_agreement(job, model, exporters, staging)
             del model
-            report = report_perplexity(job, tuned.chosen, store, staging)
-            metrics = collect_metrics(job, tuned, agreement, report)
+            report = report_perplexity(job, plan, factors, staging)
+            metrics = collect_metrics(job, tuned, improved, validation, agreement, report)
             write_evidence(job, tuned, metrics, staging)
     _say_summary(metrics, out, say)
     return metrics
@@ -136,25 +147,33 @@ def _finished(out: Path, provenance: Mapping[str, Any], overwrite: bool) -> dict
 
 
 def _work_bytes(job: Job, weights: int) -> int:
-    """Estimate the work folder: hidden states twice, covariances and spectra in float32, one candidate checkpoint."""
+    """Estimate the work folder: hidden states twice, covariances, gradients and spectra in float32, one candidate checkpoint."""
     hidden = job.windows["calibration"].numel() * int(job.source.config().hidden_size) * job.dtype.itemsize
     covariances = sum(group.n**2 for group in job.groups)
     spectra = sum(group.full_rank * (group.m + group.n) for group in job.groups)
-    return 2 * hidden + 4 * (covariances + spectra) + weights
+    settings = job.recipe.factorization
+    gradients = sum(min(group.n, group.m) ** 2 for group in job.groups if group.kind in settings.fisher)
+    trained = 3 * spectra if settings.recover_minutes else 0  # factors and Adam's two moments, at most
+    return 2 * hidden + 4 * (covariances + 2 * gradients + spectra + trained) + weights
 
 
 def _say_intent(job: Job) -> None:
     recipe = job.recipe
     if recipe.target.ratio:
-        fit = BudgetFit(job.groups, recipe.search.rank_step)
+        fit = BudgetFit(job.groups, recipe.search.rank_step, recipe.structure)
         plan = uniform(fit, (1 - recipe.target.ratio) * fit.dense_cost)
         ranks = {group.kind: plan.ranks[group.name] for group in reversed(job.groups)}
         shown = ", ".join(f"{kind} {rank or 'dense'}" for kind, rank in reversed(ranks.items()))
         job.say(f"uniform ranks would be: {shown} (ratio {plan.ratio(job.groups):.3f})")
+    settings = recipe.factorization
+    backwards = f" and backwards on {settings.fisher_tokens}" if settings.fisher else ""
+    after = ["propagate errors"] * settings.propagate + [f"refine the factors ({settings.refine})"] * (settings.refine != "none")
+    after += [f"recover for {settings.recover_minutes:g} minutes"] * bool(settings.recover_minutes)
+    then = "".join(f"{step}, " for step in after)
     job.say(
-        f"dry run: would calibrate on {recipe.calibration.sequences} x {recipe.calibration.length} tokens, run "
+        f"dry run: would calibrate on {recipe.calibration.sequences} x {recipe.calibration.length} tokens{backwards}, run "
         f"{recipe.search.trials} trials on {recipe.search.validation_tokens} validation tokens, measure up to "
-        f"{recipe.search.measured_plans} plans on {engine_version()}, and export {' and '.join(recipe.export)}"
+        f"{recipe.search.measured_plans} plans on {engine_version()}, {then}and export {' and '.join(recipe.export)}"
     )
 
 
@@ -177,14 +196,109 @@ def calibrate_blocks(job: Job, model: Any, folder: WorkFolder) -> Path:
     return stage
 
 
-def factorize_groups(job: Job, model: Any, statistics: Path, folder: WorkFolder) -> SpectrumStore:
+def backpropagate(job: Job, model: Any, folder: WorkFolder) -> GradientStore | None:
+    """Stage 2, second half: collect the gradient moments, or reuse them; None where no group kind asks for them."""
+    settings = job.recipe.factorization
+    if not settings.fisher:
+        return None
+    calibration = job.windows["calibration"]
+    windows = calibration[: max(1, settings.fisher_tokens // calibration.shape[1])]
+    batch = max(1, job.recipe.calibration.batch_tokens // 2)  # activations are kept for the way back
+    inputs = {**job.model_inputs(), "windows": tensor_sha256(windows), "seed": job.recipe.seed, "batch_tokens": batch}
+    stage = folder.stage("gradients", inputs)
+    with progress_bar(len(windows), "2/6 gradients") as progress:
+        before = collect_gradients(
+            model,
+            job.groups,
+            windows,
+            stage,
+            batch_tokens=batch,
+            seed=job.recipe.seed,
+            progress=progress,
+        )
+    job.say(f"2/6 gradients: moments of {len(job.groups)} groups from {windows.numel()} tokens{reused(before, len(windows))}")
+    return GradientStore(stage)
+
+
+def gradient_reader(job: Job, gradients: GradientStore | None) -> GradientOf:
+    """Return what gives a group's gradient moment, or None where its kind is not weighted."""
+    kinds = job.recipe.factorization.fisher
+    return lambda group: gradients.read(group) if gradients is not None and group.kind in kinds else None
+
+
+def factorize_groups(job: Job, model: Any, statistics: Path, gradients: GradientStore | None, folder: WorkFolder) -> SpectrumStore:
     """Stage 3: decompose every group at every rank, or reuse the spectra."""
-    stage = folder.stage("spectra", {"calibration": statistics.name})
+    kinds = job.recipe.factorization.fisher
+    stage = folder.stage(
+        "spectra",
+        {"calibration": statistics.name, "fisher": kinds, "gradients": gradients.folder.name if gradients is not None else None},
+    )
     before = len(list(stage.glob("*.safetensors")))
     with progress_bar(job.layers, "3/6 factorize") as progress:
-        write_spectra(model, job.groups, statistics, stage, progress=progress)
+        write_spectra(model, job.groups, features(statistics, gradient_reader(job, gradients)), stage, progress=progress)
     job.say(f"3/6 factorize: {len(job.groups)} groups at every rank{reused(before, job.layers)}")
     return SpectrumStore(stage, job.groups)
+
+
+def improve_factors(
+    job: Job, plan: RankPlan, store: SpectrumStore, gradient: GradientOf, folder: WorkFolder
+) -> tuple[FactorSource, dict[str, Any]]:
+    """Stage 5, first half: do what the recipe asks to the chosen plan's factors; their ranks stay.
+
+    Returns:
+        The factors, and what was done to them: the settings, and of a recovery its steps and divergences. Empty for nothing.
+    """
+    settings, ranks = job.recipe.factorization, plan.factorized(job.groups)
+    factors: FactorSource = store
+    done: dict[str, Any] = {}
+    if not ranks or not (settings.propagate or settings.refine != "none" or settings.recover_minutes):
+        return factors, done
+    calibration, seed = job.windows["calibration"], job.recipe.seed
+    windows = calibration[: max(1, settings.refine_tokens // calibration.shape[1])]
+    batch = job.recipe.calibration.batch_tokens
+    identity: dict[str, Any] = {"spectra": store.folder.name, "plan": fingerprint(plan.key()), "seed": seed}
+    model = job.source.load(job.dtype)
+    if settings.propagate:
+        identity |= {"propagate": tensor_sha256(windows)}
+        stage = folder.stage("propagate", identity)
+        with progress_bar(job.layers, "5/6 propagate") as progress:
+            factors = propagate(model, ranks, windows, stage, gradient=gradient, batch_tokens=batch, progress=progress)
+        job.say(f"5/6 propagate: factors of {len(ranks)} groups for their compressed inputs")
+        done["propagate"] = windows.numel()
+    if settings.refine != "none":
+        steps = settings.refine_steps if settings.refine == "adam" else 0
+        identity |= {"refine": tensor_sha256(windows), "steps": steps, "batch_tokens": batch if steps else None}
+        stage = folder.stage("refine", identity)
+        with progress_bar(job.layers, "5/6 refine") as progress:
+            if steps:
+                factors = refine_adam(
+                    model, ranks, factors, windows, stage, steps=steps, seed=seed, batch_tokens=batch, progress=progress
+                )
+            else:
+                factors = refine_closed_form(model, ranks, factors, windows, stage, batch_tokens=batch, progress=progress)
+        job.say(f"5/6 refine: factors of {len(ranks)} groups, {settings.refine.replace('_', ' ')}")
+        done["refine"] = {"method": settings.refine, "tokens": windows.numel(), "steps": steps}
+    if settings.recover_minutes:
+        seconds = 60 * settings.recover_minutes
+        stage = folder.stage("recover", {**identity, "windows": tensor_sha256(calibration), "seconds": seconds})
+        student = job.source.load(job.dtype)
+        with progress_bar(round(seconds), "5/6 recover") as progress:
+            outcome = recover(model, student, ranks, factors, calibration, stage, seconds=seconds, seed=seed, progress=progress)
+        factors = outcome.factors
+        job.say(
+            f"5/6 recover: {outcome.steps} steps, KL divergence {outcome.first_divergence:.3f} to {outcome.last_divergence:.3f} "
+            f"nats on calibration text{reused(int(outcome.reused), 1)}"
+        )
+        done["recover"] = {
+            "minutes": settings.recover_minutes,
+            "steps": outcome.steps,
+            "divergence": [outcome.first_divergence, outcome.last_divergence],
+        }
+        del student
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # engines are to come
+    return factors, done
 
 
 def _export(job: Job, model: Any, exporters: Sequence[Exporter], staging: Path) -> None:

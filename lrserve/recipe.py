@@ -8,9 +8,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lrserve.compression.groups import KINDS, Kind, Structure
 from lrserve.errors import InputError
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+_REFINE_STEPS = 25
 
 
 class _Frozen(BaseModel):
@@ -65,6 +69,35 @@ class Calibration(_Frozen):
     """Tokens in one forward pass of a block."""
 
 
+class Factorization(_Frozen):
+    """How the factors are made. Ranks are the search's; docs/methods.md says what each idea brings."""
+
+    structure: Structure | None = None
+    """What a factorized group is stored as: `identity_block` keeps more rank per parameter, `low_rank` is faster per parameter.
+
+    None takes the first under a ratio target, and the second where speed is what is asked for.
+    """
+    fisher: tuple[Kind, ...] = KINDS
+    """Group kinds whose output errors are weighted by the loss gradient; none switches the backward passes off."""
+    fisher_tokens: Annotated[int, Field(ge=64)] = 24576
+    """Calibration tokens that go through the backward passes."""
+    propagate: bool = False
+    """Find the chosen plan's factors anew, block by block, for the activations that the compressed blocks before them give."""
+    refine: Literal["none", "closed_form", "adam"] = "none"
+    """Refine each block's factors against the dense block's outputs: by least squares, or by `refine_steps` of Adam."""
+    refine_steps: Annotated[int, Field(ge=1)] = _REFINE_STEPS
+    refine_tokens: Annotated[int, Field(ge=64)] = 32768
+    """Calibration tokens that `propagate` and `refine` see."""
+    recover_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Time for distilling the dense model into the factors, once the ranks are chosen; 0 switches it off."""
+
+    @model_validator(mode="after")
+    def _steps_are_adams(self) -> Factorization:
+        if self.refine != "adam" and "refine_steps" in self.model_fields_set and self.refine_steps != _REFINE_STEPS:
+            raise ValueError(f"refine_steps counts steps of Adam; refine is {self.refine}")
+        return self
+
+
 class Search(_Frozen):
     """The Optuna study."""
 
@@ -80,6 +113,8 @@ class Search(_Frozen):
     """Validation tokens on which the sensitivity of each group is measured."""
     validation_tokens: Annotated[int, Field(ge=64)] = 4096
     validation_length: Annotated[int, Field(ge=16)] = 512
+    generations: Annotated[int, Field(ge=0)] = 0
+    """Generations of evolutionary level switching from the study's best plan, of four plans each; for a ratio target only."""
     measured_plans: Annotated[int, Field(ge=1)] = 3
     """Plans of the front that are measured end to end on the engine, besides the dense model."""
 
@@ -121,12 +156,24 @@ class Recipe(_Frozen):
     target: Target = Target(ratio=0.2)
     text: Text = Text()
     calibration: Calibration = Calibration()
+    factorization: Factorization = Factorization()
     search: Search = Search()
     workload: Workload = Workload()
     engine: EngineSettings = EngineSettings()
     report: Report = Report()
     export: Annotated[tuple[str, ...], Field(min_length=1)] = ("vllm", "onnx")
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _evolution_needs_a_ratio(self) -> Recipe:
+        if self.search.generations and not self.target.ratio:
+            raise ValueError("search.generations switches levels within a parameter budget: it goes with target.ratio only")
+        return self
+
+    @property
+    def structure(self) -> Structure:
+        """The structure that is asked for, or that suits the target."""
+        return self.factorization.structure or ("identity_block" if self.target.ratio else "low_rank")
 
     def to_yaml(self) -> str:
         """Render with every default filled in; `Recipe.load` reads it back."""

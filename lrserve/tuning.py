@@ -12,20 +12,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from exporters.vllm import VllmExporter
+from lrserve.allocation import allocate
 from lrserve.allocation import search as study
+from lrserve.allocation.evolution import evolve
 from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.quality import Divergence, perplexity
 from lrserve.allocation.speed import Shape, SpeedModel, shapes_to_measure, token_counts
 from lrserve.artifacts.store import fingerprint, write_json
 from lrserve.artifacts.work import WorkFolder
+from lrserve.compression.groups import Structure
 from lrserve.compression.spectra import MergedRanks, SpectrumStore
 from lrserve.job import Job, progress_bar, reused, tensor_sha256
 from lrserve.serving.engine import engine_version
 from lrserve.serving.loadtest import Comparison, compare, open_engine, read_comparison
 
-_PROBE_SHARE = 0.5  # share of its dense parameters that a group keeps while its sensitivity is probed
-_SMALLEST_ERROR = 1e-6
+_OFFSPRING = 4  # plans in one generation of the evolutionary allocator
+_PROBE_SHARE = 0.5  # share of its dense parameters that a group keeps while it is probed
 
 
 @dataclass(frozen=True)
@@ -63,14 +68,13 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder) -> Tune
     """
     merged = MergedRanks(model, job.groups, store)
     device = next(model.parameters()).device
-    sensitivities, probe = _probe(job, merged, store, folder)
+    losses, probe = _losses(job, merged, store, folder)
     merged.to("cpu")  # an engine takes the GPU
     speed, latency = _latencies(job, folder)
     merged.to(device)
     dense_perplexity = _validate(job, merged, None)
-    space = study.SearchSpace(
-        job.groups, job.recipe.target, job.recipe.search, store.relative_errors(), sensitivities, speed, dense_perplexity
-    )
+    structure = job.recipe.structure
+    space = study.SearchSpace(job.groups, job.recipe.target, job.recipe.search, losses, speed, dense_perplexity, structure)
     trials, path = _search(job, merged, space, folder, {"probe": probe, "latency": latency})
     merged.to("cpu")
     measured = _measure(job, store, folder, trials, space)
@@ -82,42 +86,66 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder) -> Tune
     return Tuned(chosen, measured, trials, dense_perplexity, path)
 
 
-def _probe(job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFolder) -> tuple[dict[str, float], str]:
+def _losses(job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFolder) -> tuple[dict[str, allocate.Losses], str]:
+    """Return what each allocator minimises, by its name, best guess first."""
+    errors = store.errors()
+    probes, stage = probe_groups(job, merged, store, folder, job.recipe.structure)
+    probed, greedy = allocate.probed(errors, probes), allocate.greedy(errors)
+    kinds = job.recipe.factorization.fisher
+    if not kinds:
+        return {"probed": probed, "greedy": greedy}, stage
+    fisher = allocate.fisher(errors, {group.name: probed[group.name] for group in job.groups if group.kind not in kinds})
+    return {"loss_aware": allocate.loss_aware(probed, fisher), "probed": probed, "fisher": fisher, "greedy": greedy}, stage
+
+
+def _probe_windows(job: Job) -> torch.Tensor:
+    settings = job.recipe.search
+    return job.windows["validation"][: max(1, settings.probe_tokens // settings.validation_length)]
+
+
+def probe_groups(
+    job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFolder, structure: Structure
+) -> tuple[dict[str, tuple[int | None, float]], str]:
     """Measure what each group alone does to the output when it keeps half of its parameters.
 
-    Its KL divergence over its expected relative error at that rank is the group's sensitivity, in nats.
+    Returns:
+        By group name its rank then and the KL divergence in nats; and the name of the stage that holds them.
     """
     settings = job.recipe.search
-    windows = job.windows["validation"][: max(1, settings.probe_tokens // settings.validation_length)]
-    identity = {"spectra": store.folder.name, "windows": tensor_sha256(windows), "rank_step": settings.rank_step}
-    stage = folder.stage("probe", {**identity, "share": _PROBE_SHARE})
-    path = stage / "sensitivities.json"
-    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    windows = _probe_windows(job)
+    identity = {
+        "spectra": store.folder.name,
+        "windows": tensor_sha256(windows),
+        "rank_step": settings.rank_step,
+        "structure": structure,
+        "share": _PROBE_SHARE,
+    }
+    stage = folder.stage("probe", identity)
+    path = stage / "probes.json"
+    found: dict[str, tuple[int | None, float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     before = len(found)
     if before < len(job.groups):
         merged.apply({})
         divergence = Divergence(merged.model, windows)
-        errors = store.relative_errors()
         with progress_bar(len(job.groups), "4/6 probe") as progress:
             for index, group in enumerate(job.groups):
                 if group.name not in found:
-                    fit = BudgetFit([group], settings.rank_step)
+                    fit = BudgetFit([group], settings.rank_step, structure)
                     budget = max(_PROBE_SHARE * fit.dense_cost, fit.smallest_cost)
                     rank = fit.fit({group.name: 1.0}, budget).ranks[group.name]
-                    # an error of nothing at this rank does not make lower ones harmless
-                    error = _SMALLEST_ERROR if rank is None else max(float(errors[group.name][rank]), _SMALLEST_ERROR)
                     merged.apply({group.name: rank})
-                    found[group.name] = max(divergence(merged.model, group.layer), 0.0) / error
+                    found[group.name] = rank, divergence(merged.model, group.layer)
                     write_json(path, found)
                 progress(index + 1)
-    job.say(f"4/6 probe: sensitivity of {len(job.groups)} groups{reused(before, len(job.groups))}")
+    job.say(f"4/6 probe: divergence of {len(job.groups)} groups one by one{reused(before, len(job.groups))}")
     return found, stage.name
 
 
 def _latencies(job: Job, folder: WorkFolder) -> tuple[SpeedModel, str]:
     """Measure the dense model's run and the latency of single layers, dense and at a dozen ranks, in one engine."""
     workload, settings = job.recipe.workload, job.recipe.engine
-    shapes = shapes_to_measure(job.groups, job.recipe.search.rank_step)
+    structure = job.recipe.structure
+    shapes = shapes_to_measure(job.groups, job.recipe.search.rank_step, structure)
     tokens = token_counts(workload)
     stage = folder.stage(
         "latency",
@@ -128,6 +156,7 @@ def _latencies(job: Job, folder: WorkFolder) -> tuple[SpeedModel, str]:
             "settings": settings.model_dump(mode="json", exclude={"repeats"}),
             "workload": workload.model_dump(mode="json"),
             "rank_step": job.recipe.search.rank_step,
+            "structure": structure,
         },
     )
     path = stage / "latency.json"
@@ -145,11 +174,11 @@ def _latencies(job: Job, folder: WorkFolder) -> tuple[SpeedModel, str]:
             progress(2)
             table = engine.latency_table(shapes, tokens, dtype=settings.dtype)
             progress(3)
-        rows = [{"n": s.n, "m": s.m, "rank": s.rank, "us": us} for s, us in zip(shapes, table, strict=True)]
+        rows = [{**asdict(shape), "us": us} for shape, us in zip(shapes, table, strict=True)]
         # the first run warms up
         write_json(path, {"dense_seconds": min(run.seconds for run in runs[1:]), "tokens": tokens, "rows": rows})
     data = json.loads(path.read_text(encoding="utf-8"))
-    latencies = {Shape(row["n"], row["m"], row["rank"]): (row["us"][0], row["us"][1]) for row in data["rows"]}
+    latencies = {Shape(row["n"], row["m"], row["rank"], row["structure"]): (row["us"][0], row["us"][1]) for row in data["rows"]}
     speed = SpeedModel(job.groups, workload, data["dense_seconds"], latencies)
     rate = workload.concurrency * workload.output_tokens / speed.dense_seconds
     job.say(
@@ -176,7 +205,7 @@ def _search(
             **stages,
             "windows": tensor_sha256(job.windows["validation"]),
             # the number of trials is no part of the identity: more of them go on from where fewer ended
-            "search": settings.model_dump(mode="json", exclude={"trials", "measured_plans"}),
+            "search": settings.model_dump(mode="json", exclude={"trials", "measured_plans", "generations"}),
             "target": job.recipe.target.model_dump(mode="json"),
             "seed": job.recipe.seed,
         },
@@ -194,12 +223,40 @@ def _search(
             space, lambda plan: _validate(job, merged, plan), settings, path, seed=job.recipe.seed, progress=report
         )
     best = min(trials, key=lambda e: e.perplexity)
-    bases = ", ".join(f"{e.origin} {e.perplexity:.2f}" for e in trials if e.origin in study.BASES)
+    bases = ", ".join(f"{e.origin} {e.perplexity:.2f}" for e in trials if e.origin in space.bases)
     job.say(
         f"4/6 search: {len(trials)} trials{reused(resumed[0], len(trials))}; validation perplexity: "
         f"dense {space.dense_perplexity:.2f}, {bases}, best {best.perplexity:.2f} ({best.origin})"
     )
+    if settings.generations:
+        trials.append(_evolve(job, merged, space, stage, best))
+        job.say(f"4/6 evolution: validation perplexity {trials[-1].perplexity:.2f} after {settings.generations} generations")
     return trials, path
+
+
+def _evolve(job: Job, merged: MergedRanks, space: study.SearchSpace, stage: Path, start: study.Evaluated) -> study.Evaluated:
+    """Switch levels of the study's best plan, judged by the divergence on the probe's tokens."""
+    settings = job.recipe.search
+    merged.apply({})
+    divergence = Divergence(merged.model, _probe_windows(job))
+
+    def evaluate(plan: RankPlan) -> float:
+        merged.apply(dict(plan.ranks))
+        return divergence(merged.model)
+
+    with progress_bar(settings.generations, "4/6 evolve") as progress:
+        plan = evolve(
+            space.fit,
+            start.plan,
+            space.parameter_budget(),
+            evaluate,
+            stage / f"evolution-{settings.generations}-{fingerprint(start.plan.key())[:12]}.json",
+            generations=settings.generations,
+            offspring=_OFFSPRING,
+            seed=job.recipe.seed,
+            progress=lambda generation, best: progress(generation),
+        )
+    return study.Evaluated(plan, _validate(job, merged, plan), space.tokens_per_second(plan), "evolution", start.trial)
 
 
 def _measure(

@@ -42,9 +42,9 @@ def test_help_answers_in_under_a_second() -> None:
         assert verb in shown.stdout
 
 
-def test_importing_the_package_imports_no_engine() -> None:
+def test_importing_the_package_and_its_recipe_imports_no_engine() -> None:
     heavy = ["vllm", "optuna", "onnx", "onnxruntime", "torch", "transformers"]
-    code = f"import lrserve, sys; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import lrserve.recipe, sys; print([name for name in {heavy} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
 

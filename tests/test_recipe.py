@@ -22,9 +22,21 @@ def test_defaults_overrides_and_round_trip(tmp_path: Path) -> None:
     assert str(Recipe.load(path, {"target.min_speedup": 1.3}).target) == "min-speedup 1.3"
 
 
+def test_the_structure_follows_the_target_unless_it_is_asked_for() -> None:
+    def structure(**overrides: object) -> str:
+        return Recipe.load(None, {"model": "m", **{name.replace("__", "."): value for name, value in overrides.items()}}).structure
+
+    assert structure() == "identity_block"
+    assert structure(target__min_speedup=1.2) == structure(target__max_ppl_increase=0.1) == "low_rank"
+    assert structure(factorization__structure="low_rank") == "low_rank"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ({"model": "m", "search.generations": 3, "target.min_speedup": 1.2}, r"goes with target\.ratio only"),
+        ({"model": "m", "factorization.refine_steps": 3}, "counts steps of Adam"),
+        ({"model": "m", "factorization.recover_minutes": float("inf")}, "finite number"),
         ({}, "no model: give one"),
         ({"model": "m", "target.ratio": 1.5}, r"target\.ratio: .*less than 1; got 1\.5"),
         ({"model": "m", "target.ratio": 0.2, "target.min_speedup": 2.0}, "give one of ratio"),

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrserve.compression.groups import FAMILIES, find_groups
-from lrserve.compression.lowrank import install_low_rank, quantization_config, specs_of
+from lrserve.compression.groups import FAMILIES, STRUCTURES, Structure, find_groups
+from lrserve.compression.lowrank import IdentityBlock, install_low_rank, quantization_config, specs_of
 
 FAMILIES_TESTED = sorted(FAMILIES)
 VOCABULARY = 256
@@ -54,16 +54,21 @@ def dense_model(architecture: str, *, layers: int = 2) -> Any:
     return model
 
 
-def factorized_model(architecture: str, *, layers: int = 2) -> Any:
-    """Two layers: in the first every group factorized (each at its own rank), in the second only some."""
+def factorized_model(architecture: str, *, layers: int = 2, structure: Structure | None = None) -> Any:
+    """In all layers but the second every group factorized (each at its own rank), in the second only some.
+
+    Of one structure, or by turns: identity blocks in the first layer, two factors in the second.
+    """
     model = dense_model(architecture, layers=layers)
-    chosen = [
-        (group, 16 + 8 * index)
-        for index, group in enumerate(find_groups(model))
-        if group.layer == 0 or group.kind in ("qkv", "down")
-    ]
-    install_low_rank(model, specs := specs_of(chosen))
+    specs = {}
+    for index, group in enumerate(find_groups(model)):
+        if group.layer != 1 or group.kind in ("qkv", "down"):
+            specs |= specs_of([(group, 16 + 8 * (index % 4) + 4 * group.layer)], structure or STRUCTURES[group.layer % 2])
+    install_low_rank(model, specs)
     torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, IdentityBlock):
+            module.order.copy_(torch.randperm(len(module.order)))
     for name, parameter in model.named_parameters():
         if name.endswith((".A.weight", ".B.weight")):
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)

@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lrserve.compression.groups import Group
+from lrserve.compression.groups import STRUCTURES, Group, Structure
 from lrserve.errors import InfeasibleTargetError, InputError
+
+_FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The one representation of a decision: each fused group's rank by name, None for dense."""
+    """The one representation of a decision: each fused group's rank by name, None for dense, and what the factors are stored as."""
 
     ranks: Mapping[str, int | None]
+    structure: Structure = "identity_block"
 
     def factorized(self, groups: Sequence[Group]) -> list[tuple[Group, int]]:
         """List the groups that are not dense, with their ranks, in layer order."""
@@ -31,19 +34,24 @@ class RankPlan:
 
     def parameters(self, groups: Sequence[Group]) -> int:
         """Parameters of the decoder's linears under this plan."""
-        return sum(group.parameters(self.ranks[group.name]) for group in groups)
+        return sum(group.parameters(self.ranks[group.name], self.structure) for group in groups)
+
+    def order_entries(self, groups: Sequence[Group]) -> int:
+        """Entries of the identity blocks' orders of the inputs: stored as int32 beside the parameters."""
+        return sum(group.n for group, _ in self.factorized(groups)) if self.structure == "identity_block" else 0
 
     def ratio(self, groups: Sequence[Group]) -> float:
         """Share of the decoder's linear parameters that the plan removes."""
         return 1 - self.parameters(groups) / sum(group.dense_parameters for group in groups)
 
-    def key(self) -> tuple[tuple[str, int | None], ...]:
+    def key(self) -> tuple[tuple[str, int | str | None], ...]:
         """A hashable form, for recognising a plan that was tried before."""
-        return tuple(sorted(self.ranks.items()))
+        return (("structure", self.structure), *sorted(self.ranks.items()))
 
     def write(self, path: Path) -> None:
         """Write plan.json."""
-        path.write_text(json.dumps({"format_version": 1, "ranks": dict(self.ranks)}, indent=1) + "\n", encoding="utf-8")
+        data = {"format_version": _FORMAT_VERSION, "structure": self.structure, "ranks": dict(self.ranks)}
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> RankPlan:
@@ -54,12 +62,14 @@ class RankPlan:
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            ranks = data["ranks"]
-            if data["format_version"] != 1 or not all(r is None or (isinstance(r, int) and r > 0) for r in ranks.values()):
-                raise ValueError("unknown version or a rank that is neither null nor a positive integer")
+            ranks, structure = data["ranks"], data["structure"]
+            if data["format_version"] != _FORMAT_VERSION or structure not in STRUCTURES:
+                raise ValueError("unknown version or structure")
+            if not all(r is None or (isinstance(r, int) and r > 0) for r in ranks.values()):
+                raise ValueError("a rank that is neither null nor a positive integer")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is not a rank plan of format version 1: {error}") from None
-        return cls(ranks=ranks)
+            raise InputError(f"{path} is not a rank plan of format version {_FORMAT_VERSION}: {error}") from None
+        return cls(ranks=ranks, structure=structure)
 
 
 class Cost(Protocol):
@@ -69,29 +79,33 @@ class Cost(Protocol):
         """Return the cost in the budget's unit."""
 
 
-def parameter_cost(group: Group, rank: int | None) -> float:
+def parameter_cost(structure: Structure) -> Cost:
     """Count parameters."""
-    return group.parameters(rank)
+    return lambda group, rank: group.parameters(rank, structure)
 
 
-def rank_choices(group: Group, step: int) -> list[int]:
+def rank_choices(group: Group, step: int, structure: Structure) -> list[int]:
     """Ranks at which the factors are smaller than the dense linears: multiples of `step` below the break-even rank.
 
     For a layer so small that not even `step` saves, the list is empty: the group stays dense.
     """
-    return [rank for rank in range(step, group.full_rank + 1, step) if group.parameters(rank) < group.dense_parameters]
+    return [r for r in range(step, group.full_rank + 1, step) if group.parameters(r, structure) < group.dense_parameters]
 
 
 class BudgetFit:
-    """Fits share requests of a fixed set of groups into budgets, under one cost."""
+    """Fits share requests of a fixed set of groups into budgets, under one cost (None: parameters)."""
 
-    def __init__(self, groups: Sequence[Group], step: int, cost: Cost = parameter_cost) -> None:
+    def __init__(
+        self, groups: Sequence[Group], step: int, structure: Structure = "identity_block", cost: Cost | None = None
+    ) -> None:
         self.groups = list(groups)
+        self.structure: Structure = structure
+        cost = cost or parameter_cost(structure)
         self._costs: dict[str, list[tuple[float, int | None]]] = {}
         for group in self.groups:
             dense = cost(group, None)
             levels: list[tuple[float, int | None]] = [
-                (value, rank) for rank in rank_choices(group, step) if (value := cost(group, rank)) < dense
+                (value, rank) for rank in rank_choices(group, step, structure) if (value := cost(group, rank)) < dense
             ]
             self._costs[group.name] = [*levels, (dense, None)]
         self.dense_cost = sum(levels[-1][0] for levels in self._costs.values())
@@ -105,12 +119,19 @@ class BudgetFit:
                 f"{self.smallest_cost / self.dense_cost:.1%}; ask for less compression or lower search.rank_step"
             )
 
+    def levels(self, name: str) -> list[tuple[float, int | None]]:
+        """Return the costs and ranks that a group can have, cheapest first; the last is dense."""
+        return list(self._costs[name])
+
     def _levels(self, shares: Mapping[str, float], scale: float) -> dict[str, int]:
         chosen = {}
         for name, levels in self._costs.items():
             asked = shares[name] * scale * levels[-1][0] * (1 + 1e-9)
             chosen[name] = max((i for i, (cost, _) in enumerate(levels) if cost <= asked), default=0)
         return chosen
+
+    def _plan(self, chosen: Mapping[str, int]) -> RankPlan:
+        return RankPlan(ranks={name: self._costs[name][index][1] for name, index in chosen.items()}, structure=self.structure)
 
     def _total(self, chosen: Mapping[str, int]) -> float:
         return sum(self._costs[name][index][0] for name, index in chosen.items())
@@ -149,7 +170,7 @@ class BudgetFit:
             levels = self._costs[best[1]]
             spent += levels[chosen[best[1]] + 1][0] - levels[chosen[best[1]]][0]
             chosen[best[1]] += 1
-        return RankPlan(ranks={name: self._costs[name][index][1] for name, index in chosen.items()})
+        return self._plan(chosen)
 
     def cheapest_loss(self, losses: Mapping[str, Sequence[float]], budget: float) -> RankPlan:
         """Return the plan of least additive loss within the budget, by Lagrangian relaxation over the levels' convex hull.
@@ -200,4 +221,4 @@ class BudgetFit:
             _, name, upper = best
             spent += points[name][upper][0] - points[name][chosen[name]][0]
             chosen[name] = upper
-        return RankPlan(ranks={name: self._costs[name][index][1] for name, index in chosen.items()})
+        return self._plan(chosen)

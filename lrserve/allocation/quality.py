@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,21 +11,15 @@ from torch.nn.functional import cross_entropy
 
 from lrserve.compression.calibrate import PassThrough, replaced
 from lrserve.compression.groups import family_of
+from lrserve.compression.logits import LOGIT_ROWS, logits_of
 
 _BATCH_TOKENS = 4096  # tokens in one forward pass
-_LOGIT_ROWS = 1024  # tokens whose logits are in memory at once: the vocabulary is wide
 
 
 def _hidden(model: Any, windows: torch.Tensor) -> torch.Tensor:
     device = next(model.parameters()).device
     states: torch.Tensor = model.base_model(input_ids=windows.to(device), use_cache=False).last_hidden_state
     return states
-
-
-def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model.lm_head(hidden).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 @torch.inference_mode()
@@ -47,8 +41,8 @@ def negative_log_likelihood(model: Any, windows: torch.Tensor, progress: Callabl
         targets = part[:, 1:].flatten().to(hidden.device)
         losses = torch.cat(
             [
-                cross_entropy(_logits(model, h), t, reduction="none")
-                for h, t in zip(torch.split(hidden, _LOGIT_ROWS), torch.split(targets, _LOGIT_ROWS), strict=True)
+                cross_entropy(logits_of(model, h), t, reduction="none")
+                for h, t in zip(torch.split(hidden, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True)
             ]
         )
         means.append(losses.double().view(len(part), -1).mean(1).cpu())
@@ -79,8 +73,8 @@ class Divergence:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._rows = _LOGIT_ROWS // 4
-        self._probabilities = [_logits(model, h).softmax(-1) for h in torch.split(hidden, self._rows)]
+        self._rows = LOGIT_ROWS // 4
+        self._probabilities = [logits_of(model, h).softmax(-1) for h in torch.split(hidden, self._rows)]
         self._negative_entropy = sum(float(torch.special.entr(p).sum()) for p in self._probabilities) * -1
 
     @torch.inference_mode()
@@ -91,6 +85,37 @@ class Divergence:
         total = self._negative_entropy
         hidden = states.flatten(0, 1)
         for p, h in zip(self._probabilities, torch.split(hidden, self._rows), strict=True):
-            logits = _logits(model, h)
+            logits = logits_of(model, h)
             total += float(logits.logsumexp(-1).double().sum() - (p * logits).sum(-1).double().sum())
         return total / len(hidden)
+
+
+class Reference:
+    """The dense model on held-out windows, for judging others on them; `nll` is its mean negative log likelihood per token, nats.
+
+    Memory: the dense model's last hidden states; the output layer is taken to be the same in every model.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: Any, windows: torch.Tensor) -> None:
+        self._windows = windows
+        self._hidden = [_hidden(model, part)[:, :-1].flatten(0, 1) for part in self._batches()]
+        self.nll = self(model)["nll"]
+
+    def _batches(self) -> Iterator[torch.Tensor]:
+        yield from torch.split(self._windows, max(1, _BATCH_TOKENS // self._windows.shape[1]))
+
+    @torch.inference_mode()
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Return `nll`, and `divergence`: KL(dense || model) per token, in nats."""
+        nll = divergence = 0.0
+        for part, dense in zip(self._batches(), self._hidden, strict=True):
+            hidden = _hidden(model, part)[:, :-1].flatten(0, 1)
+            targets = part[:, 1:].flatten().to(hidden.device)
+            rows = LOGIT_ROWS // 4
+            for h, d, t in zip(*(torch.split(x, rows) for x in (hidden, dense, targets)), strict=True):
+                found, wanted = logits_of(model, h).log_softmax(-1), logits_of(model, d).log_softmax(-1)
+                nll -= float(found.gather(1, t[:, None]).double().sum())
+                divergence += float((wanted.exp() * (wanted - found)).double().sum())
+        tokens = sum(len(hidden) for hidden in self._hidden)
+        return {"nll": nll / tokens, "divergence": divergence / tokens}

@@ -1,9 +1,9 @@
 """The Optuna study that allocates the ranks.
 
-A trial suggests how to divide the budget: a base allocator, and a multiplier for each group kind in each run of layers. For
-`loss_aware` and `greedy` the multipliers scale what a cell's errors count, and the additive loss is minimised again; for `uniform`
-they scale its share. Either way the plan meets the budget by construction. What the user fixed decides the budget's unit, and the
-one number that the study minimises:
+A trial suggests how to divide the budget: a base allocator, and a multiplier for each group kind in each run of layers. For the
+allocators that minimise an additive loss the multipliers scale what a cell's losses count, and the loss is minimised again; for
+`uniform` they scale its share. Either way the plan meets the budget by construction. What the user fixed decides the budget's unit,
+and the one number that the study minimises:
 
     target             budget                                        objective
     ratio              parameters                                    log(ppl / dense ppl) - w log(speedup)
@@ -13,7 +13,7 @@ one number that the study minimises:
                        the ratio
 
 with ppl the validation perplexity, speedup the predicted throughput over dense, and w `search.speed_weight`. The first trials are
-the three allocators themselves. The study lives in one SQLite file. Every suggestion is drawn from a sampler that is seeded by the
+the allocators themselves. The study lives in one SQLite file. Every suggestion is drawn from a sampler that is seeded by the
 run's seed and the trial's index, so a resumed study goes on as if it had not been interrupted.
 """
 
@@ -25,15 +25,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
-import torch
 
 from lrserve.allocation import allocate
-from lrserve.allocation.plan import BudgetFit, RankPlan, parameter_cost
+from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.speed import SpeedModel
-from lrserve.compression.groups import KINDS, Group
+from lrserve.compression.groups import KINDS, Group, Structure
 from lrserve.errors import InfeasibleTargetError
 from lrserve.recipe import Search, Target
 
@@ -41,7 +40,7 @@ _MULTIPLIER = (0.5, 2.0)
 _LIMIT_PENALTY = 20.0  # nats of objective per nat of log perplexity beyond the limit
 _SPEED_MARGIN = (1.0, 1.25)
 _RATIOS = (0.02, 0.8)
-BASES: tuple[Literal["loss_aware", "uniform", "greedy"], ...] = ("loss_aware", "uniform", "greedy")
+UNIFORM = "uniform"
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,14 @@ class SearchSpace:
         groups: Sequence[Group],
         target: Target,
         search: Search,
-        relative_errors: Mapping[str, torch.Tensor],
-        sensitivities: Mapping[str, float],
+        losses: Mapping[str, allocate.Losses],
         speed: SpeedModel,
         dense_perplexity: float,
+        structure: Structure = "identity_block",
     ) -> None:
         """Check at once that the target can be met.
+
+        `losses` are the additive losses to minimise, by the name of the base allocator that they make; `uniform` comes besides.
 
         Raises:
             InfeasibleTargetError: the smallest ranks everywhere do not meet the target.
@@ -77,31 +78,35 @@ class SearchSpace:
         self._target = target
         self._speed_weight = search.speed_weight
         self.dense_perplexity = dense_perplexity
-        self._errors = relative_errors
-        self._sensitivities = sensitivities
+        self._losses = losses
+        self.bases = (*losses, UNIFORM)
         self._speed = speed
-        self._fit = BudgetFit(groups, search.rank_step, speed.cost if target.min_speedup else parameter_cost)
+        self.fit = BudgetFit(groups, search.rank_step, structure, speed.cost if target.min_speedup else None)
         layers = max(group.layer for group in groups) + 1
         self._runs = min(search.depth_groups, layers)
         self._run_of = {group.name: group.layer * self._runs // layers for group in groups}
-        if target.min_speedup and self._fit.smallest_cost > speed.budget(target.min_speedup):
-            smallest = self._fit.fit({group.name: 1.0 for group in groups}, self._fit.smallest_cost)
+        if target.min_speedup and self.fit.smallest_cost > speed.budget(target.min_speedup):
+            smallest = self.fit.fit({group.name: 1.0 for group in groups}, self.fit.smallest_cost)
             raise InfeasibleTargetError(
                 f"min-speedup {target.min_speedup:g} is out of reach: with every group at its smallest rank, "
                 f"{speed.speedup(smallest):.2f}x is predicted for this workload; ask for less, or for more requests at once"
             )
         if target.ratio:
-            self._fit.require((1 - target.ratio) * self._fit.dense_cost)
+            self.fit.require(self.parameter_budget())
 
     def first_trials(self) -> list[dict[str, Any]]:
         """Return the parameters of the base plans themselves."""
         multipliers = {self._name(kind, run): 1.0 for kind in KINDS for run in range(self._runs)}
-        rows: list[dict[str, Any]] = [{"base": base, **multipliers} for base in BASES]
+        rows: list[dict[str, Any]] = [{"base": base, **multipliers} for base in self.bases]
         if self._target.min_speedup:
             return [{**row, "speedup": self._target.min_speedup * 1.02} for row in rows]
         if self._target.max_ppl_increase:
-            return [{**row, "ratio": ratio} for ratio in (0.1, 0.2) for row in rows]
+            return [{**row, "ratio": ratio} for row in rows for ratio in (0.1, 0.2)]
         return rows
+
+    def parameter_budget(self) -> float:
+        """Parameters that a plan may have under a ratio target."""
+        return (1 - (self._target.ratio or 0.0)) * self.fit.dense_cost
 
     @staticmethod
     def _name(kind: str, run: int) -> str:
@@ -109,8 +114,8 @@ class SearchSpace:
 
     def suggest(self, trial: optuna.Trial) -> RankPlan:
         """Suggest a plan."""
-        base = trial.suggest_categorical("base", BASES)
-        multipliers = {
+        base = trial.suggest_categorical("base", self.bases)
+        multipliers: dict[tuple[str, int], float] = {
             (kind, run): trial.suggest_float(self._name(kind, run), *_MULTIPLIER, log=True)
             for kind in KINDS
             for run in range(self._runs)
@@ -118,18 +123,16 @@ class SearchSpace:
         if self._target.min_speedup:
             low, high = (self._target.min_speedup * margin for margin in _SPEED_MARGIN)
             # the fastest plans may lie inside the margin: what is asked beyond them is cut back
-            budget = max(self._speed.budget(trial.suggest_float("speedup", low, high)), self._fit.smallest_cost)
+            budget = max(self._speed.budget(trial.suggest_float("speedup", low, high)), self.fit.smallest_cost)
         elif self._target.max_ppl_increase:
-            wanted = (1 - trial.suggest_float("ratio", *_RATIOS)) * self._fit.dense_cost
-            budget = max(wanted, self._fit.smallest_cost)
+            wanted = (1 - trial.suggest_float("ratio", *_RATIOS)) * self.fit.dense_cost
+            budget = max(wanted, self.fit.smallest_cost)
         else:
-            budget = (1 - (self._target.ratio or 0.0)) * self._fit.dense_cost
+            budget = self.parameter_budget()
         weights = {g.name: multipliers[g.kind, self._run_of[g.name]] for g in self._groups}
-        if base == "uniform":
-            return self._fit.fit(weights, budget)
-        if base == "loss_aware":
-            weights = {name: weight * self._sensitivities[name] for name, weight in weights.items()}
-        return allocate.loss_aware(self._fit, self._errors, weights, budget)
+        if base == UNIFORM:
+            return self.fit.fit(weights, budget)
+        return self.fit.cheapest_loss({name: (loss * weights[name]).tolist() for name, loss in self._losses[base].items()}, budget)
 
     def speedup(self, plan: RankPlan) -> float:
         """Predict a plan's throughput over dense."""
@@ -150,11 +153,11 @@ class SearchSpace:
         return loss - self._speed_weight * math.log(speedup)
 
 
-def _sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
+def _sampler(kind: str, seed: int, first: int) -> optuna.samplers.BaseSampler:
     if kind == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=6)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=max(6, first))
     with _experimental():
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=len(BASES), deterministic_objective=True)
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=first, deterministic_objective=True)
 
 
 @contextmanager
@@ -201,7 +204,7 @@ def run_study(
     progress(len(done), None)
     while len(done) < search.trials:
         index = len(done)  # of finished trials, so that failed ones do not shift the sequence
-        study.sampler = _sampler(search.sampler, seed * 1_000_003 + index)
+        study.sampler = _sampler(search.sampler, seed * 1_000_003 + index, len(space.bases))
         # a process that died between enqueueing and asking has left its trial waiting
         if index < len(first) and not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)):
             study.enqueue_trial(first[index])
@@ -211,6 +214,7 @@ def run_study(
         value = known.perplexity if known else evaluate(plan)
         origin = str(first[index]["base"]) if index < len(first) else f"trial {trial.number}"
         trial.set_user_attr("ranks", dict(plan.ranks))
+        trial.set_user_attr("structure", plan.structure)
         trial.set_user_attr("perplexity", value)
         trial.set_user_attr("origin", origin)
         throughput = space.tokens_per_second(plan)
@@ -226,7 +230,7 @@ def run_study(
 def _finished(study: optuna.Study) -> list[Evaluated]:
     return [
         Evaluated(
-            plan=RankPlan(ranks=trial.user_attrs["ranks"]),
+            plan=RankPlan(ranks=trial.user_attrs["ranks"], structure=trial.user_attrs["structure"]),
             perplexity=trial.user_attrs["perplexity"],
             tokens_per_second=trial.user_attrs["tokens_per_second"],
             origin=trial.user_attrs["origin"],

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lrserve.allocation.plan import RankPlan, rank_choices
-from lrserve.compression.groups import Group
+from lrserve.compression.groups import Group, Structure
 from lrserve.recipe import Workload
 
 _PREFILL_CHUNK = 4096
@@ -23,22 +23,23 @@ _TABLE_RANKS = 12  # ranks measured per shape; between them latency is interpola
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer to time: n inputs, m outputs, and the rank of its factors (None: dense)."""
+    """A layer to time: n inputs, m outputs, and the rank of its factors (None: dense) and what they are stored as."""
 
     n: int
     m: int
     rank: int | None
+    structure: Structure = "low_rank"
 
 
-def shapes_to_measure(groups: Sequence[Group], step: int) -> list[Shape]:
-    """List each distinct dense shape, and its factors at about a dozen ranks spread over the choices."""
+def shapes_to_measure(groups: Sequence[Group], step: int, structure: Structure) -> list[Shape]:
+    """List each distinct dense shape, and its factors of one structure at about a dozen ranks spread over the choices."""
     shapes: dict[Shape, None] = {}
     for group in groups:
-        choices = rank_choices(group, step)
+        choices = rank_choices(group, step, structure)
         shapes[Shape(group.n, group.m, None)] = None
         stride = max(1, math.ceil(len(choices) / _TABLE_RANKS))
         for rank in [*choices[::stride], *choices[-1:]]:
-            shapes[Shape(group.n, group.m, rank)] = None
+            shapes[Shape(group.n, group.m, rank, structure)] = None
     return list(shapes)
 
 
@@ -48,7 +49,7 @@ def token_counts(workload: Workload) -> tuple[int, int]:
 
 
 class SpeedModel:
-    """Predicts output tokens per second of any plan for one workload."""
+    """Predicts output tokens per second of any plan of one structure, for one workload."""
 
     def __init__(
         self,
@@ -57,7 +58,10 @@ class SpeedModel:
         dense_seconds: float,
         latencies: Mapping[Shape, tuple[float, float]],
     ) -> None:
-        """Take the measured dense run and, per shape, the microseconds of one decode step and of one prefill chunk."""
+        """Take the measured dense run and, per shape, the microseconds of one decode step and of one prefill chunk.
+
+        All factors in the table have one structure: that of the plans to be predicted.
+        """
         self.groups = list(groups)
         self.workload = workload
         self.dense_seconds = dense_seconds

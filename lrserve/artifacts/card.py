@@ -27,10 +27,11 @@ def sizes(groups: Sequence[Group], plan: RankPlan, total_parameters: int, head_p
     compressed = plan.parameters(groups)
     biases = sum(group.biases for group in groups)
     new_biases = sum(group.biases if plan.ranks[group.name] is None else group.m for group in groups)
+    orders = 4 * plan.order_entries(groups)
     rows = {
         "linear_parameters": (dense, compressed),
         "model_parameters": (total_parameters, total_parameters - dense + compressed),
-        "bytes": (total_parameters * dtype_bytes, (total_parameters - dense + compressed) * dtype_bytes),
+        "bytes": (total_parameters * dtype_bytes, (total_parameters - dense + compressed) * dtype_bytes + orders),
         "flops_per_token": (2 * (dense - biases + head_parameters), 2 * (compressed - new_biases + head_parameters)),
     }
     return {name: {"dense": d, "compressed": c, "ratio": 1 - c / d} for name, (d, c) in rows.items()}
@@ -102,6 +103,9 @@ def model_card(metrics: Mapping[str, Any]) -> str:
     """Render the artifact's README.md."""
     model, plan, workload, speed = metrics["model"], metrics["plan"], metrics["workload"], metrics["throughput"]
     report = metrics["perplexity"]["report"]
+    improved = metrics.get("improved", {})
+    after = f" After the search the factors were improved: {', '.join(improved)}." if improved else ""
+    structure = plan["structure"].replace("_", " ")
     compiled = "without" if metrics["enforce_eager"] else "with"
     serving = ""
     if "vllm" in metrics["exports"]:
@@ -121,7 +125,7 @@ tags: [lrserve, low-rank, compressed]
 # {model["name"]}, low-rank, {metrics["target"]}
 
 Made by lrserve {metrics["versions"]["lrserve"]} from {model["name"]} ({model["architecture"]}):
-{plan["factorized"]} of its {plan["groups"]} fused linear groups are two factors each, the others are dense.
+{plan["factorized"]} of its {plan["groups"]} fused linear groups are low-rank factors ({structure}), the others are dense.{after}
 
 {summary(metrics)}
 

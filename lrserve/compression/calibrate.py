@@ -29,6 +29,8 @@ from lrserve.compression.covariance import Covariance, CovarianceAccumulator
 from lrserve.compression.groups import Group, family_of
 from lrserve.errors import CalibrationError
 
+_FIELDS = ("C", "mu", "pool_means", "pool_tokens")
+
 
 class PassThrough(nn.Module):
     """Stands for a decoder block: passes the hidden states on and keeps the keyword arguments."""
@@ -47,7 +49,9 @@ class PassThrough(nn.Module):
         return hidden_states
 
 
-class _FirstInput(Exception):  # noqa: N818 - a signal, not an error
+class Intercepted(Exception):  # noqa: N818 - a signal, not an error
+    """Carries hidden states out of a forward pass that need not go on."""
+
     def __init__(self, hidden_states: torch.Tensor) -> None:
         self.hidden_states = hidden_states
 
@@ -56,7 +60,7 @@ class _Interceptor(PassThrough):
     """Stands for the first block: hands the embedded tokens over and ends the forward pass."""
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        raise _FirstInput(hidden_states)
+        raise Intercepted(hidden_states)
 
 
 def _feed(accumulator: CovarianceAccumulator) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -66,7 +70,8 @@ def _feed(accumulator: CovarianceAccumulator) -> Callable[[nn.Module, tuple[torc
     return hook
 
 
-def _memory_map(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def memory_map(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor that lives in a file, which is made if it is not there."""
     size = int(torch.Size(shape).numel())
     if not path.is_file():
         with path.open("wb") as file:  # a sparse file on a full disk would end the process with SIGBUS, not with an error
@@ -74,7 +79,8 @@ def _memory_map(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.T
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(*shape)
 
 
-def _states(folder: Path, block: int) -> Path:
+def states_path(folder: Path, block: int) -> Path:
+    """Return where the hidden states before block i are kept until the block is done."""
     return folder / f"hidden-{block:05d}.bin"
 
 
@@ -96,20 +102,54 @@ def replaced(layers: nn.ModuleList, stand_ins: Sequence[nn.Module]) -> Iterator[
             layers[index] = block
 
 
-def _rehearse(model: Any, layers: nn.ModuleList, windows: torch.Tensor) -> list[dict[str, Any]]:
-    recorders = [PassThrough(block) for block in layers]
-    with replaced(layers, recorders):
-        model.base_model(input_ids=windows, use_cache=False)
-    return [{**recorder.kwargs, "use_cache": False, "past_key_values": None} for recorder in recorders]
+class Rehearsal:
+    """The keyword arguments that a model hands to each of its blocks, learnt once for each number of windows in a batch."""
+
+    def __init__(self, model: Any, layers: nn.ModuleList, windows: torch.Tensor) -> None:
+        self._model, self._layers, self._windows = model, layers, windows
+        self._kwargs: dict[int, list[dict[str, Any]]] = {}
+
+    def __call__(self, size: int, block: int) -> dict[str, Any]:
+        """Return the arguments of one block for a batch of so many windows."""
+        if size not in self._kwargs:
+            recorders = [PassThrough(layer) for layer in self._layers]
+            with replaced(self._layers, recorders):
+                device = next(self._model.parameters()).device
+                self._model.base_model(input_ids=self._windows[:size].to(device), use_cache=False)
+            self._kwargs[size] = [{**recorder.kwargs, "use_cache": False, "past_key_values": None} for recorder in recorders]
+        return self._kwargs[size][block]
 
 
-def _embed(model: Any, layers: nn.ModuleList, windows: torch.Tensor) -> torch.Tensor:
+def embed(model: Any, layers: nn.ModuleList, windows: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states before the first block, for tokens (windows, length)."""
     try:
         with replaced(layers, [_Interceptor(layers[0])]):
             model.base_model(input_ids=windows, use_cache=False)
-    except _FirstInput as caught:
+    except Intercepted as caught:
         return caught.hidden_states
     raise CalibrationError("the model's forward pass did not reach its first decoder block")
+
+
+def run_block(block: nn.Module, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Run one decoder block: some give a tuple that begins with the hidden states."""
+    y = block(hidden_states, **kwargs)
+    states: torch.Tensor = y[0] if isinstance(y, tuple) else y
+    return states
+
+
+def resume_at(folder: Path, published: Sequence[Path]) -> int:
+    """Return the block to go on from, given each block's result file, and remove the hidden states of all others.
+
+    A block's input states exist until its result is published; without them the pass starts over. With nothing left to do, the
+    number of blocks is returned.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = [index for index, path in enumerate(published) if not path.is_file()]
+    start = len(published) if not todo else todo[0] if states_path(folder, todo[0]).is_file() else 0
+    for leftover in folder.glob("hidden*"):
+        if not todo or leftover != states_path(folder, start):
+            leftover.unlink()
+    return start
 
 
 @torch.inference_mode()
@@ -146,23 +186,12 @@ def calibrate(
     device = next(model.parameters()).device
     sequences, length = windows.shape
     batch = max(1, min(batch_tokens // length, pool_sequences))
-    folder.mkdir(parents=True, exist_ok=True)
-    todo = [i for i in range(len(layers)) if not statistics_path(folder, i).is_file()]
-    # A block's input states exist until its statistics are published; without them the pass starts over.
-    start = todo[0] if todo and _states(folder, todo[0]).is_file() else 0
-    for leftover in folder.glob("hidden*"):
-        if not todo or leftover != _states(folder, start):
-            leftover.unlink()
-    if not todo:
-        return len(layers)
+    start = resume_at(folder, [statistics_path(folder, index) for index in range(len(layers))])
+    if start == len(layers):
+        return start
     dtype = next(model.parameters()).dtype
     shape = (sequences, length, int(model.config.hidden_size))
-    rehearsed: dict[int, list[dict[str, Any]]] = {}
-
-    def options(size: int, index: int) -> dict[str, Any]:
-        if size not in rehearsed:
-            rehearsed[size] = _rehearse(model, layers, windows[:size].to(device))
-        return rehearsed[size][index]
+    rehearsal = Rehearsal(model, layers, windows)
 
     def pooled_batches() -> Iterator[tuple[int, int, bool]]:
         for pool in range(0, sequences, pool_sequences):
@@ -173,10 +202,10 @@ def calibrate(
 
     if start == 0:
         partial = folder / "hidden.partial"
-        states = _memory_map(partial, shape, dtype)
+        states = memory_map(partial, shape, dtype)
         for first, last, _ in pooled_batches():
-            states[first:last] = _embed(model, layers, windows[first:last].to(device)).cpu()
-        os.replace(partial, _states(folder, 0))
+            states[first:last] = embed(model, layers, windows[first:last].to(device)).cpu()
+        os.replace(partial, states_path(folder, 0))
     progress(start)
     for index in range(start, len(layers)):
         block = layers[index]
@@ -187,41 +216,40 @@ def calibrate(
             for group in members:
                 module = model.get_submodule(group.members[0])
                 hooks.append(module.register_forward_pre_hook(_feed(accumulators[group.name])))
-        before = _memory_map(_states(folder, index), shape, dtype)
+        before = memory_map(states_path(folder, index), shape, dtype)
         partial = folder / "hidden.partial"
-        after = _memory_map(partial, shape, dtype)
+        after = memory_map(partial, shape, dtype)
         try:
             for first, last, pool_ends in pooled_batches():
-                y = block(before[first:last].to(device), **options(last - first, index))
-                after[first:last] = (y[0] if isinstance(y, tuple) else y).cpu()
+                after[first:last] = run_block(block, before[first:last].to(device), rehearsal(last - first, index)).cpu()
                 if pool_ends:
                     for accumulator in accumulators.values():
                         accumulator.close_pool()
         finally:
             for handle in hooks:
                 handle.remove()
-        os.replace(partial, _states(folder, index + 1))
+        os.replace(partial, states_path(folder, index + 1))
         if collect:
             _publish(statistics_path(folder, index), {name: a.finish() for name, a in accumulators.items()})
-        _states(folder, index).unlink()
+        states_path(folder, index).unlink()
         progress(index + 1)
-    _states(folder, len(layers)).unlink()
+    states_path(folder, len(layers)).unlink()
     return start
 
 
 def _publish(path: Path, statistics: dict[str, Covariance]) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for name, covariance in statistics.items():
-        tensors[f"{name}.C"] = covariance.C.float().cpu()
-        tensors[f"{name}.mu"] = covariance.mu.float().cpu()
-    first = next(iter(statistics.values()))
+        for field in _FIELDS:
+            value = getattr(covariance, field).cpu()
+            tensors[f"{name}.{field}"] = value.float() if value.is_floating_point() else value
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"tokens": str(first.tokens), "pools": str(first.pools)})
+    save_file(tensors, partial)
     os.replace(partial, path)
 
 
 def read_statistics(folder: Path, group: Group) -> Covariance:
-    """Read one group's statistics back.
+    """Read one group's statistics back, float32.
 
     Raises:
         CalibrationError: the calibration that should have written them did not finish.
@@ -230,10 +258,4 @@ def read_statistics(folder: Path, group: Group) -> Covariance:
     if not path.is_file():
         raise CalibrationError(f"{path} is missing: the calibration did not finish; run the same command again")
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        return Covariance(
-            C=file.get_tensor(f"{group.name}.C"),
-            mu=file.get_tensor(f"{group.name}.mu"),
-            tokens=int(metadata["tokens"]),
-            pools=int(metadata["pools"]),
-        )
+        return Covariance(**{field: file.get_tensor(f"{group.name}.{field}") for field in _FIELDS})

@@ -6,8 +6,11 @@ Notation
     M2   (n, n)  scatter around each pool's own mean:  sum_k (S_k - s_k s_k^T / n_k)
     C    (n, n)  pooled covariance:  M2 / sum_k (n_k - 1)
     mu   (n,)    pooled mean:  sum_k s_k / sum_k n_k
+    mu_k (n,)    mean of pool k:  s_k / n_k;  N = sum_k n_k
 
-Each pool is centred on its own mean, so the scatter between pools is dropped; a single pool gives the plain covariance.
+Each pool is centred on its own mean, so the scatter between pools is dropped; a single pool gives the plain covariance. The pools'
+means and sizes are kept: with them the plain covariance of all tokens and their second moment, which other methods want, follow
+    (N - 1) C_total = M2 + sum_k n_k (mu_k - mu) (mu_k - mu)^T        N E[x x^T] = M2 + sum_k n_k mu_k mu_k^T
 Within a pool, products of 16-bit inputs are formed and summed in float32, whose rounding is far below the inputs' own, and those of
 wider inputs in float64; across pools everything is float64.
 """
@@ -27,16 +30,46 @@ _BLOCK = 192  # columns per block of the symmetric product: small enough to save
 
 @dataclass(frozen=True)
 class Covariance:
-    """Statistics of one layer's inputs: C (n, n) and mu (n,) in float64, over `tokens` tokens in `pools` pools."""
+    """Statistics of one layer's inputs: C (n, n), mu (n,), and each pool's mean (pools, n) and token count (pools,) int64."""
 
     C: torch.Tensor
     mu: torch.Tensor
-    tokens: int
-    pools: int
+    pool_means: torch.Tensor
+    pool_tokens: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were seen."""
+        return int(self.pool_tokens.sum())
+
+    @property
+    def pools(self) -> int:
+        """Pools that they were in."""
+        return len(self.pool_tokens)
+
+    def total(self) -> Covariance:
+        """Return the statistics of the same tokens in one pool, K = 1: C takes up the scatter between the pools; float64."""
+        means, mu = self.pool_means.double(), self.mu.double()
+        centred = means - mu
+        scatter = self._within() + centred.T @ (self.pool_tokens.double()[:, None] * centred)
+        return Covariance(
+            C=scatter / max(self.tokens - 1, 1),
+            mu=mu,
+            pool_means=mu[None],
+            pool_tokens=self.pool_tokens.sum()[None],
+        )
+
+    def second_moment(self) -> torch.Tensor:
+        """Return E[x x^T] (n, n), uncentred, over all tokens; float64."""
+        means = self.pool_means.double()
+        return (self._within() + means.T @ (self.pool_tokens.double()[:, None] * means)) / self.tokens
+
+    def _within(self) -> torch.Tensor:
+        return self.C.double() * (self.tokens - self.pools)
 
 
 @contextmanager
-def _exact_bfloat16_products(x: torch.Tensor) -> Iterator[None]:
+def exact_products(x: torch.Tensor) -> Iterator[None]:
     """Let oneDNN multiply float32 copies of bfloat16 values in bfloat16, accumulating in float32.
 
     Nothing is lost, since the inputs *are* bfloat16 values, and AMX/AVX-512 machines do it three times as fast.
@@ -65,36 +98,37 @@ class _Moments:
 
     def add(self, x: torch.Tensor) -> None:
         """Add tokens x (t, n)."""
-        with _exact_bfloat16_products(x):
+        with exact_products(x):
             wide = x.to(self.dtype)
             self._sum.addmm_(wide.new_ones(1, x.shape[0]), wide)  # several times as fast as x.sum(0)
             for start, row in zip(self._starts, self._rows, strict=True):
                 row.addmm_(wide[:, start : start + _BLOCK].T, wide[:, start:])
         self.tokens += x.shape[0]
 
-    def take(self, scatter: torch.Tensor, total: torch.Tensor) -> None:
-        """Add the pool's scatter around its own mean to `scatter`'s upper triangle and its sum to `total`, float64; start anew."""
-        own = self._sum[0].double()
+    def take(self, scatter: torch.Tensor) -> torch.Tensor:
+        """Add the pool's scatter around its own mean to `scatter`'s upper triangle and return its sum (n,), float64; start anew."""
+        own = self._sum[0].to(torch.float64, copy=True)
         for start, row in zip(self._starts, self._rows, strict=True):
             upper = scatter[start : start + _BLOCK, start:]
             upper += row
             upper.addr_(own[start : start + _BLOCK], own[start:], alpha=-1 / self.tokens)
             row.zero_()
-        total += own
         self._sum.zero_()
         self.tokens = 0
+        return own
 
 
 class CovarianceAccumulator:
-    """Collects C and mu of an n-wide input without keeping activations. Accumulators of disjoint pools merge exactly."""
+    """Collects `Covariance` of an n-wide input without keeping activations. Accumulators of disjoint pools merge exactly.
+
+    Memory: the closed pools' scatter, the open pool's triangle, and the sum (n,) of each pool.
+    """
 
     def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
         self.n = n
         self._M2 = torch.zeros(n, n, dtype=torch.float64, device=device)  # its upper triangle
-        self._sum = torch.zeros(n, dtype=torch.float64, device=device)
-        self._tokens = 0
-        self._pools = 0
-        self._degrees = 0
+        self._sums: list[torch.Tensor] = []  # of each closed pool (n,), float64
+        self._sizes: list[int] = []
         self._pool: _Moments | None = None
 
     def update(self, x: torch.Tensor) -> None:
@@ -107,20 +141,16 @@ class CovarianceAccumulator:
         """Centre the open pool on its own mean and start the next one; nothing happens when it is empty."""
         if self._pool is None or self._pool.tokens == 0:
             return
-        self._tokens += self._pool.tokens
-        self._degrees += self._pool.tokens - 1
-        self._pools += 1
-        self._pool.take(self._M2, self._sum)
+        self._sizes.append(self._pool.tokens)
+        self._sums.append(self._pool.take(self._M2))
 
     def merge(self, other: CovarianceAccumulator) -> None:
-        """Add another accumulator's pools to this one's; both open pools are closed first."""
+        """Add another accumulator's pools behind this one's; both open pools are closed first."""
         self.close_pool()
         other.close_pool()
-        self._M2 += other._M2
-        self._sum += other._sum
-        self._tokens += other._tokens
-        self._degrees += other._degrees
-        self._pools += other._pools
+        self._M2 += other._M2.to(self._M2.device)
+        self._sums += [total.to(self._M2.device) for total in other._sums]
+        self._sizes += other._sizes
 
     def finish(self) -> Covariance:
         """Close the open pool and return the pooled statistics.
@@ -129,13 +159,15 @@ class CovarianceAccumulator:
             CalibrationError: no token was seen, or a statistic is not finite.
         """
         self.close_pool()
-        if self._tokens == 0:
+        if not self._sizes:
             raise CalibrationError("no token reached this layer; give more calibration text")
-        C = (self._M2.triu() + self._M2.triu(1).T) / max(self._degrees, 1)
-        mu = self._sum / self._tokens
+        tokens, pools = sum(self._sizes), len(self._sizes)
+        C = (self._M2.triu() + self._M2.triu(1).T) / max(tokens - pools, 1)
+        sums, sizes = torch.stack(self._sums), torch.tensor(self._sizes, device=self._M2.device)
+        mu = sums.sum(0) / tokens
         if not (torch.isfinite(C).all() and torch.isfinite(mu).all()):
             raise CalibrationError(
                 "activations are not finite: the model overflows in this dtype on this text; "
                 "load it in bfloat16 or float32, and check the weights"
             )
-        return Covariance(C=C, mu=mu, tokens=self._tokens, pools=self._pools)
+        return Covariance(C=C, mu=mu, pool_means=sums / sizes[:, None], pool_tokens=sizes)

@@ -5,52 +5,85 @@ Notation
     C    (n, n)  covariance of x;  mu (n,) mean of x
     Cy   (m, m)  covariance of y = W C W^T; its eigenvalues, largest first, are lambda
     k            min(m, n): the rank beyond which nothing is left
-    U    (m, k)  orthonormal; its first r columns span the best r-dimensional space for y
-    V    (k, n)  U^T W
 
-Among all maps y' = B A x + b of rank r, A = U_r^T W, B = U_r, b = beta + (I - U_r U_r^T) W mu minimises E|y - y'|^2, and the
-minimum is the sum of the lambdas that were left out. No inverse is taken, so a singular C is no special case, and one
-decomposition serves every rank.
+Among all maps y' = B A x + b of rank r, A = U_r^T W, B = U_r, b = beta + (I - U_r U_r^T) W mu minimises E|y - y'|^2, with U the
+eigenvectors of Cy, and the minimum is the sum of the lambdas that were left out. No inverse is taken, so a singular C is no
+special case, and one decomposition serves every rank.
+
+Two-sided weighting (METHOD.md 2) minimises E|Gamma (y - y')|^2 instead. With Gamma^2 = E[g g^T], the second moment of the loss
+gradient g with respect to y, half of that is the second-order estimate of the loss itself, in nats per token when the loss is
+the cross entropy of labels drawn from the model (then Gamma^2 is the block of the KL divergence's Fisher matrix, up to the
+Kronecker assumption that x and g are independent; K-FAC, arXiv 1503.05671, section 3). Either side of W will do, the narrower
+is cheaper:
+    output side  Gamma^2 (m, m):  P Lambda P^T = Gamma Cy Gamma;   B = Gamma^-1 P_r,     A = P_r^T Gamma W
+    input side   K (n, n) = W^T Gamma^2 W, the second moment of the gradient with respect to x:
+                 Q Lambda Q^T = K^1/2 C K^1/2;                     B = W K^-1/2 Q_r,     A = Q_r^T K^1/2
+The gradient's moments are damped towards those of the unweighted problem, so that the inverses exist.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 
+from lrserve.compression.groups import Group
 from lrserve.errors import CalibrationError
+
+_DAMPING = 1e-2  # share of the unweighted problem: directions that no gradient was seen in still count a little
+_RIDGE = 1e-9  # smallest eigenvalue of a damped moment, over its largest
+
+Side = Literal["input", "output"]
+GradientOf = Callable[[Group], tuple[Side, torch.Tensor] | None]
+"""Gives a group's second moment of the loss gradient, and on which side; None weighs all its outputs alike."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """One group's low-rank factors: y' = B (A x) + b with A (r, n), B (m, r), b (m,)."""
+    """One group's low-rank factors, the map y' = B z + b with z (r,) the r coordinates that are kept of x.
+
+    Two factors: z = A x, A (r, n), and `order` is None. Identity block: z = x_J + A x_Jc, A (r, n - r), with J the first r and Jc
+    the other entries of `order` (n,), a permutation of the inputs. B (m, r), b (m,).
+    """
 
     A: torch.Tensor
     B: torch.Tensor
     b: torch.Tensor
+    order: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
         """Rows of A."""
         return int(self.A.shape[0])
 
+    def merged(self) -> torch.Tensor:
+        """Return the weight (m, n) that the factors stand for."""
+        if self.order is None:
+            return self.B @ self.A
+        weight = torch.empty(self.B.shape[0], len(self.order), dtype=self.B.dtype, device=self.B.device)
+        weight[:, self.order.long()] = torch.cat([self.B, self.B @ self.A], dim=1)
+        return weight
+
 
 @dataclass(frozen=True)
 class Spectrum:
     """Everything from which the factors of any rank are sliced.
 
-    U (m, k), V (k, n), eigenvalues (k,) largest first and never negative, offset (m,) = W mu, beta (m,).
+    U (m, k), V (k, n): B and A of full rank, most important column and row first. eigenvalues (k,): what each of them is worth,
+    largest first and never negative. offset (m,) = W mu, mean (k,) = V mu, beta (m,).
     """
 
     U: torch.Tensor
     V: torch.Tensor
     eigenvalues: torch.Tensor
     offset: torch.Tensor
+    mean: torch.Tensor
     beta: torch.Tensor
 
     def cut(self, rank: int) -> Factors:
-        """Return the optimal factors of a rank from 1 to k.
+        """Return the optimal two factors of a rank from 1 to k.
 
         Raises:
             ValueError: a rank outside 1..k.
@@ -59,49 +92,106 @@ class Spectrum:
         if not 1 <= rank <= k:
             raise ValueError(f"rank {rank} is outside 1..{k}")
         B, A = self.U[:, :rank], self.V[:rank]
-        b = self.beta + self.offset - B @ (B.T @ self.offset)
-        return Factors(A=A, B=B, b=b)
+        return Factors(A=A, B=B, b=self.beta + self.offset - B @ self.mean[:rank])
 
-    def relative_errors(self) -> torch.Tensor:
-        """Expected squared error of every rank 0..k over the output's total variance, float64 (k + 1,), from 1 down to 0.
+    def errors(self) -> torch.Tensor:
+        """Expected squared error of every rank 0..k, float64 (k + 1,), down to 0; exact on the calibration tokens.
 
-        Exact on the calibration tokens. A layer whose outputs do not vary at all loses nothing at any rank: zeros.
+        In squared units of the output or, of a two-sided factorization, twice the expected loss in nats per token.
         """
         values = self.eigenvalues.double()
-        tails = torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
-        return tails / tails[0] if tails[0] > 0 else torch.zeros_like(tails)
+        return torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
 
 
-def factorize(W: torch.Tensor, C: torch.Tensor, mu: torch.Tensor, beta: torch.Tensor | None = None) -> Spectrum:
+class FactorSource(Protocol):
+    """Where a plan's factors come from: the spectra of all ranks, or what an improvement made of one plan's."""
+
+    def cut(self, name: str, rank: int) -> Factors:
+        """Return the two factors of the group of that name at one rank."""
+
+
+def factorize(
+    W: torch.Tensor,
+    C: torch.Tensor,
+    mu: torch.Tensor,
+    beta: torch.Tensor | None = None,
+    gradient: tuple[Side, torch.Tensor] | None = None,
+) -> Spectrum:
     """Decompose one (stacked) weight for every rank at once, in float64.
-
-    For m <= n the eigenvectors are those of Cy. For m > n, W = Q R with Q (m, n) orthonormal, and the eigenvectors of
-    the smaller R C R^T are carried back by Q: the same space, without an (m, m) matrix.
 
     Args:
         W: (m, n), any float dtype.
         C: (n, n), symmetric positive semidefinite. The identity with a zero `mu` gives the plain SVD of W.
         mu: (n,).
         beta: (m,), the layer's own bias.
+        gradient: second moment of the loss gradient, ("output", (m, m)) with respect to y or ("input", (n, n)) with respect
+            to x; None weighs all outputs alike.
 
     Raises:
         CalibrationError: a weight or statistic that is not finite.
     """
     W64, C64, mu64 = W.double(), C.double(), mu.double()
-    if not (torch.isfinite(W64).all() and torch.isfinite(C64).all() and torch.isfinite(mu64).all()):
-        raise CalibrationError("a weight or a covariance is not finite; check the checkpoint and the calibration text")
-    m, n = W64.shape
-    if m <= n:
-        values, U = torch.linalg.eigh(W64 @ C64 @ W64.T)
+    moment = gradient[1].double() if gradient is not None else W64.new_zeros(0)
+    if not all(torch.isfinite(tensor).all() for tensor in (W64, C64, mu64, moment)):
+        raise CalibrationError("a weight, covariance or gradient is not finite; check the checkpoint and the calibration text")
+    if gradient is None or not float(moment.trace()) > 0:
+        U, V, values = _unweighted(W64, C64)
+    elif gradient[0] == "output":
+        U, V, values = _output_side(W64, C64, moment)
     else:
-        Q, R = torch.linalg.qr(W64)
-        values, P = torch.linalg.eigh(R @ C64 @ R.T)
-        U = Q @ P
-    U, values = U.flip(1), values.flip(0).clamp_min(0)
+        U, V, values = _input_side(W64, C64, moment)
     return Spectrum(
         U=U,
-        V=U.T @ W64,
+        V=V,
         eigenvalues=values,
         offset=W64 @ mu64,
-        beta=torch.zeros(m, dtype=torch.float64) if beta is None else beta.double(),
+        mean=V @ mu64,
+        beta=torch.zeros(len(W64), dtype=torch.float64) if beta is None else beta.double(),
     )
+
+
+_Decomposition = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _unweighted(W: torch.Tensor, C: torch.Tensor) -> _Decomposition:
+    """For m > n, W = Q R with Q (m, n) orthonormal: the eigenvectors of R C R^T are carried back by Q, without an (m, m) matrix."""
+    m, n = W.shape
+    if m <= n:
+        values, U = _eigh(W @ C @ W.T)
+    else:
+        Q, R = torch.linalg.qr(W)
+        values, P = _eigh(R @ C @ R.T)
+        U = Q @ P
+    return U, U.T @ W, values
+
+
+def _output_side(W: torch.Tensor, C: torch.Tensor, moment: torch.Tensor) -> _Decomposition:
+    m = len(W)
+    damped = moment + _DAMPING * moment.trace() / m * torch.eye(m, dtype=W.dtype)
+    root, inverse = _roots(damped)
+    values, P = _eigh(root @ (W @ C @ W.T) @ root)
+    k = min(W.shape)
+    return inverse @ P[:, :k], P[:, :k].T @ (root @ W), values[:k]
+
+
+def _input_side(W: torch.Tensor, C: torch.Tensor, moment: torch.Tensor) -> _Decomposition:
+    gram = W.T @ W
+    scale = gram.trace()
+    damped = moment + _DAMPING * moment.trace() / scale * gram if scale > 0 else moment
+    root, inverse = _roots(damped)
+    values, Q = _eigh(root @ C @ root)
+    k = min(W.shape)
+    return W @ (inverse @ Q[:, :k]), Q[:, :k].T @ root, values[:k]
+
+
+def _eigh(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, largest first and never negative, and their eigenvectors."""
+    values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric square root and its inverse; eigenvalues below the ridge are lifted to it."""
+    values, vectors = _eigh(moment)
+    values = values.clamp_min(float(values[0]) * _RIDGE)
+    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T

@@ -7,15 +7,21 @@ A (r, n) and one stacked B (m, r), of which each member owns its rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from lrserve.errors import UnsupportedModelError
 
-KINDS: Final = ("qkv", "o", "gate_up", "down")
+if TYPE_CHECKING:  # recipes name kinds and structures, and are read without torch
+    from torch import nn
+
+Kind = Literal["qkv", "o", "gate_up", "down"]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+
+Structure = Literal["identity_block", "low_rank"]
+"""What a factorized group is stored as (METHOD.md 4): B (x_J + T x_Jc) + b, or B (A x) + b."""
+STRUCTURES: Final = get_args(Structure)
 
 
 @dataclass(frozen=True)
@@ -85,14 +91,43 @@ class Group:
         """Parameters of the dense linears, biases included."""
         return self.m * self.n + self.biases
 
-    def parameters(self, rank: int | None) -> int:
-        """Parameters stored for this group: r (m + n) for the factors plus m for the bias b; dense for `None`."""
-        return self.dense_parameters if rank is None else rank * (self.m + self.n) + self.m
+    def parameters(self, rank: int | None, structure: Structure) -> int:
+        """Parameters stored for this group: those of the factors plus m for the bias b; the dense linears' for `None`.
+
+        Two factors have r (m + n), an identity block r (m + n - r): what a matrix of rank r has degrees of freedom.
+        """
+        if rank is None:
+            return self.dense_parameters
+        return rank * (self.m + self.n - (rank if structure == "identity_block" else 0)) + self.m
 
     @property
     def full_rank(self) -> int:
         """Largest rank that the stacked weight can have."""
         return min(self.m, self.n)
+
+
+def separate(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
+    """Take fused groups apart into groups of one linear, each beside the fused group it came from.
+
+    For baselines that factorize q, k, v, gate and up on their own, as the papers do; its kind is the linear's name without
+    `_proj` (`q`). No engine serves them as such: exporters want the members of a group together.
+    """
+    return [
+        (
+            Group(
+                name=member,
+                kind=member.rpartition(".")[2].removesuffix("_proj"),
+                layer=group.layer,
+                members=(member,),
+                out_features=(m,),
+                in_features=group.in_features,
+                biases=m if group.biases and group.biases == group.m else 0,
+            ),
+            group,
+        )
+        for group in groups
+        for member, m in zip(group.members, group.out_features, strict=True)
+    ]
 
 
 def family_of(config: Any) -> Family:
@@ -118,6 +153,8 @@ def find_groups(model: nn.Module) -> list[Group]:
     Raises:
         UnsupportedModelError: unknown architecture, or a layer without the linears that its family promises.
     """
+    from torch import nn
+
     family = family_of(model.config)
     groups: list[Group] = []
     layers = model.get_submodule(family.layers)

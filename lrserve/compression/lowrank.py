@@ -1,8 +1,8 @@
 """The low-rank layer in torch, and putting it in the place of dense linears.
 
-y = B (A x) + b with A (r, n), B (m, r), b (m,). The members of a fused group share one A, which stands once in the model
-under the group's name; each member keeps its own rows of B and b. Names in the state dict are those of docs/format.md:
-`<group>.A.weight`, `<member>.B.weight`, `<member>.B.bias`.
+y = B z + b, with z = A x or, for an identity block, z = x_J + T x_Jc (METHOD.md 4). The members of a fused group share what makes
+z, which stands once in the model under the group's name; each member keeps its own rows of B and b. Names in the state dict are
+those of docs/format.md: `<group>.A.weight` (A or T), `<group>.A.order` (identity blocks), `<member>.B.weight`, `<member>.B.bias`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import torch
 from torch import nn
 
 from lrserve.compression.factorize import Factors
-from lrserve.compression.groups import Group
+from lrserve.compression.groups import STRUCTURES, Group, Structure
 from lrserve.errors import ArtifactError, CalibrationError
 
 QUANT_METHOD = "lrserve"
 FORMAT_VERSION = 1
-LOW_RANK = "low_rank"
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class GroupSpec:
 
     rank: int
     members: tuple[str, ...]
-    structure: str = LOW_RANK
+    structure: Structure = "low_rank"
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -66,11 +65,13 @@ def parse_groups(config: Mapping[str, Any]) -> dict[str, GroupSpec]:
         raise ArtifactError("quantization_config.groups is missing from config.json; export the artifact again")
     specs: dict[str, GroupSpec] = {}
     for name, entry in groups.items():
-        structure = entry.get("structure") if isinstance(entry, Mapping) else None
+        structure: Any = entry.get("structure") if isinstance(entry, Mapping) else None
         rank = entry.get("rank") if isinstance(entry, Mapping) else None
         members = entry.get("members") if isinstance(entry, Mapping) else None
-        if structure != LOW_RANK:
-            raise ArtifactError(f"{name}: unknown structure {structure!r} in config.json; this lrserve reads {LOW_RANK!r}")
+        if structure not in STRUCTURES:
+            raise ArtifactError(
+                f"{name}: unknown structure {structure!r} in config.json; this lrserve reads {', '.join(STRUCTURES)}"
+            )
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ArtifactError(f"{name}: rank {rank!r} in config.json is not a positive integer")
         if not isinstance(members, (list, tuple)) or not members or not all(isinstance(x, str) for x in members):
@@ -79,59 +80,94 @@ def parse_groups(config: Mapping[str, Any]) -> dict[str, GroupSpec]:
     return specs
 
 
-class FirstFactor(nn.Module):
-    """Holder of the A that the members of a fused group share."""
+class IdentityBlock(nn.Module):
+    """z = x_J + T x_Jc, x (..., n), z (..., r): `weight` is T (r, n - r), `order` (n,) int32 names J's inputs and then Jc's."""
+
+    order: torch.Tensor
 
     def __init__(self, n: int, rank: int, dtype: torch.dtype | None = None, device: Any = None) -> None:
         super().__init__()
-        self.A = nn.Linear(n, rank, bias=False, dtype=dtype, device=device)
+        self.rank = rank
+        self.weight = nn.Parameter(torch.empty(rank, n - rank, dtype=dtype, device=device))
+        self.register_buffer("order", torch.empty(n, dtype=torch.int32, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Reorder x (..., n), then interpolate -> (..., r)."""
+        pivots, others = x.index_select(-1, self.order).split_with_sizes([self.rank, self.weight.shape[1]], -1)
+        return pivots + nn.functional.linear(others, self.weight)
+
+
+def is_permutation(order: torch.Tensor) -> bool:
+    """Say whether an identity block's `order` (n,) is what it must be: the int32 numbers 0 to n - 1, each of them once."""
+    wanted = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
+    return order.dtype == torch.int32 and torch.equal(order.sort().values, wanted)
+
+
+def first_factor(spec: GroupSpec, n: int, dtype: torch.dtype | None = None, device: Any = None) -> nn.Linear | IdentityBlock:
+    """Build what makes z (..., r) of x (..., n), uninitialised."""
+    if spec.structure == "identity_block":
+        return IdentityBlock(n, spec.rank, dtype=dtype, device=device)
+    return nn.Linear(n, spec.rank, bias=False, dtype=dtype, device=device)
+
+
+class FirstFactor(nn.Module):
+    """Holder of the A that the members of a fused group share."""
+
+    def __init__(self, A: nn.Linear | IdentityBlock) -> None:
+        super().__init__()
+        self.A = A
 
 
 class LowRankLinear(nn.Module):
-    """y = B (A x) + b, x (..., n), y (..., m).
+    """y = B z + b, x (..., n), y (..., m).
 
-    With `shared` given, A belongs to that holder and is only borrowed here, so that it is stored, moved and counted
-    once; otherwise the layer owns it. Sharing is of the weight: each member multiplies A x by itself, since the models'
-    own code calls q, k and v one by one. The serving engine multiplies it once.
+    `A`, which makes z of x, may belong to a `FirstFactor` and only be borrowed here, so that it is stored, moved and counted
+    once; otherwise the layer owns it. Sharing is of the weight: each member computes z by itself, since the models' own
+    code calls q, k and v one by one. The serving engine computes it once.
     """
 
-    A: nn.Linear
+    A: nn.Linear | IdentityBlock
 
     def __init__(
         self,
-        n: int,
         m: int,
         rank: int,
-        shared: FirstFactor | None = None,
+        A: nn.Linear | IdentityBlock | FirstFactor,
         dtype: torch.dtype | None = None,
         device: Any = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.rank = n, m, rank
-        if shared is None:
-            self.A = nn.Linear(n, rank, bias=False, dtype=dtype, device=device)
-        self._shared = (shared,) if shared is not None else None  # a tuple, so that torch does not register it twice
+        self.out_features, self.rank = m, rank
+        self._shared = (A,) if isinstance(A, FirstFactor) else None  # a tuple, so that torch does not register it twice
+        if not isinstance(A, FirstFactor):
+            self.A = A
         self.B = nn.Linear(rank, m, bias=True, dtype=dtype, device=device)
 
     @property
-    def first(self) -> nn.Linear:
-        """The A factor, borrowed or owned."""
+    def first(self) -> nn.Linear | IdentityBlock:
+        """What makes z of x, borrowed or owned."""
         return self._shared[0].A if self._shared is not None else self.A
 
+    @property
+    def structure(self) -> Structure:
+        """What the factors are stored as."""
+        return "identity_block" if isinstance(self.first, IdentityBlock) else "low_rank"
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply by the two factors: x (..., n) -> (..., m)."""
+        """Multiply by both factors: x (..., n) -> (..., m)."""
         y: torch.Tensor = self.B(self.first(x))
         return y
 
     def extra_repr(self) -> str:
         """Shapes, for `print(model)`."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"out_features={self.out_features}, rank={self.rank}, structure={self.structure}"
 
 
-def specs_of(ranks: Iterable[tuple[Group, int]]) -> dict[str, GroupSpec]:
+def specs_of(ranks: Iterable[tuple[Group, int]], structure: Structure) -> dict[str, GroupSpec]:
     """Say in the artifact's terms which groups are factorized at which rank."""
     return {
-        group.name: GroupSpec(rank=rank, members=tuple(name.rpartition(".")[2] for name in group.members)) for group, rank in ranks
+        group.name: GroupSpec(rank=rank, members=tuple(name.rpartition(".")[2] for name in group.members), structure=structure)
+        for group, rank in ranks
     }
 
 
@@ -156,13 +192,14 @@ def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: s
         except AttributeError as error:
             raise ArtifactError(f"{name}: config.json names a layer that the model does not have ({error})") from None
         weight = linears[0].weight
-        shared = None
-        if spec.members != (leaf,):
-            shared = FirstFactor(linears[0].in_features, spec.rank, dtype=weight.dtype, device=weight.device)
-            parent.add_module(leaf, shared)
+        if spec.structure == "identity_block" and spec.rank >= linears[0].in_features:
+            raise ArtifactError(f"{name}: an identity block of rank {spec.rank} leaves nothing of {linears[0].in_features} inputs")
+        first = first_factor(spec, linears[0].in_features, weight.dtype, weight.device)
+        A = first if spec.members == (leaf,) else FirstFactor(first)
+        if isinstance(A, FirstFactor):
+            parent.add_module(leaf, A)
         for member, linear in zip(spec.members, linears, strict=True):
-            n, m = linear.in_features, linear.out_features
-            setattr(parent, member, LowRankLinear(n, m, spec.rank, shared, dtype=weight.dtype, device=weight.device))
+            setattr(parent, member, LowRankLinear(linear.out_features, spec.rank, A, weight.dtype, weight.device))
 
 
 @torch.no_grad()
@@ -172,7 +209,7 @@ def load_factors(model: nn.Module, group: Group, factors: Factors, dtype: torch.
     Args:
         model: where `install_low_rank` ran.
         group: names and row counts.
-        factors: A (r, n), B (m, r), b (m,).
+        factors: of the structure that the layers were made for (`structured`).
         dtype: round the factors to this dtype first, for a model that computes in a wider one.
 
     Raises:
@@ -188,3 +225,7 @@ def load_factors(model: nn.Module, group: Group, factors: Factors, dtype: torch.
             if not torch.isfinite(rounded).all():
                 raise CalibrationError(f"{member}: a factor is not finite in {rounded.dtype}; keep this group dense")
             parameter.copy_(rounded)
+        if isinstance(layer.first, IdentityBlock):
+            if factors.order is None:
+                raise TypeError(f"{member} is an identity block, the factors are not")
+            layer.first.order.copy_(factors.order)

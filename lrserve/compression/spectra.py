@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lrserve.compression.calibrate import read_statistics
-from lrserve.compression.covariance import Covariance
-from lrserve.compression.factorize import Factors, Spectrum, factorize
-from lrserve.compression.groups import Group
+from lrserve.compression.factorize import Factors, FactorSource, GradientOf, Spectrum, factorize
+from lrserve.compression.groups import Group, Structure
 from lrserve.compression.lowrank import install_low_rank, load_factors, specs_of
+from lrserve.compression.structure import structured
 from lrserve.errors import CalibrationError
 
-_FIELDS = ("U", "V", "eigenvalues", "offset", "beta")
+_FIELDS = ("U", "V", "eigenvalues", "offset", "mean", "beta")
 
 
 def stacked_weight(model: Any, group: Group) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -32,19 +32,32 @@ def stacked_weight(model: Any, group: Group) -> tuple[torch.Tensor, torch.Tensor
     return weight, torch.cat(biases)
 
 
-def plain_statistics(_: Path, group: Group) -> Covariance:
-    """Return statistics under which the factorization is the SVD of the weight: the baseline that looks at no activation."""
-    return Covariance(C=torch.eye(group.n), mu=torch.zeros(group.n), tokens=0, pools=0)
+Decompose = Callable[[Group, torch.Tensor, torch.Tensor | None], Spectrum]
+"""Factorizes one group's stacked weight (m, n) with its bias (m,) or None."""
+
+
+def features(statistics: Path, gradient: GradientOf = lambda group: None) -> Decompose:
+    """Return the feature factorization on collected statistics.
+
+    Args:
+        statistics: folder that `calibrate` filled.
+        gradient: a group's gradient moment (`GradientStore.read`), or None to weigh its outputs alike.
+    """
+
+    def decompose(group: Group, weight: torch.Tensor, bias: torch.Tensor | None) -> Spectrum:
+        covariance = read_statistics(statistics, group)
+        return factorize(weight, covariance.C, covariance.mu, bias, gradient(group))
+
+    return decompose
 
 
 @torch.no_grad()
 def write_spectra(
     model: Any,
     groups: Sequence[Group],
-    statistics: Path,
+    decompose: Decompose,
     folder: Path,
     *,
-    read: Callable[[Path, Group], Covariance] = read_statistics,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Factorize every group at every rank, one file per block; blocks that are already there are kept.
@@ -52,9 +65,8 @@ def write_spectra(
     Args:
         model: the dense model.
         groups: its groups.
-        statistics: folder that `calibrate` filled.
-        folder: where the spectra go, float32.
-        read: how a group's statistics are obtained.
+        decompose: how a weight is factorized.
+        folder: where the spectra go, float32; private to these inputs.
         progress: called with the number of blocks that are done.
 
     Raises:
@@ -67,8 +79,7 @@ def write_spectra(
             tensors = {}
             for group in members:
                 weight, bias = stacked_weight(model, group)
-                covariance = read(statistics, group)
-                spectrum = factorize(weight.cpu(), covariance.C, covariance.mu, None if bias is None else bias.cpu())
+                spectrum = decompose(group, weight.cpu(), None if bias is None else bias.cpu())
                 for field in _FIELDS:
                     tensors[f"{group.name}.{field}"] = getattr(spectrum, field).float().contiguous()
             partial = path.with_suffix(".partial")
@@ -105,22 +116,34 @@ class SpectrumStore:
         """Return a group's factors at one rank, float32."""
         return self.spectrum(name).cut(rank)
 
-    def relative_errors(self) -> dict[str, torch.Tensor]:
-        """Return every group's expected relative squared error at ranks 0..k (`Spectrum.relative_errors`)."""
+    def errors(self) -> dict[str, torch.Tensor]:
+        """Return every group's expected squared error at ranks 0..k (`Spectrum.errors`)."""
         if self._errors is None:
-            self._errors = {name: self.spectrum(name).relative_errors() for name in self.groups}
+            self._errors = {name: self.spectrum(name).errors() for name in self.groups}
         return self._errors
 
 
 @torch.no_grad()
-def compress_model(model: Any, ranks: Sequence[tuple[Group, int]], store: SpectrumStore, dtype: torch.dtype) -> Any:
+def compress_model(
+    model: Any,
+    ranks: Sequence[tuple[Group, int]],
+    structure: Structure,
+    source: FactorSource,
+    dtype: torch.dtype,
+) -> Any:
     """Put low-rank layers in the place of a dense model's linears and return the model.
 
     Every parameter, dense ones included, is rounded to `dtype`, in which it will be stored; the model keeps its own, wider dtype.
     """
-    install_low_rank(model, specs_of(ranks))
+    install_low_rank(model, specs_of(ranks, structure))
     for group, rank in ranks:
-        load_factors(model, group, store.cut(group.name, rank), dtype)
+        load_factors(model, group, structured(source.cut(group.name, rank), structure), dtype)
+    return round_parameters(model, dtype)
+
+
+@torch.no_grad()
+def round_parameters(model: Any, dtype: torch.dtype) -> Any:
+    """Round every parameter to `dtype` and return the model, whose own, wider dtype stays."""
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
     return model

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Final
@@ -209,7 +209,7 @@ class Engine:
         """
         reply = self._request(
             "latency_table",
-            entries=[{"n": s.n, "m": s.m, "rank": s.rank} for s in shapes],
+            entries=[asdict(shape) for shape in shapes],
             tokens=list(map(int, tokens)),
             dtype=dtype,
         )

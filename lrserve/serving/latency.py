@@ -1,4 +1,4 @@
-"""Times of single linear layers, dense and low-rank, with the kernels that serve them. Imports vLLM.
+"""Times of single linear layers, dense and factorized, with the kernels that serve them. Imports vLLM.
 
 What is timed is what a served model does: each call finds its weights in memory rather than in a cache, because in a
 model the other layers' weights pass through in between. So layers are called in turns, once per round, and small sets
@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from vllm.platforms import current_platform
 
-from lrserve.serving.kernels import Factor
+from lrserve.serving.kernels import Factor, first_factor
 
 _COLD_BYTES: Final = 256 * 2**20
 """Weights that one round should walk over: more than the caches of usual machines hold."""
@@ -31,7 +31,10 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def latency_table(entries: Sequence[dict[str, Any]], tokens: Sequence[int], dtype: torch.dtype) -> list[list[float]]:
-    """Return the lower-quartile microseconds of entry i (`n`, `m`, `rank` or None for dense) at tokens[j] rows of input."""
+    """Return the lower-quartile microseconds of entry i at tokens[j] rows of input.
+
+    An entry is a `Shape` as an object: `n`, `m`, `rank` (None for dense) and, of factors, their `structure`.
+    """
     table: list[list[float]] = []
     for batch in _batches(entries, dtype.itemsize):
         table += _time_batch(batch, tokens, dtype)
@@ -80,25 +83,32 @@ def _time_batch(entries: Sequence[dict[str, Any]], tokens: Sequence[int], dtype:
 
 def _elements(entry: dict[str, Any]) -> int:
     n, m, rank = entry["n"], entry["m"], entry["rank"]
-    return int(n * m if rank is None else rank * (n + m))
+    if rank is None:
+        return int(n * m)
+    return int(rank * (n + m - (rank if entry["structure"] == "identity_block" else 0)))
 
 
 def _build(entry: dict[str, Any], dtype: torch.dtype) -> Layer:
     n, m, rank = entry["n"], entry["m"], entry["rank"]
     if rank is None:
-        return _packed(n, m, bias=False, dtype=dtype).multiply
-    first, second = _packed(n, rank, bias=False, dtype=dtype), _packed(rank, m, bias=True, dtype=dtype)
+        return _packed(Factor(n, m, bias=False, dtype=dtype)).multiply
+    first = _packed(first_factor(entry["structure"], n, rank, dtype=dtype))
+    second = _packed(Factor(rank, m, bias=True, dtype=dtype))
 
-    def low_rank(x: torch.Tensor) -> torch.Tensor:
+    def factorized(x: torch.Tensor) -> torch.Tensor:
         return second.multiply(first.multiply(x))
 
-    return low_rank
+    return factorized
 
 
-def _packed(n: int, m: int, *, bias: bool, dtype: torch.dtype) -> Factor:
-    factor = Factor(n, m, bias=bias, dtype=dtype).to(current_platform.device_type)
+def _packed(factor: Factor) -> Factor:
+    factor = factor.to(current_platform.device_type)
+    scale = factor.weight.shape[1] ** -0.5
     for parameter in factor.parameters():
-        parameter.data.normal_(std=n**-0.5)
+        if parameter.is_floating_point():
+            parameter.data.normal_(std=scale)
+        else:
+            parameter.data.copy_(torch.randperm(len(parameter)))  # a real order is no walk through memory either
     factor.pack()
     return factor
 

@@ -2,7 +2,7 @@
 
 `import lrserve` registers this with transformers (lrserve/__init__.py). transformers itself fills a parameter that the
 checkpoint lacks with random numbers and a warning, and for quantized models does not compare shapes; here both are
-errors, found in the headers of the safetensors files before anything is loaded.
+errors, found in the safetensors files before the weights are loaded.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lrserve.compression.lowrank import (
     QUANT_METHOD,
     FirstFactor,
+    IdentityBlock,
     LowRankLinear,
     install_low_rank,
+    is_permutation,
     parse_groups,
     quantization_config,
 )
@@ -99,18 +101,19 @@ def register(auto: object = None) -> None:
 
 
 def _check_tensors(model: nn.Module, base: str, checkpoint_files: Iterable[str]) -> None:
-    """Hold the model's parameters against the checkpoint's headers: factors must be there, and shapes must fit."""
+    """Hold the model against the checkpoint: factors must be there, shapes must fit, orders must be permutations."""
     stored = _shapes(checkpoint_files)
     factors = set(_factor_names(model))
     missing = []
-    for name, parameter in model.named_parameters():
+    orders = ((f"{name}.order", module.order) for name, module in model.named_modules() if isinstance(module, IdentityBlock))
+    for name, tensor in (*model.named_parameters(), *orders):
         shape = next((stored[key] for key in (name, base + name, name.removeprefix(base)) if key in stored), None)
         if shape is None:
             if name in factors:
                 missing.append(name)
-        elif shape != tuple(parameter.shape):
+        elif shape != tuple(tensor.shape):
             raise ArtifactError(
-                f"{name} is {shape} in the checkpoint; config.json makes it {tuple(parameter.shape)}. Export the artifact again"
+                f"{name} is {shape} in the checkpoint; config.json makes it {tuple(tensor.shape)}. Export the artifact again"
             )
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
@@ -126,11 +129,14 @@ def _shapes(checkpoint_files: Iterable[str]) -> Mapping[str, tuple[int, ...]]:
         if Path(path).suffix != ".safetensors":
             raise ArtifactError(f"{path}: an lrserve artifact keeps its tensors in safetensors files only")
         with safe_open(path, framework="pt") as file:
-            shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+            for key in file.keys():  # noqa: SIM118
+                shapes[key] = tuple(file.get_slice(key).get_shape())
+                if key.endswith(".A.order") and not is_permutation(file.get_tensor(key)):
+                    raise ArtifactError(f"{key} is no permutation of the layer's inputs in int32. Export the artifact again")
     return shapes
 
 
 def _factor_names(model: nn.Module) -> Iterable[str]:
     for name, module in model.named_modules():
         if isinstance(module, (LowRankLinear, FirstFactor)):
-            yield from (f"{name}.{parameter}" for parameter, _ in module.named_parameters())
+            yield from (f"{name}.{tensor}" for tensor in module.state_dict())

@@ -1,13 +1,16 @@
-"""The low-rank layer inside vLLM: y = B (A x) + b, two matrix multiplications per fused group. Imports vLLM.
+"""The factorized layer inside vLLM: y = B z + b, two matrix multiplications per fused group. Imports vLLM.
 
-For the members of a fused group (q, k, v; gate, up) A is shared and the rows of B are stacked, so the group costs two
-multiplications however many members it has, with the bias in the second one's epilogue.
+z = A x or, for an identity block, z = x_J + T x_Jc. For the members of a fused group (q, k, v; gate, up) z is shared and
+the rows of B are stacked, so the group costs two multiplications however many members it has, with the bias in the second
+one's epilogue.
 
 Tensor parallel, following vLLM's slicing of the dense layer:
-- column-parallel: A (r, n) on every rank; of B and b each rank takes its rows of each member (key and value heads are
-  replicated where there are fewer of them than ranks).
+- column-parallel: A (r, n), or T and `order`, on every rank; of B and b each rank takes its rows of each member (key and
+  value heads are replicated where there are fewer of them than ranks).
 - row-parallel: each rank takes its columns of A, and the partial A x (r wide, not m wide) is summed over the ranks.
-  With LoRA the sum has to come after the output, where LoRA adds its own partial product.
+  With LoRA the sum has to come after the output, where LoRA adds its own partial product. A rank that sees a stretch of x
+  sees only some of an identity block's J and Jc: there its columns of [I T], put back into the order of the inputs, are
+  made into an A while loading. That is the same map, at the cost of two factors (r n of T's r (n - r) values and r^2 more).
 
 vLLM does not notice a quantized parameter that no tensor was loaded into, so this file counts what arrives.
 """
@@ -28,9 +31,9 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from lrserve.compression.lowrank import GroupSpec
+from lrserve.compression.lowrank import GroupSpec, is_permutation
 from lrserve.errors import ArtifactError
-from lrserve.serving.kernels import Factor
+from lrserve.serving.kernels import Factor, first_factor
 
 _QKV = {"q": 0, "k": 1, "v": 2}
 
@@ -60,12 +63,41 @@ class _Loading:
     rows: list[_Slice]
     """Of each member's B and b."""
     seen: set[str] = field(default_factory=set)
+    T: torch.Tensor | None = None
+    """T (r, n - r), kept until `order` has come as well where columns of [I T] are made into an A."""
+    order: torch.Tensor | None = None
 
     def load_first(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str | int | None = None) -> None:
-        name = f"{self.prefix}.A.weight"
-        self._check(name, tensor, (self.spec.rank, self.columns.full))
-        parameter.data.copy_(self.columns.of(tensor, 1))
+        name, rank, n = f"{self.prefix}.A.weight", self.spec.rank, self.columns.full
+        if self.spec.structure == "low_rank":
+            self._check(name, tensor, (rank, n))
+            parameter.data.copy_(self.columns.of(tensor, 1))
+        else:
+            self._check(name, tensor, (rank, n - rank))
+            if self.columns.length == n:
+                parameter.data.copy_(tensor)
+            else:
+                self.T = tensor.to(parameter.device, parameter.dtype, copy=True)  # vLLM may reuse the tensor's memory
         self.seen.add(name)
+        self._materialise()
+
+    def load_order(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        name, n = f"{self.prefix}.A.order", self.columns.full
+        self._check(name, tensor, (n,))
+        if not is_permutation(tensor):
+            raise ArtifactError(f"{name} is no permutation of the {n} inputs in int32. Export the artifact again")
+        self.order = parameter.data.copy_(tensor)
+        self.seen.add(name)
+        self._materialise()
+
+    def _materialise(self) -> None:
+        """Make this rank's columns of [I T] into A (r, n / ranks) as soon as T and `order` have both come."""
+        if self.T is None or self.order is None:
+            return
+        whole = torch.cat([torch.eye(len(self.T), dtype=self.T.dtype, device=self.T.device), self.T], dim=1)
+        places = self.order.argsort()  # of the inputs in J and Jc
+        self.first.weight.data.copy_(whole.index_select(1, self.columns.of(places, 0)))
+        self.T = None
 
     def load_second(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str | int | None = None) -> None:
         index = _QKV[shard] if isinstance(shard, str) else shard or 0
@@ -80,12 +112,14 @@ class _Loading:
     def refuse(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str | int | None = None) -> None:
         """Loader of the dense layer's own parameters, which a factorized layer must not have."""
         raise ArtifactError(
-            f"{self.prefix}: config.json says it is low-rank, but the checkpoint also has a dense tensor "
+            f"{self.prefix}: config.json says it is factorized, but the checkpoint also has a dense tensor "
             f"{tuple(tensor.shape)} for it. Export the artifact again"
         )
 
     def check_complete(self) -> None:
         names = [f"{self.prefix}.A.weight"]
+        if self.spec.structure == "identity_block":
+            names.append(f"{self.prefix}.A.order")
         for index in range(len(self.rows)):
             names += [f"{self._member(index)}.B.weight", f"{self._member(index)}.B.bias"]
         missing = [name for name in names if name not in self.seen]
@@ -115,6 +149,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._loading: _Loading | None = None
         self._reduce_inside = False  # sum over the ranks between A and B
         self._first_rank_only = False  # the output is summed over the ranks later: b may be added once
+        self._materialised = False  # A is made of a part of [I T]
 
     def create_weights(
         self,
@@ -126,14 +161,21 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Hang the factors into the layer as `layer.A` (r, n) and `layer.B` (m, r), in this rank's sizes."""
+        """Hang the factors into the layer as `layer.A` (r, n) or (r, n - r) and `layer.B` (m, r), in this rank's sizes."""
         if len(output_partition_sizes) != len(self.spec.members):
             raise ArtifactError(
                 f"{self.prefix}: config.json has {len(self.spec.members)} members ({', '.join(self.spec.members)}), "
                 f"vLLM's layer is made of {len(output_partition_sizes)} linears. Export the artifact again"
             )
-        rank = self.spec.rank
-        layer.A = Factor(input_size_per_partition, rank, bias=False, dtype=params_dtype)
+        rank, structure = self.spec.rank, self.spec.structure
+        if structure == "identity_block" and rank >= input_size:
+            raise ArtifactError(
+                f"{self.prefix}: an identity block of rank {rank} leaves nothing of {input_size} inputs. Export the artifact again"
+            )
+        self._materialised = structure == "identity_block" and input_size_per_partition < input_size
+        layer.A = first_factor("low_rank" if self._materialised else structure, input_size_per_partition, rank, dtype=params_dtype)
+        if self._materialised:
+            layer.A.order = nn.Parameter(torch.arange(input_size), requires_grad=False)
         layer.B = Factor(rank, sum(output_partition_sizes), bias=True, dtype=params_dtype)
         split_input = isinstance(layer, RowParallelLinear)
         position = layer.tp_rank if split_input else 0
@@ -146,6 +188,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             rows=[_rows(layer, index, size) for index, size in enumerate(output_partition_sizes)],
         )
         layer.A.weight.weight_loader = loading.load_first
+        if structure == "identity_block":
+            layer.A.order.weight_loader = loading.load_order
         layer.B.weight.weight_loader = loading.load_second
         layer.B.bias.weight_loader = loading.load_second
         # vLLM's code expects a weight (LoRA asks for its device). A tensor for it, or for the dense layer's own bias,
@@ -177,6 +221,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             # The whole bias is B.bias. The dense layer's own was never loaded, and whoever still adds it (vLLM hands it
             # out where skip_bias_add is set) must add nothing.
             layer.bias.data.zero_()
+        if self._materialised:
+            del layer.A.order
         layer.A.pack()
         layer.B.pack()
 

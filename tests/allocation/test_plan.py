@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrserve.allocation.allocate import loss_aware, uniform
+from lrserve.allocation.allocate import fisher, greedy, least_loss, loss_aware, probed, uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan, rank_choices
-from lrserve.compression.groups import Group
+from lrserve.compression.groups import STRUCTURES, Group, Structure, separate
 from lrserve.errors import InfeasibleTargetError, InputError
 
 
@@ -20,26 +20,30 @@ def group(name: str, m: int, n: int) -> Group:
 
 
 GROUPS = [group("a", 96, 64), group("b", 64, 64), group("c", 64, 160), group("tiny", 4, 4)]
-FIT = BudgetFit(GROUPS, 8)
+FITS: dict[Structure, BudgetFit] = {structure: BudgetFit(GROUPS, 8, structure) for structure in STRUCTURES}
+FIT = FITS["low_rank"]
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     shares=st.lists(st.floats(0.01, 100), min_size=4, max_size=4),
-    keep=st.floats(0.35, 1.0),
+    keep=st.floats(0.4, 1.0),
+    structure=st.sampled_from(STRUCTURES),
 )
-def test_a_fit_stays_in_the_budget_and_uses_it(shares: list[float], keep: float) -> None:
-    budget = keep * FIT.dense_cost
-    plan = FIT.fit(dict(zip("abc", shares, strict=False)) | {"tiny": shares[3]}, budget)
+def test_a_fit_stays_in_the_budget_and_uses_it(shares: list[float], keep: float, structure: Structure) -> None:
+    fit = FITS[structure]
+    budget = keep * fit.dense_cost
+    plan = fit.fit(dict(zip("abc", shares, strict=False)) | {"tiny": shares[3]}, budget)
     spent = plan.parameters(GROUPS)
+    assert plan.structure == structure
     assert spent <= budget
-    assert abs(plan.ratio(GROUPS) - (1 - spent / FIT.dense_cost)) < 1e-12
+    assert abs(plan.ratio(GROUPS) - (1 - spent / fit.dense_cost)) < 1e-12
     for member in GROUPS:  # nothing more fits: each next level would break the budget
         rank = plan.ranks[member.name]
-        levels = [*rank_choices(member, 8), None]
+        levels = [*rank_choices(member, 8, structure), None]
         if rank is not None:
             upper = levels[levels.index(rank) + 1]
-            assert spent - member.parameters(rank) + member.parameters(upper) > budget
+            assert spent - member.parameters(rank, structure) + member.parameters(upper, structure) > budget
         assert rank in levels
 
 
@@ -52,7 +56,7 @@ def test_uniform_gives_equal_shares() -> None:
 
 
 def test_a_group_too_small_to_save_stays_dense() -> None:
-    assert rank_choices(GROUPS[3], 8) == []
+    assert all(rank_choices(GROUPS[3], 8, structure) == [] for structure in STRUCTURES)
     assert uniform(FIT, 0.5 * FIT.dense_cost).ranks["tiny"] is None
 
 
@@ -63,7 +67,7 @@ def test_an_impossible_budget_says_so() -> None:
 
 def brute_force(losses: dict[str, list[float]], groups: list[Group], fit: BudgetFit, budget: float) -> float:
     best = float("inf")
-    levels = {g.name: [*rank_choices(g, 8), None] for g in groups}
+    levels = {g.name: [*rank_choices(g, 8, fit.structure), None] for g in groups}
 
     def visit(rest: list[Group], cost: float, loss: float) -> None:
         nonlocal best
@@ -74,18 +78,18 @@ def brute_force(losses: dict[str, list[float]], groups: list[Group], fit: Budget
             return
         for rank in levels[rest[0].name]:
             extra = 0.0 if rank is None else losses[rest[0].name][rank]
-            visit(rest[1:], cost + rest[0].parameters(rank), loss + extra)
+            visit(rest[1:], cost + rest[0].parameters(rank, fit.structure), loss + extra)
 
     visit(groups, 0.0, 0.0)
     return best
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 999), keep=st.floats(0.4, 0.95))
-def test_the_lagrangian_comes_close_to_the_exhaustive_optimum(seed: int, keep: float) -> None:
+@given(seed=st.integers(0, 999), keep=st.floats(0.4, 0.95), structure=st.sampled_from(STRUCTURES))
+def test_the_lagrangian_comes_close_to_the_exhaustive_optimum(seed: int, keep: float, structure: Structure) -> None:
     generator = torch.Generator().manual_seed(seed)
     groups = GROUPS[:3]
-    fit = BudgetFit(groups, 8)
+    fit = BudgetFit(groups, 8, structure)
     errors = {}
     for g in groups:
         values = torch.rand(g.full_rank, generator=generator, dtype=torch.float64).sort(descending=True).values ** 3
@@ -93,8 +97,9 @@ def test_the_lagrangian_comes_close_to_the_exhaustive_optimum(seed: int, keep: f
         errors[g.name] = tails / tails[0]
     sensitivities = {g.name: float(torch.rand(1, generator=generator)) + 0.1 for g in groups}
     budget = keep * fit.dense_cost
-    plan = loss_aware(fit, errors, sensitivities, budget)
-    losses = {name: (e * sensitivities[name]).tolist() for name, e in errors.items()}
+    weighted = {name: e * sensitivities[name] for name, e in errors.items()}
+    plan = least_loss(fit, weighted, budget)
+    losses = {name: loss.tolist() for name, loss in weighted.items()}
     loss = sum(0.0 if (r := plan.ranks[g.name]) is None else losses[g.name][r] for g in groups)
     assert plan.parameters(groups) <= budget
     # one group's jump from break-even to dense is the most that a Lagrangian solution can leave on the table
@@ -105,16 +110,50 @@ def test_a_sensitive_group_gets_more() -> None:
     groups = [group("a", 128, 128), group("b", 128, 128)]
     fit = BudgetFit(groups, 8)
     tails = torch.linspace(1, 0, 129, dtype=torch.float64) ** 2
-    plan = loss_aware(fit, {"a": tails, "b": tails}, {"a": 10.0, "b": 0.1}, 0.6 * fit.dense_cost)
-    assert groups[0].parameters(plan.ranks["a"]) > groups[1].parameters(plan.ranks["b"])
+    plan = least_loss(fit, {"a": tails * 10.0, "b": tails * 0.1}, 0.6 * fit.dense_cost)
+    assert plan.parameters(groups[:1]) > plan.parameters(groups[1:])
+
+
+def test_losses_of_the_allocators() -> None:
+    errors = {"a": torch.tensor([4.0, 1.0, 0.0]), "b": torch.zeros(3)}
+    assert greedy(errors)["a"].tolist() == [1.0, 0.25, 0.0]
+    assert greedy(errors)["b"].tolist() == [0.0, 0.0, 0.0]
+    assert fisher(errors)["a"].tolist() == [2.0, 0.5, 0.0]
+    mixed = fisher(errors, {"b": torch.tensor([7.0, 1.0, 0.0])})
+    assert (mixed["a"].tolist(), mixed["b"].tolist()) == ([2.0, 0.5, 0.0], [7.0, 1.0, 0.0])
+    losses = probed(errors, {"a": (1, 0.3), "b": (None, 0.0)})
+    assert losses["a"][1] == pytest.approx(0.3)  # through what was measured
+    assert losses["a"][0] == pytest.approx(1.2)
+    mean = loss_aware(losses, fisher(errors))
+    assert mean["a"].tolist() == pytest.approx([(1.2 * 2.0) ** 0.5, (0.3 * 0.5) ** 0.5, 0.0])
+
+
+def test_identity_blocks_keep_more_rank_for_the_same_parameters() -> None:
+    square = group("a", 128, 128)
+    assert square.parameters(64, "low_rank") == 128 * 128 + 128  # half rank already costs as much as dense
+    assert square.parameters(64, "identity_block") == 64 * (256 - 64) + 128
+    assert square.parameters(128, "identity_block") == 128 * 128 + 128
+    assert max(rank_choices(square, 8, "identity_block")) == 112
+    assert max(rank_choices(square, 8, "low_rank")) == 56
+
+
+def test_fused_groups_come_apart_with_their_own_biases() -> None:
+    members = ("model.layers.3.self_attn.q_proj", "model.layers.3.self_attn.k_proj")
+    fused = Group("qkv", "qkv", 3, members, out_features=(8, 4), in_features=6, biases=12)
+    (q, from_q), (k, _) = separate([fused])
+    assert from_q is fused
+    assert (q.kind, q.name, q.members, q.m, q.biases) == ("q", members[0], members[:1], 8, 8)
+    assert (k.kind, k.m, k.n, k.biases) == ("k", 4, 6, 4)
 
 
 def test_plan_files_round_trip_and_others_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    plan = RankPlan(ranks={"a": 8, "b": None})
+    plan = RankPlan(ranks={"a": 8, "b": None}, structure="low_rank")
     plan.write(path)
     assert RankPlan.read(path) == plan
-    for content in ("[]", '{"format_version": 2, "ranks": {}}', '{"format_version": 1, "ranks": {"a": -1}}', "nonsense"):
+    head = '{"format_version": %d, "structure": "%s", "ranks": {%s}}'
+    wrong = ((1, "low_rank", ""), (2, "low_rank", '"a": -1'), (2, "new", ""))
+    for content in ("[]", "nonsense", *(head % values for values in wrong)):
         path.write_text(content)
         with pytest.raises(InputError, match="not a rank plan"):
             RankPlan.read(path)

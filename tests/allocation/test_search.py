@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lrserve.allocation.plan import RankPlan
-from lrserve.allocation.search import BASES, Evaluated, SearchSpace, candidates, choose, pareto_front, run_study
+from lrserve.allocation.search import Evaluated, SearchSpace, candidates, choose, pareto_front, run_study
 from lrserve.allocation.speed import Shape, SpeedModel
 from lrserve.compression.groups import KINDS, Group
 from lrserve.errors import InfeasibleTargetError
@@ -21,8 +21,11 @@ GROUPS = [
     for kind in KINDS
 ]
 TAILS = torch.linspace(1, 0, 257, dtype=torch.float64) ** 2
-ERRORS = {group.name: TAILS for group in GROUPS}
 SENSITIVITIES = {group.name: 1.0 + group.layer for group in GROUPS}
+LOSSES = {
+    "loss_aware": {name: TAILS * sensitivity for name, sensitivity in SENSITIVITIES.items()},
+    "greedy": {group.name: TAILS for group in GROUPS},
+}
 LATENCIES = {Shape(256, 256, None): (100.0, 3000.0)} | {Shape(256, 256, r): (10.0 + r, 100.0 + 20 * r) for r in range(16, 128, 16)}
 SPEED = SpeedModel(GROUPS, Workload(prompt_tokens=64, output_tokens=101, concurrency=4), 0.5, LATENCIES)
 SETTINGS = Search(trials=9, depth_groups=2)
@@ -34,14 +37,14 @@ def evaluate(plan: RankPlan) -> float:
 
 
 def space(target: Target, dense: float = 10.0) -> SearchSpace:
-    return SearchSpace(GROUPS, target, SETTINGS, ERRORS, SENSITIVITIES, SPEED, dense_perplexity=dense)
+    return SearchSpace(GROUPS, target, SETTINGS, LOSSES, SPEED, dense_perplexity=dense, structure="low_rank")
 
 
 @pytest.mark.parametrize("sampler", ["gp", "tpe"])
 def test_every_trial_meets_the_ratio_and_the_base_plans_come_first(tmp_path: Path, sampler: str) -> None:
     settings = SETTINGS.model_copy(update={"sampler": sampler})
     trials = run_study(space(Target(ratio=0.3)), evaluate, settings, tmp_path / "s.sqlite3", seed=0)
-    assert [trial.origin for trial in trials[:3]] == list(BASES)
+    assert [trial.origin for trial in trials[:3]] == ["loss_aware", "greedy", "uniform"]
     assert len(trials) == 9
     for trial in trials:
         assert 0.3 <= trial.plan.ratio(GROUPS) < 0.36

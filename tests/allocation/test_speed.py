@@ -6,7 +6,7 @@ import pytest
 
 from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.speed import Shape, SpeedModel, shapes_to_measure, token_counts
-from lrserve.compression.groups import Group
+from lrserve.compression.groups import STRUCTURES, Group, Structure
 from lrserve.recipe import Workload
 
 GROUPS = [Group(name=f"{i}", kind="o", layer=i, members=(f"{i}",), out_features=(128,), in_features=128) for i in range(2)]
@@ -37,13 +37,20 @@ def test_noise_never_makes_more_rank_cheaper() -> None:
 
 def test_a_speed_budget_is_met_by_construction() -> None:
     speed = SpeedModel(GROUPS, WORKLOAD, 0.1, LATENCIES)
-    fit = BudgetFit(GROUPS, 16, speed.cost)
+    fit = BudgetFit(GROUPS, 16, "low_rank", speed.cost)
     plan = fit.fit({"0": 1.0, "1": 1.0}, speed.budget(1.05))
     assert speed.speedup(plan) >= 1.05
 
 
-def test_the_table_covers_dense_and_the_range_of_ranks_once_per_shape() -> None:
-    shapes = shapes_to_measure(GROUPS, 8)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_table_covers_dense_and_the_range_of_ranks_once_per_shape(structure: Structure) -> None:
+    shapes = shapes_to_measure(GROUPS, 8, structure)
     assert len(shapes) == len(set(shapes)) <= 14
-    assert {None, 8, 56} <= {shape.rank for shape in shapes}
+    # two factors of a square layer save up to half of its width, an identity block all the way; both pay for a bias
+    assert {None, 8, 56 if structure == "low_rank" else 112} <= {shape.rank for shape in shapes}
+    assert max(shape.rank or 0 for shape in shapes) == (56 if structure == "low_rank" else 112)
+    assert {shape.structure for shape in shapes if shape.rank is not None} == {structure}
+
+
+def test_what_a_prefill_chunk_sees() -> None:
     assert token_counts(Workload(prompt_tokens=4096, output_tokens=1, concurrency=8)) == (8, 4096)

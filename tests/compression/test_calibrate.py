@@ -54,6 +54,12 @@ def test_pools_that_do_not_fill_a_batch(tmp_path: Path) -> None:
     calibrate(model, groups, windows(7), tmp_path, pool_sequences=3, batch_tokens=20)
     found = read_statistics(tmp_path, groups[0])
     assert (found.tokens, found.pools) == (70, 3)
+    assert found.pool_tokens.tolist() == [30, 30, 10]
+    for name, x in reference(model, groups, windows(7)).items():
+        found = read_statistics(tmp_path, next(g for g in groups if g.name == name))
+        torch.testing.assert_close(found.pool_means.double(), torch.stack([p.mean(0) for p in x.split(30)]), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.total().C, x.T.cov(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.second_moment(), x.T @ x / 70, rtol=1e-3, atol=1e-4)
 
 
 def test_an_interrupted_pass_resumes_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +84,7 @@ def test_an_interrupted_pass_resumes_with_the_same_result(tmp_path: Path, monkey
     assert calibrate(model, groups, tokens, tmp_path / "cut", **options, progress=steps.append) == 2
     assert steps == [2, 3, 4]
     for group in groups:
-        torch.testing.assert_close(
-            read_statistics(tmp_path / "cut", group).C, read_statistics(tmp_path / "whole", group).C, rtol=0, atol=0
-        )
+        cut, whole = (read_statistics(tmp_path / name, group) for name in ("cut", "whole"))
+        assert torch.equal(cut.C, whole.C)
+        assert torch.equal(cut.pool_means, whole.pool_means)
     assert calibrate(model, groups, tokens, tmp_path / "cut", **options) == 4

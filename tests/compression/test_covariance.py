@@ -51,10 +51,56 @@ def test_pools_match_the_definition_and_merge_is_exact(tokens: int, pool: int, c
         assert merged.tokens == whole.tokens == tokens
 
 
-def test_scatter_between_pools_is_dropped() -> None:
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 60),
+    pool=st.integers(1, 12),
+    cuts=st.tuples(st.integers(0, 60), st.integers(0, 60)),
+    order=st.permutations(range(3)),
+    seed=st.integers(0, 99),
+)
+def test_any_order_of_merges_equals_the_direct_statistics(
+    tokens: int, pool: int, cuts: tuple[int, int], order: list[int], seed: int
+) -> None:
+    x = torch.randn(tokens, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 3
+    first, second = sorted(min(cut // pool * pool, tokens) for cut in cuts)  # between pools
+    shards = [x[:first], x[first:second], x[second:]]
+
+    def collected() -> list[CovarianceAccumulator]:
+        return [collect(shards[i], pool) for i in order]
+
+    a, b, c = collected()
+    a.merge(b)
+    a.merge(c)
+    left = a.finish()
+    a, b, c = collected()
+    b.merge(c)
+    a.merge(b)
+    right = a.finish()
+    direct_moment = x.T @ x / tokens
+    direct_total = (x - x.mean(0)).T @ (x - x.mean(0)) / max(tokens - 1, 1)
+    for found in (left, right, collect(x, pool).finish()):
+        torch.testing.assert_close(found.C, left.C, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.mu, x.mean(0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.second_moment(), direct_moment, rtol=1e-11, atol=1e-11)
+        total = found.total()
+        torch.testing.assert_close(total.C, direct_total, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(total.second_moment(), direct_moment, rtol=1e-11, atol=1e-11)
+        assert (found.tokens, total.tokens, total.pools) == (tokens, tokens, 1)
+        assert found.pools == -(-tokens // pool)
+    assert torch.equal(left.pool_means, right.pool_means)
+    if tokens > pool and pool > 1:
+        torch.testing.assert_close(left.C, direct(x, pool), rtol=1e-11, atol=1e-11)
+
+
+def test_scatter_between_pools_is_dropped_until_the_total_is_asked_for() -> None:
     x = torch.cat([torch.randn(50, 4), torch.randn(50, 4) + 100])
-    assert collect(x, 50).finish().C.diagonal().max() < 10
+    pooled = collect(x, 50).finish()
+    assert pooled.C.diagonal().max() < 10
     assert collect(x, 100).finish().C.diagonal().min() > 1000
+    torch.testing.assert_close(pooled.total().C, x.double().T.cov(), rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(pooled.pool_means, torch.stack([part.double().mean(0) for part in x.split(50)]))
+    assert pooled.pool_tokens.tolist() == [50, 50]
 
 
 @pytest.mark.parametrize("n", [192, 193, 700])

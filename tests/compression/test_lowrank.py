@@ -6,13 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES_TESTED, VOCABULARY, dense_model
+from tiny import FAMILIES_TESTED, VOCABULARY, dense_model, factorized_model
 
 from lrserve.compression.calibrate import calibrate
-from lrserve.compression.factorize import Factors
-from lrserve.compression.groups import KINDS, family_of, find_groups
-from lrserve.compression.lowrank import LowRankLinear, install_low_rank, load_factors, parse_groups, quantization_config, specs_of
-from lrserve.compression.spectra import MergedRanks, SpectrumStore, compress_model, plain_statistics, write_spectra
+from lrserve.compression.factorize import Factors, factorize
+from lrserve.compression.groups import KINDS, STRUCTURES, Structure, family_of, find_groups
+from lrserve.compression.lowrank import (
+    GroupSpec,
+    IdentityBlock,
+    LowRankLinear,
+    first_factor,
+    install_low_rank,
+    is_permutation,
+    load_factors,
+    parse_groups,
+    quantization_config,
+    specs_of,
+)
+from lrserve.compression.spectra import MergedRanks, SpectrumStore, compress_model, features, stacked_weight, write_spectra
 from lrserve.errors import ArtifactError, CalibrationError, UnsupportedModelError
 
 
@@ -29,7 +40,7 @@ def make_store(architecture: str, folder: Path) -> SpectrumStore:
     model = dense_model(architecture)
     groups = find_groups(model)
     calibrate(model, groups, tokens(), folder / "statistics", pool_sequences=8, batch_tokens=48)
-    write_spectra(model, groups, folder / "statistics", folder / "spectra")
+    write_spectra(model, groups, features(folder / "statistics"), folder / "spectra")
     return SpectrumStore(folder / "spectra", groups)
 
 
@@ -44,19 +55,20 @@ def test_groups_count_the_linears_parameters(architecture: str) -> None:
 
 def test_full_rank_changes_nothing(architecture: str, tmp_path: Path) -> None:
     store = make_store(architecture, tmp_path)
-    groups = list(store.groups.values())
+    ranks = [(group, group.full_rank) for group in store.groups.values()]
     dense = dense_model(architecture)
-    compressed = compress_model(dense_model(architecture), [(g, g.full_rank) for g in groups], store, torch.float32)
+    compressed = compress_model(dense_model(architecture), ranks, "low_rank", store, torch.float32)
     with torch.inference_mode():
         torch.testing.assert_close(compressed(tokens()).logits, dense(tokens()).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_merged_ranks_equal_the_installed_factors_and_restore(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_merged_ranks_equal_the_installed_factors_and_restore(structure: Structure, architecture: str, tmp_path: Path) -> None:
     store = make_store(architecture, tmp_path)
     groups = list(store.groups.values())
     ranks = {group.name: 16 if group.kind in ("qkv", "down") else None for group in groups}
     chosen = [(group, rank) for group in groups if (rank := ranks[group.name]) is not None]
-    compressed = compress_model(dense_model(architecture), chosen, store, torch.float32)
+    compressed = compress_model(dense_model(architecture), chosen, structure, store, torch.float32)
     model = dense_model(architecture)
     merged = MergedRanks(model, groups, store)
     with torch.inference_mode():
@@ -74,41 +86,73 @@ def test_features_beat_the_weights_own_svd_on_the_outputs(tmp_path: Path) -> Non
     store = make_store("LlamaForCausalLM", tmp_path)
     model = dense_model("LlamaForCausalLM")
     groups = list(store.groups.values())
-    write_spectra(model, groups, tmp_path, tmp_path / "svd", read=plain_statistics)
-    plain = SpectrumStore(tmp_path / "svd", groups)
     hidden: list[torch.Tensor] = []
     group = groups[0]
     model.get_submodule(group.members[0]).register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].flatten(0, 1)))
     model(tokens())
     x = hidden[0]
-    W = torch.cat([model.get_submodule(member).weight for member in group.members])
+    W, _ = stacked_weight(model, group)
+    plain = factorize(W, torch.eye(group.n), torch.zeros(group.n)).cut(8)
 
     def error(factors: Factors) -> float:
-        return float((x @ W.T - (x @ factors.A.T @ factors.B.T + factors.b)).square().sum())
+        return float((x.double() @ W.T.double() - (x.double() @ factors.merged().T.double() + factors.b)).square().sum())
 
-    assert error(store.cut(group.name, 8)) < 0.9 * error(plain.cut(group.name, 8))
+    assert error(store.cut(group.name, 8)) < 0.9 * error(plain)
 
 
-def test_the_shared_factor_is_stored_once() -> None:
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_shared_factor_is_stored_once_in_the_promised_number_of_parameters(structure: Structure) -> None:
     model = dense_model("LlamaForCausalLM")
     groups = [group for group in find_groups(model) if group.layer == 0]
-    install_low_rank(model, specs_of([(group, 4) for group in groups]))
-    names = [name for name in model.state_dict() if "layers.0" in name and "A.weight" in name]
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    install_low_rank(model, specs_of([(group, 4) for group in groups], structure))
+    names = [name for name in model.state_dict() if "layers.0" in name and ".A." in name]
+    tensors = ("A.weight",) if structure == "low_rank" else ("A.order", "A.weight")
     assert sorted(names) == [
-        "model.layers.0.mlp.down_proj.A.weight",
-        "model.layers.0.mlp.gate_up_proj.A.weight",
-        "model.layers.0.self_attn.o_proj.A.weight",
-        "model.layers.0.self_attn.qkv_proj.A.weight",
+        f"model.layers.0.{group}.{tensor}"
+        for group in ("mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj", "self_attn.qkv_proj")
+        for tensor in tensors
     ]
+    change = sum(group.parameters(4, structure) - group.dense_parameters for group in groups)
+    assert sum(parameter.numel() for parameter in model.parameters()) == dense + change
     attention = model.get_submodule("model.layers.0.self_attn")
     assert attention.q_proj.first is attention.v_proj.first
     assert isinstance(attention.q_proj, LowRankLinear)
 
 
+def test_an_identity_block_is_its_merged_weight() -> None:
+    n, rank = 12, 5
+    first = first_factor(GroupSpec(rank, ("down_proj",), "identity_block"), n)
+    assert isinstance(first, IdentityBlock)
+    torch.nn.init.normal_(first.weight)
+    first.order.copy_(torch.randperm(n, generator=torch.Generator().manual_seed(0)))
+    block = Factors(A=first.weight.detach(), B=torch.eye(rank), b=torch.zeros(rank), order=first.order)
+    for shape in ((n,), (3, n), (2, 3, n)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(first(x), x @ block.merged().T)
+    assert {tensor.dtype for tensor in first.bfloat16().state_dict().values()} == {torch.bfloat16, torch.int32}
+
+
+def test_what_a_permutation_is() -> None:
+    assert is_permutation(torch.tensor([2, 0, 1], dtype=torch.int32))
+    for order in ([0, 0, 1], [1, 2, 3], [-1, 0, 1], [0, 1, 3]):
+        assert not is_permutation(torch.tensor(order, dtype=torch.int32))
+    assert not is_permutation(torch.tensor([2, 0, 1]))
+    assert not is_permutation(torch.tensor([2.0, 0.0, 1.0]))
+
+
+def test_factors_of_the_other_structure_are_not_loaded() -> None:
+    model = factorized_model("LlamaForCausalLM", structure="identity_block")
+    group = find_groups(dense_model("LlamaForCausalLM"))[1]
+    T = torch.zeros_like(model.get_submodule(group.name).first.weight)
+    with pytest.raises(TypeError, match="is an identity block, the factors are not"):
+        load_factors(model, group, Factors(A=T, B=torch.zeros(group.m, len(T)), b=torch.zeros(group.m)))
+
+
 def test_factors_that_overflow_their_dtype_are_refused() -> None:
     model = dense_model("LlamaForCausalLM")
     group = find_groups(model)[1]
-    install_low_rank(model, specs_of([(group, 4)]))
+    install_low_rank(model, specs_of([(group, 4)], "low_rank"))
     factors = Factors(A=torch.full((4, group.n), 1e6), B=torch.zeros(group.m, 4), b=torch.zeros(group.m))
     with pytest.raises(CalibrationError, match="not finite in torch.float16"):
         load_factors(model, group, factors, torch.float16)
@@ -116,7 +160,9 @@ def test_factors_that_overflow_their_dtype_are_refused() -> None:
 
 def test_config_round_trip_and_what_is_refused() -> None:
     groups = find_groups(dense_model("LlamaForCausalLM"))
-    specs = specs_of([(group, 8) for group in groups])
+    specs = specs_of([(group, 8) for group in groups[:4]], "low_rank") | specs_of(
+        [(group, 8) for group in groups[4:]], "identity_block"
+    )
     config = quantization_config(specs)
     assert parse_groups(config) == specs
     name = groups[0].name
@@ -130,7 +176,9 @@ def test_config_round_trip_and_what_is_refused() -> None:
         with pytest.raises(ArtifactError, match=message):
             parse_groups(broken)
     with pytest.raises(ArtifactError, match="does not have"):
-        install_low_rank(dense_model("LlamaForCausalLM"), specs_of([(groups[0], 8)]), prefix="model.layers.")
+        install_low_rank(dense_model("LlamaForCausalLM"), specs_of([(groups[0], 8)], "low_rank"), prefix="model.layers.")
+    with pytest.raises(ArtifactError, match="an identity block of rank 64 leaves nothing of 64 inputs"):
+        install_low_rank(dense_model("LlamaForCausalLM"), specs_of([(groups[0], 64)], "identity_block"))
 
 
 def test_an_unknown_architecture_is_refused_by_name() -> None:

@@ -29,8 +29,8 @@ from transformers import (
 
 from exporters.base import Transcript
 from exporters.onnx import OnnxDecoder, OnnxExporter
-from lrserve.compression.groups import find_groups
-from lrserve.compression.lowrank import install_low_rank, specs_of
+from lrserve.compression.groups import STRUCTURES, Structure, find_groups
+from lrserve.compression.lowrank import IdentityBlock, install_low_rank, specs_of
 from lrserve.errors import ArtifactError, EngineError, InputError, UnsupportedModelError
 
 WINDOW = 8
@@ -115,6 +115,9 @@ MODELS: dict[str, Callable[[], Any]] = {
 def randomize(model: Any, seed: int = 0) -> Any:
     """Give every parameter a value that matters: transformers starts biases and norms where they have no effect."""
     generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, IdentityBlock):
+            module.order.copy_(torch.randperm(len(module.order), generator=generator))
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
@@ -126,14 +129,14 @@ def randomize(model: Any, seed: int = 0) -> Any:
     return model.eval()
 
 
-def make(name: str, factorized: bool = False) -> Any:
+def make(name: str, structure: Structure | None = None) -> Any:
     model = MODELS[name]()
     model.config.architectures = [type(model).__name__]
     model.set_attn_implementation("eager")
-    if factorized:
+    if structure is not None:
         # Two groups of three, so that every kind stands factorized in one layer and dense in another.
         groups = [group for index, group in enumerate(find_groups(model)) if index % 3 != 1]
-        install_low_rank(model, specs_of((group, 8 + 8 * (index % 2)) for index, group in enumerate(groups)))
+        install_low_rank(model, specs_of(((group, 8 + 8 * (index % 2)) for index, group in enumerate(groups)), structure))
     return randomize(model)
 
 
@@ -192,10 +195,10 @@ def out(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("factorized", [False, True], ids=["dense", "factorized"])
+@pytest.mark.parametrize("structure", [None, *STRUCTURES])
 @pytest.mark.parametrize("name", MODELS)
-def test_transcript_equals_transformers(name: str, factorized: bool, source: Path, out: Path) -> None:
-    model = make(name, factorized)
+def test_transcript_equals_transformers(name: str, structure: Structure | None, source: Path, out: Path) -> None:
+    model = make(name, structure)
     exporter = OnnxExporter()
     exporter.export(model, source, out, torch.float32)
     found = exporter.transcribe(out, prompts(), NEW_TOKENS)
@@ -208,8 +211,8 @@ def test_transcript_equals_transformers(name: str, factorized: bool, source: Pat
 
 @pytest.mark.parametrize("name", ["llama-llama3-rope", "gemma3-untied-softcap"])
 def test_bfloat16_model_is_rendered_as_its_exact_float32_twin(name: str, source: Path, out: Path) -> None:
-    model = make(name, factorized=True).bfloat16()  # rounds the RoPE buffers too, which must not reach the graph
-    twin = make(name, factorized=True)
+    model = make(name, "identity_block").bfloat16()  # rounds the RoPE buffers too, which must not reach the graph
+    twin = make(name, "identity_block")
     twin.load_state_dict({key: tensor.float() for key, tensor in model.state_dict().items()})
     if name.startswith("gemma3"):
         rounded = model.model.embed_tokens.embed_scale
@@ -233,7 +236,7 @@ def test_gemma3_embedding_scale_is_rounded_as_transformers_rounds_it(source: Pat
 
 def test_a_batch_decodes_like_its_sequences_alone(source: Path, out: Path) -> None:
     exporter = OnnxExporter()
-    exporter.export(make("gemma3", factorized=True), source, out, torch.float32)
+    exporter.export(make("gemma3", "identity_block"), source, out, torch.float32)
     batch = np.array(prompts(3), np.int64)
     decoder = OnnxDecoder(out / "onnx" / "model.onnx", threads=1)
     together = [decoder.prefill(batch)[:, -1], decoder.step(batch[:, 0]), decoder.step(batch[:, 1])]
@@ -243,29 +246,36 @@ def test_a_batch_decodes_like_its_sequences_alone(source: Path, out: Path) -> No
             np.testing.assert_allclose(one[0], all_rows[row], rtol=0, atol=1e-4)
 
 
-def test_factors_stand_once_under_the_names_of_the_artifact(source: Path, out: Path) -> None:
-    model = make("qwen2-sliding-tied", factorized=True)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_factors_stand_once_under_the_names_of_the_artifact(structure: Structure, source: Path, out: Path) -> None:
+    model = make("qwen2-sliding-tied", structure)
     OnnxExporter().export(model, source, out, torch.float32)
     found = initializers(out)
-    names = dict(model.named_parameters())
-    assert set(names) <= set(found)
-    assert set(found) - set(names) == {"one", "rotary.cos", "rotary.sin"}
-    first = [name for name in found if name.startswith("model.layers.0.self_attn") and ".A." in name]
-    assert first == ["model.layers.0.self_attn.qkv_proj.A.weight"]
-    assert found[first[0]] == [64, 8]  # (n, r), as MatMul reads it
+    block = structure == "identity_block"
+    names = {*dict(model.named_parameters()), *(name for name in model.state_dict() if name.endswith(".A.order"))}
+    assert names <= set(found)
+    splits = {"split.8.56", "split.16.48", "split.8.88", "split.16.80"} if block else set()
+    assert set(found) - names == {"one", "rotary.cos", "rotary.sin"} | splits
+    first = {name: shape for name, shape in found.items() if name.startswith("model.layers.0.self_attn") and ".A." in name}
+    name = "model.layers.0.self_attn.qkv_proj.A"
+    # (n, r), as MatMul reads it
+    assert first == ({f"{name}.order": [64], f"{name}.weight": [56, 8]} if block else {f"{name}.weight": [64, 8]})
     assert found["model.layers.0.self_attn.k_proj.B.weight"] == [8, 32]
     assert found["model.layers.0.self_attn.k_proj.B.bias"] == [32]
     assert "model.layers.0.self_attn.q_proj.weight" not in found
     assert "lm_head.weight" not in found  # tied
 
 
-def test_product_by_a_shared_first_factor_is_computed_once(source: Path, out: Path) -> None:
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_product_by_a_shared_first_factor_is_computed_once(structure: Structure, source: Path, out: Path) -> None:
     import onnx
 
-    OnnxExporter().export(make("llama", factorized=True), source, out, torch.float32)
+    OnnxExporter().export(make("llama", structure), source, out, torch.float32)
     nodes = onnx.load(out / "onnx" / "model.onnx", load_external_data=False).graph.node
-    shared = [node.name for node in nodes if "model.layers.0.self_attn.qkv_proj.A.weight" in node.input]
-    assert shared == ["model.layers.0.self_attn.qkv_proj.A.MatMul"]
+    name = "model.layers.0.self_attn.qkv_proj.A"
+    operators = ("Gather", "Split", "MatMul", "Add") if structure == "identity_block" else ("MatMul",)
+    assert [node.name for node in nodes if node.name.startswith(f"{name}.")] == [f"{name}.{kind}" for kind in operators]
+    assert [node.name for node in nodes if f"{name}.weight" in node.input] == [f"{name}.MatMul"]
 
 
 def test_graph_has_the_interface_that_loaders_expect(source: Path, out: Path) -> None:

@@ -31,10 +31,20 @@ from lrserve.recipe import Recipe
 
 pytestmark = pytest.mark.engine
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "calibration": {"sequences": 8, "length": 32, "pool_sequences": 4, "batch_tokens": 64},
+    "factorization": {
+        "structure": "identity_block",
+        "fisher_tokens": 128,
+        "propagate": True,
+        "refine": "adam",
+        "refine_steps": 2,
+        "refine_tokens": 128,
+        "recover_minutes": 0.02,
+    },
     "search": {
-        "trials": 4,
+        "trials": 6,
+        "generations": 1,
         "rank_step": 8,
         "depth_groups": 2,
         "probe_tokens": 64,
@@ -64,6 +74,8 @@ def recipe(place: Path, **overrides: Any) -> Recipe:
         "text": {"calibration": str(place / "text.jsonl")},
         **SMALL,
     }
+    if "ratio" not in overrides.get("target", {"ratio": 0.2}):
+        settings["search"] = {**SMALL["search"], "generations": 0}
     return Recipe.model_validate({**settings, **overrides})
 
 
@@ -98,7 +110,13 @@ def test_the_job_leaves_a_whole_artifact(made: tuple[Path, dict[str, Any], list[
         assert engine["greedy_tokens"] == 16
     assert 0.2 <= metrics["sizes"]["linear_parameters"]["ratio"] < 0.35
     assert metrics["throughput"]["speedup"] > 0
-    assert [line[:3] for line in lines if line[:3] in ("1/6", "2/6", "3/6", "5/6")] == ["1/6", "2/6", "3/6", "5/6"]
+    steps = [line.split(":")[0] for line in lines if line[:2] in ("1/", "2/", "3/", "5/")]
+    improvements = [f"5/6 {name}" for name in ("propagate", "refine", "recover", "improved", "export")]
+    assert steps == ["1/6 open", "2/6 calibrate", "2/6 gradients", "3/6 factorize", *improvements]
+    assert set(metrics["improved"]) == {"propagate", "refine", "recover"}
+    assert metrics["improved"]["recover"]["steps"] >= 1
+    assert metrics["plan"]["structure"] == "identity_block"
+    assert any(line.startswith("4/6 evolution") for line in lines)
     assert "perplexity, report text" in (out / "README.md").read_text()
     assert not [p.name for p in out.parent.iterdir() if "staging" in p.name]
 
@@ -198,9 +216,9 @@ def test_an_interrupted_search_goes_on(place: Path) -> None:
         "import os, signal, sys\n"
         "from lrserve.allocation import search\n"
         "sampler = search._sampler\n"
-        "def dying(kind, seed):\n"
+        "def dying(kind, seed, first):\n"
         "    if seed % 1_000_003 == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return sampler(kind, seed)\n"
+        "    return sampler(kind, seed, first)\n"
         "search._sampler = dying\n"
         "from lrserve.cli import main\n"
         "main()\n"
@@ -213,6 +231,6 @@ def test_an_interrupted_search_goes_on(place: Path) -> None:
         [sys.executable, "-c", "from lrserve.cli import main; main()", *command], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "4/6 search: 4 trials (2 reused)" in done.stdout
+    assert "4/6 search: 6 trials (2 reused)" in done.stdout
     assert (out / "onnx" / "model.onnx").is_file()
     assert not (out / "config.json").exists()

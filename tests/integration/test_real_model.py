@@ -6,15 +6,19 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from exporters.onnx import OnnxExporter
 from exporters.transcript import transcribe_model
 from exporters.vllm import VllmExporter
 from lrserve.allocation.allocate import uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan
-from lrserve.allocation.quality import perplexity
-from lrserve.compression.calibrate import calibrate
-from lrserve.compression.spectra import SpectrumStore, plain_statistics, write_spectra
+from lrserve.allocation.quality import Reference
+from lrserve.compression.baselines import svd
+from lrserve.compression.calibrate import calibrate, read_statistics
+from lrserve.compression.gradients import GradientStore, collect_gradients
+from lrserve.compression.groups import STRUCTURES, Structure
+from lrserve.compression.spectra import SpectrumStore, compress_model, features, write_spectra
 from lrserve.evidence import agree
 from lrserve.inputs.demo import demo_recipe
 from lrserve.job import Job, open_job
@@ -46,25 +50,45 @@ def stores(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Spec
     folder = tmp_path_factory.mktemp("spectra")
     model = job.source.load(job.dtype)
     calibrate(model, job.groups, job.windows["calibration"], folder / "statistics", pool_sequences=32, batch_tokens=4096)
-    write_spectra(model, job.groups, folder / "statistics", folder / "features")
-    write_spectra(model, job.groups, folder, folder / "svd", read=plain_statistics)
-    return {name: SpectrumStore(folder / name, job.groups) for name in ("features", "svd")}
+    statistics = folder / "statistics"
+    collect_gradients(model, job.groups, job.windows["calibration"][:16], folder / "gradients", batch_tokens=2048, seed=0)
+    gradients = GradientStore(folder / "gradients")
+    write_spectra(model, job.groups, features(statistics), folder / "features")
+    write_spectra(model, job.groups, features(statistics, gradients.read), folder / "fisher")
+    write_spectra(model, job.groups, lambda group, W, beta: svd(W, read_statistics(statistics, group), beta), folder / "svd")
+    return {name: SpectrumStore(folder / name, job.groups) for name in ("features", "fisher", "svd")}
 
 
-def test_features_keep_far_more_than_the_plain_svd(job: Job, plan: RankPlan, stores: dict[str, SpectrumStore]) -> None:
+def test_two_sided_features_keep_more_than_features_and_those_far_more_than_the_svd(
+    job: Job, plan: RankPlan, stores: dict[str, SpectrumStore]
+) -> None:
     windows = job.windows["validation"][:4]
-    dense = perplexity(job.source.load(job.dtype), windows)
-    assert 10 < dense < 60
-    excess = {
-        name: math.log(perplexity(job.compressed_model(plan, store).to(job.dtype), windows) / dense)
-        for name, store in stores.items()
-    }
-    assert 0 < excess["features"] < 2.5
+    dense = job.source.load(job.dtype)
+    reference = Reference(dense, windows)
+    assert 10 < math.exp(reference.nll) < 60
+    excess = {}
+    for name, store in stores.items():
+        model = compress_model(job.source.load(job.dtype), plan.factorized(job.groups), plan.structure, store, job.dtype)
+        excess[name] = reference(model)["nll"] - reference.nll
+    assert 0 < excess["fisher"] < excess["features"]  # by little: 4,096 tokens of gradients are few
     assert excess["features"] < 0.5 * excess["svd"]
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_rounding_the_factors_to_bfloat16_adds_little(
+    job: Job, plan: RankPlan, stores: dict[str, SpectrumStore], structure: Structure
+) -> None:
+    """Against the very same factors in float32: what storing them costs, identity blocks with their bounded T included."""
+    windows, ranks = job.windows["validation"][:1], plan.factorized(job.groups)
+    model = {
+        dtype: compress_model(job.source.load(torch.float32), ranks, structure, stores["fisher"], dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert Reference(model[torch.float32], windows)(model[torch.bfloat16])["divergence"] < 0.01
+
+
 def test_every_engine_agrees_on_real_weights(job: Job, plan: RankPlan, stores: dict[str, SpectrumStore], tmp_path: Path) -> None:
-    model = job.compressed_model(plan, stores["features"])
+    model = job.compressed_model(plan, stores["fisher"])
     prompts = job.windows["prompts"].tolist()
     reference = transcribe_model(model, prompts, 32)
     for exporter in (VllmExporter(), OnnxExporter()):

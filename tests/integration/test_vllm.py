@@ -45,7 +45,8 @@ def assert_agree(reference: Transcript, other: Transcript) -> None:
 
 @pytest.mark.parametrize("architecture", FAMILIES_TESTED)
 def test_vllm_computes_what_transformers_does(architecture: str, tmp_path: Path) -> None:
-    folder = write_artifact(factorized_model(architecture), tmp_path / "model")
+    # four layers: every kind of group as either structure
+    folder = write_artifact(factorized_model(architecture, layers=4), tmp_path / "model")
     reference = transcribe_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), PROMPTS, NEW_TOKENS)
     with engine_for(folder) as engine:
         for expected, found in zip(reference, engine.transcribe(PROMPTS, NEW_TOKENS), strict=True):
@@ -62,11 +63,11 @@ def check_measurements(engine: Engine) -> None:
         assert result.cpu_seconds > 0
         assert result.output_tokens_per_second == pytest.approx(12 / result.seconds)
 
-    shapes = [Shape(512, 768, None), Shape(512, 768, 32)]
+    shapes = [Shape(512, 768, None), Shape(512, 768, 32, "low_rank"), Shape(512, 768, 32, "identity_block")]
     table = engine.latency_table(shapes, [1, 64], dtype="bfloat16")
-    assert len(table) == 2
+    assert len(table) == 3
     assert all(len(row) == 2 and min(row) > 0 for row in table)
-    assert table[1][1] < table[0][1]  # a tenth of the parameters, 64 tokens
+    assert max(table[1][1], table[2][1]) < table[0][1]  # a tenth of the parameters, 64 tokens
 
     with pytest.raises(InputError, match="concurrency 5 is more than the engine's max_num_seqs, 4"):
         engine.throughput(8, 4, 5)
@@ -80,12 +81,10 @@ def check_measurements(engine: Engine) -> None:
 def test_missing_factor_fails_the_load_by_name(tmp_path: Path) -> None:
     folder = write_artifact(factorized_model("LlamaForCausalLM"), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.self_attn.k_proj.B.bias"]
+    del tensors["model.layers.0.self_attn.qkv_proj.A.order"], tensors["model.layers.0.self_attn.k_proj.B.bias"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with (
-        pytest.raises(ArtifactError, match=r"missing from the checkpoint: model\.layers\.1\.self_attn\.k_proj\.B\.bias"),
-        engine_for(folder),
-    ):
+    missing = r"model\.layers\.0\.self_attn\.qkv_proj\.A\.order, model\.layers\.0\.self_attn\.k_proj\.B\.bias"
+    with pytest.raises(ArtifactError, match=f"missing from the checkpoint: {missing}"), engine_for(folder):
         pass
 
 

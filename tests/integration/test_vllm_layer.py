@@ -1,14 +1,19 @@
-"""The low-rank layer's slicing and checks, one rank at a time and without an engine."""
+"""The factorized layer's slicing and checks, one rank at a time and without an engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from lrserve.allocation.speed import Shape
+from lrserve.compression.factorize import Factors
+from lrserve.compression.groups import STRUCTURES, Group, Structure
 from lrserve.compression.lowrank import GroupSpec
 from lrserve.errors import ArtifactError, EngineError
 
@@ -32,39 +37,92 @@ def bare(layer_class: str, **attributes: Any) -> Any:
     return layer
 
 
-def qkv_layer(tp_size: int, tp_rank: int) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of one group as they stand in an artifact, and what they compute."""
+
+    structure: Structure
+    a: torch.Tensor
+    order: torch.Tensor | None
+    b: list[torch.Tensor]
+    bias: list[torch.Tensor]
+
+    def dense(self, index: int) -> torch.Tensor:
+        """Member `index` as one weight (m, n)."""
+        return Factors(self.a, self.b[index], self.bias[index], self.order).merged()
+
+    def compute(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [x @ self.dense(index).T + bias for index, bias in enumerate(self.bias)]
+
+    def load_first(self, layer: Any, order_first: bool = False) -> None:
+        parts = [(layer.A.weight, self.a)]
+        if self.order is not None:
+            parts.insert(0 if order_first else 1, (layer.A.order, self.order))
+        for parameter, tensor in parts:
+            transient = tensor.clone()
+            parameter.weight_loader(parameter, transient)
+            transient.zero_()  # as a streaming loader does with its buffer
+
+    def load(self, layer: Any, order_first: bool = False) -> None:
+        self.load_first(layer, order_first)
+        for shard, rows, offsets in zip("qkv" if len(self.b) == 3 else [None], self.b, self.bias, strict=True):
+            layer.B.weight.weight_loader(layer.B.weight, rows, shard)
+            layer.B.bias.weight_loader(layer.B.bias, offsets, shard)
+
+
+def checkpoint(structure: Structure, sizes: list[int]) -> Checkpoint:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    block = structure == "identity_block"
+    return Checkpoint(
+        structure=structure,
+        a=random(RANK, N - RANK if block else N),
+        order=torch.randperm(N, generator=generator, dtype=torch.int32) if block else None,
+        b=[random(m, RANK) for m in sizes],
+        bias=[random(m) for m in sizes],
+    )
+
+
+def qkv_layer(structure: Structure, tp_size: int, tp_rank: int, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     from lrserve.serving.vllm_layer import LowRankLinearMethod
 
     replicas = max(1, tp_size // KV_HEADS)
     layer = bare("QKVParallelLinear", tp_size=tp_size, tp_rank=tp_rank, num_kv_head_replicas=replicas)
-    method = LowRankLinearMethod("layers.0.qkv_proj", QKV)
+    method = LowRankLinearMethod("layers.0.qkv_proj", replace(QKV, structure=structure))
     sizes = [HEADS // tp_size * HEAD, *([max(1, KV_HEADS // tp_size) * HEAD] * 2)]
-    method.create_weights(layer, N, sizes, N, sum(sizes) * tp_size, torch.float32)
+    method.create_weights(layer, N, sizes, N, sum(sizes) * tp_size, dtype)
     return layer, method
 
 
-def load_qkv(layer: Any, a: torch.Tensor, b: list[torch.Tensor], bias: list[torch.Tensor]) -> None:
-    layer.A.weight.weight_loader(layer.A.weight, a, None)
-    for shard, rows, offsets in zip("qkv", b, bias, strict=True):
-        layer.B.weight.weight_loader(layer.B.weight, rows, shard)
-        layer.B.bias.weight_loader(layer.B.bias, offsets, shard)
+def down_layer(structure: Structure, tp_size: int, tp_rank: int, **attributes: Any) -> tuple[Any, Any]:
+    from lrserve.serving.vllm_layer import LowRankLinearMethod
+
+    layer = bare("RowParallelLinear", tp_size=tp_size, tp_rank=tp_rank, **{"reduce_results": True, **attributes})
+    method = LowRankLinearMethod("layers.0.down_proj", replace(DOWN, structure=structure))
+    method.create_weights(layer, N // tp_size, [24], N, 24, torch.float32)
+    return layer, method
+
+
+@pytest.fixture(params=STRUCTURES)
+def structure(request: pytest.FixtureRequest) -> Structure:
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture
-def factors() -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    torch.manual_seed(0)
-    sizes = [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD]
-    return torch.randn(RANK, N), [torch.randn(m, RANK) for m in sizes], [torch.randn(m) for m in sizes]
+def qkv(structure: Structure) -> Checkpoint:
+    return checkpoint(structure, [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD])
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
-def test_column_parallel_ranks_hold_their_heads(tp_size: int, factors: Any) -> None:
-    a, b, bias = factors
+def test_column_parallel_ranks_hold_their_heads(tp_size: int, qkv: Checkpoint) -> None:
     x = torch.randn(5, N)
-    whole = [x @ a.T @ rows.T + offsets for rows, offsets in zip(b, bias, strict=True)]
+    whole = qkv.compute(x)
     for rank in range(tp_size):
-        layer, method = qkv_layer(tp_size, rank)
-        load_qkv(layer, a, b, bias)
+        layer, method = qkv_layer(qkv.structure, tp_size, rank)
+        qkv.load(layer)
         method.process_weights_after_loading(layer)
         q_heads = HEADS // tp_size
         kv_heads = max(1, KV_HEADS // tp_size)
@@ -76,50 +134,158 @@ def test_column_parallel_ranks_hold_their_heads(tp_size: int, factors: Any) -> N
         assert torch.allclose(method.apply(layer, x), torch.cat(expected, dim=1), atol=1e-4)
 
 
+@pytest.mark.parametrize("order_first", [True, False])
 @pytest.mark.parametrize("reduce_results", [True, False])
-def test_row_parallel_parts_sum_to_the_whole(reduce_results: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_parallel_parts_sum_to_the_whole(
+    reduce_results: bool, order_first: bool, structure: Structure, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import lrserve.serving.vllm_layer as module
 
-    torch.manual_seed(0)
-    a, b, bias, x = torch.randn(RANK, N), torch.randn(24, RANK), torch.randn(24), torch.randn(5, N)
-    whole = x @ a.T @ b.T + bias
-    total_z = x @ a.T
-    monkeypatch.setattr(module, "tensor_model_parallel_all_reduce", lambda z: total_z)
+    down, x = checkpoint(structure, [24]), torch.randn(5, N)
+    z = x @ Factors(down.a, torch.eye(RANK), torch.zeros(RANK), down.order).merged().T
+    partial: list[torch.Tensor] = []
+
+    def all_reduce(part: torch.Tensor) -> torch.Tensor:
+        partial.append(part)
+        return z
+
+    monkeypatch.setattr(module, "tensor_model_parallel_all_reduce", all_reduce)
     outputs = []
     for rank in range(2):
-        layer = bare("RowParallelLinear", tp_size=2, tp_rank=rank, reduce_results=reduce_results)
-        method = module.LowRankLinearMethod("layers.0.down_proj", DOWN)
-        method.create_weights(layer, N // 2, [24], N, 24, torch.float32)
-        layer.A.weight.weight_loader(layer.A.weight, a)
-        layer.B.weight.weight_loader(layer.B.weight, b)
-        layer.B.bias.weight_loader(layer.B.bias, bias)
+        layer, method = down_layer(structure, 2, rank, reduce_results=reduce_results)
+        down.load(layer, order_first)
         method.process_weights_after_loading(layer)
+        assert [name for name, _ in layer.A.named_parameters()] == ["weight"]
         assert not layer.reduce_results  # either summed between the factors, or by whoever asked for partial sums
         outputs.append(method.apply(layer, x[:, rank * 16 : (rank + 1) * 16].contiguous()))
     for result in outputs if reduce_results else [sum(outputs)]:
-        assert torch.allclose(result, whole, atol=1e-4)
+        assert torch.allclose(result, *down.compute(x), atol=1e-4)
+    assert not reduce_results or torch.allclose(sum(partial), z, atol=1e-4)
 
 
-def test_the_dense_bias_is_neither_read_nor_added(factors: Any) -> None:
-    a, b, bias = factors
-    layer, method = qkv_layer(1, 0)
-    load_qkv(layer, a, b, bias)
-    layer.bias = nn.Parameter(torch.full((sum(len(x) for x in bias),), float("nan")), requires_grad=False)
+@pytest.mark.parametrize("order_first", [True, False])
+def test_row_parallel_alone_reorders_its_input(order_first: bool) -> None:
+    from lrserve.serving.kernels import IdentityBlock
+
+    down, x = checkpoint("identity_block", [24]), torch.randn(5, N)
+    layer, method = down_layer("identity_block", 1, 0)
+    down.load(layer, order_first)
+    method.process_weights_after_loading(layer)
+    assert isinstance(layer.A, IdentityBlock)
+    assert torch.allclose(method.apply(layer, x), *down.compute(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, N), (7, N), (2, 3, N), (0, N)])
+def test_any_leading_shape_in_every_dtype(shape: tuple[int, ...], dtype: torch.dtype, qkv: Checkpoint) -> None:
+    layer, method = qkv_layer(qkv.structure, 1, 0, dtype)
+    qkv.load(layer)
+    method.process_weights_after_loading(layer)
+    x = torch.randn(shape).to(dtype)
+    found = method.apply(layer, x)
+    assert found.dtype == dtype
+    expected = torch.cat(qkv.compute(x.float()), dim=-1)
+    assert found.shape == expected.shape
+    bound = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    assert (found.float() - expected).norm() <= bound * expected.norm()
+
+
+def test_the_layer_can_be_compiled_whole(qkv: Checkpoint) -> None:
+    layer, method = qkv_layer(qkv.structure, 1, 0)
+    qkv.load(layer)
+    method.process_weights_after_loading(layer)
+    compiled = torch.compile(lambda x: method.apply(layer, x), backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.inference_mode():
+        for tokens in (3, 8):
+            x = torch.randn(tokens, N)
+            before = x.clone()
+            assert torch.allclose(compiled(x), torch.cat(qkv.compute(x), dim=-1), atol=1e-4)
+            assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_dummy_weights_leave_an_order_that_is_a_permutation(
+    tp_size: int, structure: Structure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
+
+    import lrserve.serving.vllm_layer as module
+
+    config = SimpleNamespace(load_config=SimpleNamespace(load_format="dummy"), lora_config=None)
+    monkeypatch.setattr(module, "get_current_vllm_config_or_none", lambda: config)
+    monkeypatch.setattr(module, "tensor_model_parallel_all_reduce", lambda z: z)
+    layer, method = down_layer(structure, tp_size, 0)
+    for tensor in layer.state_dict().values():
+        initialize_single_dummy_weight(tensor)
+    method.process_weights_after_loading(layer)
+    if structure == "identity_block" and tp_size == 1:
+        assert layer.A.order.tolist() == list(range(N))
+    y = method.apply(layer, torch.randn(5, N // tp_size))
+    assert torch.isfinite(y).all()
+    assert y.abs().max() < 1  # of the loader's small weights, not of memory that nobody wrote
+
+
+def test_the_dense_bias_is_neither_read_nor_added(qkv: Checkpoint) -> None:
+    layer, method = qkv_layer(qkv.structure, 1, 0)
+    qkv.load(layer)
+    layer.bias = nn.Parameter(torch.full((sum(len(x) for x in qkv.bias),), float("nan")), requires_grad=False)
     method.process_weights_after_loading(layer)
     x = torch.randn(3, N)
-    expected = x @ a.T @ torch.cat(b).T + torch.cat(bias)
-    assert torch.allclose(method.apply(layer, x, layer.bias), expected, atol=1e-4)
+    assert torch.allclose(method.apply(layer, x, layer.bias), torch.cat(qkv.compute(x), dim=1), atol=1e-4)
     assert not layer.bias.any()  # where skip_bias_add hands it out
 
 
-def test_missing_factors_are_named(factors: Any) -> None:
-    a, b, bias = factors
-    layer, method = qkv_layer(1, 0)
-    layer.A.weight.weight_loader(layer.A.weight, a, None)
-    layer.B.weight.weight_loader(layer.B.weight, b[0], "q")
-    layer.B.bias.weight_loader(layer.B.bias, bias[0], "q")
-    with pytest.raises(ArtifactError, match=r"layers\.0\.k_proj\.B\.weight, layers\.0\.k_proj\.B\.bias, layers\.0\.v_pr"):
+def test_missing_factors_are_named(qkv: Checkpoint) -> None:
+    layer, method = qkv_layer(qkv.structure, 1, 0)
+    qkv.load_first(layer)
+    layer.B.weight.weight_loader(layer.B.weight, qkv.b[0], "q")
+    layer.B.bias.weight_loader(layer.B.bias, qkv.bias[0], "q")
+    with pytest.raises(ArtifactError, match=r": layers\.0\.k_proj\.B\.weight, layers\.0\.k_proj\.B\.bias, layers\.0\.v_pr"):
         method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_missing_order_is_named(tp_size: int) -> None:
+    down = checkpoint("identity_block", [24])
+    layer, method = down_layer("identity_block", tp_size, 0)
+    replace(down, order=None).load(layer)
+    with pytest.raises(ArtifactError, match=r"missing from the checkpoint: layers\.0\.down_proj\.A\.order\."):
+        method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (torch.zeros(N, dtype=torch.int32), f"is no permutation of the {N} inputs"),
+        (torch.arange(1, N + 1, dtype=torch.int32), f"is no permutation of the {N} inputs"),
+        (torch.arange(N), f"is no permutation of the {N} inputs in int32"),
+        (torch.arange(N - 1, dtype=torch.int32), rf"is \({N - 1},\) in the checkpoint"),
+    ],
+    ids=["repeated", "too-large", "int64", "short"],
+)
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_order_that_is_no_permutation_is_refused(tp_size: int, order: torch.Tensor, message: str) -> None:
+    layer, _ = down_layer("identity_block", tp_size, 0)
+    with pytest.raises(ArtifactError, match=rf"layers\.0\.down_proj\.A\.order {message}"):
+        layer.A.order.weight_loader(layer.A.order, order)
+
+
+def test_identity_block_that_leaves_nothing_is_refused() -> None:
+    from lrserve.serving.vllm_layer import LowRankLinearMethod
+
+    layer = bare("RowParallelLinear", tp_size=1, tp_rank=0, reduce_results=True)
+    method = LowRankLinearMethod("layers.0.down_proj", GroupSpec(N, ("down_proj",), "identity_block"))
+    with pytest.raises(ArtifactError, match=rf"an identity block of rank {N} leaves nothing of {N} inputs"):
+        method.create_weights(layer, N, [24], N, 24, torch.float32)
+
+
+def test_a_timed_layer_weighs_what_the_group_stores(structure: Structure) -> None:
+    from lrserve.serving.latency import _elements
+
+    group = Group(name="g", kind="o", layer=0, members=("g",), out_features=(24,), in_features=N)
+    for rank in (None, RANK):
+        stored = group.parameters(rank, structure) - (0 if rank is None else group.m)  # the bias does not count
+        assert _elements(asdict(Shape(N, 24, rank, structure))) == stored
 
 
 @pytest.mark.parametrize(
@@ -138,8 +304,8 @@ def test_missing_factors_are_named(factors: Any) -> None:
         (lambda layer: layer.weight_loader(layer.weight, torch.zeros(4), "q"), "also has a dense tensor"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(load: Callable[[Any], None], message: str) -> None:
-    layer, _ = qkv_layer(1, 0)
+def test_tensors_that_do_not_fit_are_refused(load: Callable[[Any], None], message: str, structure: Structure) -> None:
+    layer, _ = qkv_layer(structure, 1, 0)
     with pytest.raises(ArtifactError, match=message):
         load(layer)
 

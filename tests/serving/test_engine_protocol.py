@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lrserve.allocation.speed import Shape
 from lrserve.errors import ArtifactError, EngineError, InputError
 from lrserve.serving import engine as engine_module
 from lrserve.serving import worker
@@ -46,7 +47,7 @@ def throughput(llm, prompt_tokens, output_tokens, concurrency, seed):
     return {"seconds": 2.0, "cpu_seconds": float(llm), "output_tokens": output_tokens * concurrency}
 
 def latency_table(llm, entries, tokens, dtype):
-    return {"microseconds": [[e["n"] * t for t in tokens] for e in entries]}
+    return {"microseconds": [[e["n"] * t + len(e["structure"]) * (e["rank"] or 0) for t in tokens] for e in entries]}
 
 def transcribe(llm, prompts, new_tokens):
     os._exit(3)
@@ -85,7 +86,8 @@ def test_requests_are_answered_and_prints_go_to_the_log(tmp_path: Path) -> None:
     with Engine("m", log=log, report=said.append) as engine:
         result = engine.throughput(8, 4, 3)
         assert (result.seconds, result.output_tokens, result.output_tokens_per_second) == (2.0, 12, 6.0)
-        assert engine.latency_table([SimpleNamespace(n=3, m=4, rank=None)], [1, 2]) == [[3, 6]]
+        shapes = [Shape(3, 4, None), Shape(3, 4, 10, "low_rank"), Shape(3, 4, 10, "identity_block")]
+        assert engine.latency_table(shapes, [1, 2]) == [[3, 6], [83, 86], [143, 146]]
         pid = int(result.cpu_seconds)
         assert is_running(pid)
     assert not is_running(pid)

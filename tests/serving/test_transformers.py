@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import lrserve
 from exporters.vllm import VllmExporter, low_rank_groups
-from lrserve.compression.lowrank import FirstFactor, LowRankLinear
+from lrserve.compression.groups import STRUCTURES, Structure, find_groups
+from lrserve.compression.lowrank import FirstFactor, IdentityBlock, LowRankLinear, install_low_rank, specs_of
 from lrserve.errors import ArtifactError
 
 INPUTS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -47,7 +48,8 @@ def test_loaded_model_computes_what_the_written_one_did(architecture: str, tmp_p
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert low_rank_groups(loaded) == low_rank_groups(model)
-    assert len(low_rank_groups(loaded)) == 6  # all of the first layer, two of the second
+    structures = [spec.structure for spec in low_rank_groups(loaded).values()]
+    assert structures == ["identity_block"] * 4 + ["low_rank"] * 2  # all of the first layer, two of the second
 
 
 @pytest.mark.parametrize("architecture", FAMILIES_TESTED)
@@ -58,20 +60,25 @@ def test_saving_a_loaded_model_writes_the_same_artifact(architecture: str, tmp_p
     assert json.loads((again / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
     first, second = tensors_of(folder), tensors_of(again)
     assert first.keys() == second.keys()
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert all(tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_tensor_names_are_those_of_the_format(artifact: Path) -> None:
-    names = {name for name in tensors_of(artifact) if "layers.0.self_attn" in name}
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_tensors_are_those_of_the_format(structure: Structure, tmp_path: Path) -> None:
+    folder = write_artifact(factorized_model("LlamaForCausalLM", structure=structure), tmp_path / "model")
     attention = "model.layers.0.self_attn."
-    assert names == {
-        attention + name
-        for name in (
-            "qkv_proj.A.weight",
-            *(f"{member}_proj.B.{part}" for member in "qkv" for part in ("weight", "bias")),
-            *("o_proj.A.weight", "o_proj.B.weight", "o_proj.B.bias"),
-        )
+    found = {name.removeprefix(attention): tensor for name, tensor in tensors_of(folder).items() if attention in name}
+    block = structure == "identity_block"
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+        "qkv_proj.A.weight": (16, 48 if block else 64),
+        **{f"{member}_proj.B.weight": (m, 16) for member, m in (("q", 128), ("k", 64), ("v", 64))},
+        **{f"{member}_proj.B.bias": (m,) for member, m in (("q", 128), ("k", 64), ("v", 64))},
+        "o_proj.A.weight": (24, 104 if block else 128),
+        "o_proj.B.weight": (64, 24),
+        "o_proj.B.bias": (64,),
+        **({"qkv_proj.A.order": (64,), "o_proj.A.order": (128,)} if block else {}),
     }
+    assert {tensor.dtype for name, tensor in found.items() if name.endswith("order")} == ({torch.int32} if block else set())
 
 
 def test_base_model_loads_from_a_causal_lm_artifact(artifact: Path) -> None:
@@ -96,11 +103,12 @@ def test_saved_base_model_loads_again(artifact: Path, tmp_path: Path) -> None:
 def test_dtype_argument_wins_over_the_checkpoint(artifact: Path, loader: Any, dtype: torch.dtype) -> None:
     model = loader.from_pretrained(artifact, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert {module.order.dtype for module in model.modules() if isinstance(module, IdentityBlock)} == {torch.int32}
 
 
 def test_dtype_auto_is_the_artifact_dtype(tmp_path: Path) -> None:
     VllmExporter().export(factorized_model("Qwen2ForCausalLM"), tmp_path / "no-source", tmp_path, torch.bfloat16)
-    assert {tensor.dtype for tensor in tensors_of(tmp_path).values()} == {torch.bfloat16}
+    assert {tensor.dtype for name, tensor in tensors_of(tmp_path).items() if not name.endswith(".order")} == {torch.bfloat16}
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
@@ -109,6 +117,8 @@ def test_dtype_auto_is_the_artifact_dtype(tmp_path: Path) -> None:
     "name",
     [
         "model.layers.0.self_attn.qkv_proj.A.weight",
+        "model.layers.0.self_attn.qkv_proj.A.order",
+        "model.layers.0.mlp.down_proj.A.order",
         "model.layers.0.self_attn.k_proj.B.weight",
         "model.layers.1.mlp.down_proj.B.bias",
     ],
@@ -128,6 +138,31 @@ def test_wrong_shape_is_an_error_that_names_the_tensor(artifact: Path, name: str
     tensors[name] = tensors[name][:-1].clone()
     rewrite(artifact, tensors)
     with pytest.raises(ArtifactError, match=rf"{name} is \(\d+, \d+\) in the checkpoint"):
+        AutoModelForCausalLM.from_pretrained(artifact)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (torch.zeros(64, dtype=torch.int32), "is no permutation"),
+        (torch.arange(1, 65, dtype=torch.int32), "is no permutation"),
+        (torch.arange(-1, 63, dtype=torch.int32), "is no permutation"),
+        (torch.arange(64), "is no permutation"),
+        (torch.arange(63, dtype=torch.int32), r"is \(63,\) in the checkpoint; config\.json makes it \(64,\)"),
+    ],
+    ids=["repeated", "too-large", "negative", "int64", "short"],
+)
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoModel])
+def test_order_that_is_no_permutation_is_refused(artifact: Path, loader: Any, order: torch.Tensor, message: str) -> None:
+    name = "model.layers.0.self_attn.qkv_proj.A.order"
+    rewrite(artifact, {**tensors_of(artifact), name: order})
+    with pytest.raises(ArtifactError, match=rf"{name.removeprefix('model.')} {message}"):
+        loader.from_pretrained(artifact)
+
+
+def test_identity_block_that_leaves_nothing_is_refused(artifact: Path) -> None:
+    change_config(artifact, "model.layers.0.mlp.gate_up_proj", {"rank": 64})
+    with pytest.raises(ArtifactError, match=r"gate_up_proj: an identity block of rank 64 leaves nothing of 64 inputs"):
         AutoModelForCausalLM.from_pretrained(artifact)
 
 
@@ -191,6 +226,15 @@ def test_half_factorized_group_is_not_exported(tmp_path: Path) -> None:
     model = factorized_model("LlamaForCausalLM")
     model.model.layers[0].self_attn.k_proj = torch.nn.Linear(64, 64, bias=False)
     with pytest.raises(ArtifactError, match=r"layers\.0\.self_attn\.qkv_proj: its linears"):
+        write_artifact(model, tmp_path / "model")
+
+
+def test_group_of_two_structures_is_not_exported(tmp_path: Path) -> None:
+    model, other = factorized_model("LlamaForCausalLM"), dense_model("LlamaForCausalLM")
+    group = find_groups(other)[0]
+    install_low_rank(other, specs_of([(group, model.model.layers[0].self_attn.k_proj.rank)], "low_rank"))
+    model.model.layers[0].self_attn.k_proj = other.model.layers[0].self_attn.k_proj
+    with pytest.raises(ArtifactError, match=r"qkv_proj: .*found identity_block of rank 16, low_rank of rank 16"):
         write_artifact(model, tmp_path / "model")
 
 

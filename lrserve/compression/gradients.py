@@ -1,0 +1,175 @@
+"""Second moments of the loss gradient around each fused group, for two-sided factorization (factorize.py).
+
+Notation
+    x (t, n), y (t, m)   a group's input and output for t tokens
+    g                    gradient of the tokens' summed cross entropy by x or y, for labels drawn from the model itself
+    K (n, n), Gamma^2 (m, m)   E[g g^T] of an input and of an output gradient;  K = W^T Gamma^2 W, whatever linears the group has
+
+With such labels E[g g^T] is the group's block of the Fisher matrix of KL(dense || compressed), not only an empirical stand-in
+(Kunstner et al., arXiv 1905.12558, section 3). One backward pass gives every group at once; no gradient of a weight is formed.
+
+Memory: the model, the activations of one batch, and 4 bytes per entry of every group's moment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lrserve.compression.covariance import exact_products
+from lrserve.compression.factorize import Side
+from lrserve.compression.groups import Group
+from lrserve.compression.logits import LOGIT_ROWS, logits_of
+from lrserve.errors import CalibrationError
+
+_FILE = "moments.safetensors"
+_SAVED_TOKENS = 8192  # between two saves of the running sums: what an interruption costs
+
+
+def gradient_side(group: Group) -> Side:
+    """Say on which side of a group's weight the gradient is taken: the narrower, or the input's where several linears share it."""
+    return "output" if len(group.members) == 1 and group.m < group.n else "input"
+
+
+def _width(group: Group) -> int:
+    return group.m if gradient_side(group) == "output" else group.n
+
+
+class _Moment:
+    """Sum of g g^T over the tokens seen."""
+
+    def __init__(self, width: int, device: torch.device, start: torch.Tensor | None) -> None:
+        self.sum = torch.zeros(width, width, device=device) if start is None else start.to(device)
+
+    def watch(self, model: Any, group: Group) -> Any:
+        """Hook into the forward pass; returns the handle."""
+        module = model.get_submodule(group.members[0])
+        if gradient_side(group) == "output":
+            return module.register_forward_hook(lambda _, inputs, output: self._take(output))
+        return module.register_forward_pre_hook(lambda _, inputs: self._take(inputs[0]))
+
+    def _take(self, tensor: torch.Tensor) -> None:
+        if tensor.requires_grad:
+            tensor.register_hook(self._add)  # type: ignore[no-untyped-call]
+
+    def _add(self, gradient: torch.Tensor) -> None:
+        g = gradient.detach().flatten(0, -2)
+        with exact_products(g):
+            wide = g.float()
+            self.sum.addmm_(wide.T, wide)
+
+
+def collect_gradients(
+    model: Any,
+    groups: Sequence[Group],
+    windows: torch.Tensor,
+    folder: Path,
+    *,
+    batch_tokens: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Collect every group's gradient moment into `folder`; resumes where it last saved.
+
+    Args:
+        model: a dense causal LM of a known family; its parameters' `requires_grad` is switched off.
+        groups: the groups to watch.
+        windows: calibration tokens, int64 (sequences, length).
+        folder: private to these inputs.
+        batch_tokens: tokens in one forward and backward pass, rounded down to whole sequences.
+        seed: of the labels, which depend on the batches too.
+        progress: called with the number of windows that are done.
+
+    Returns:
+        The number of windows that were reused from an earlier, interrupted pass.
+
+    Raises:
+        CalibrationError: hidden states or gradients that are not finite, or not enough memory on the device.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model.requires_grad_(False)
+    device = next(model.parameters()).device
+    length = windows.shape[1]
+    batch = max(1, batch_tokens // length)
+    path = folder / _FILE
+    reused, saved = _windows_done(path), {}
+    if reused:
+        saved = load_file(path)
+    progress(reused)
+    if reused >= len(windows):
+        return reused
+    moments = {group.name: _Moment(_width(group), device, saved.get(group.name)) for group in groups}
+    published = reused
+    with ExitStack() as hooks:
+        for group in groups:
+            hooks.callback(moments[group.name].watch(model, group).remove)
+        for start in range(reused, len(windows), batch):
+            done = min(start + batch, len(windows))
+            try:
+                _backward(model, windows[start:done].to(device), seed * 1_000_003 + start)
+            except torch.OutOfMemoryError as error:
+                raise CalibrationError(
+                    f"the backward passes do not fit in the device's memory ({error}); lower calibration.batch_tokens, or set "
+                    "factorization.fisher to [] to go without them"
+                ) from None
+            if (done - published) * length >= _SAVED_TOKENS or done == len(windows):
+                if not all(torch.isfinite(moment.sum).all() for moment in moments.values()):
+                    raise CalibrationError(
+                        "a gradient is not finite; calibrate in bfloat16 or float32, or set factorization.fisher to []"
+                    )
+                partial = path.with_suffix(".partial")
+                metadata = {"windows": str(done), "tokens": str(done * length)}
+                save_file({name: moment.sum.cpu() for name, moment in moments.items()}, partial, metadata=metadata)
+                os.replace(partial, path)
+                published = done
+            progress(done)
+    return reused
+
+
+def _windows_done(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["windows"])
+
+
+@torch.enable_grad()
+def _backward(model: Any, windows: torch.Tensor, seed: int) -> None:
+    """Run one batch forwards, draw a label for each token, and run backwards from the summed cross entropy."""
+    generator = torch.Generator(windows.device).manual_seed(seed)
+    embedded = model.get_input_embeddings()(windows).detach().requires_grad_(True)
+    hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    if not torch.isfinite(hidden).all():
+        raise CalibrationError(
+            "the model's hidden states are not finite; check the checkpoint, or calibrate in bfloat16 or float32"
+        )
+    gradients: list[torch.Tensor] = []
+    for rows in torch.split(hidden.detach().flatten(0, 1), LOGIT_ROWS):
+        h = rows.requires_grad_(True)
+        logits = logits_of(model, h)
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        gradients += torch.autograd.grad(loss, h)
+    hidden.backward(torch.cat(gradients).view_as(hidden))
+
+
+class GradientStore:
+    """Reads moments back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._path = folder / _FILE
+        if not self._path.is_file():
+            raise CalibrationError(f"{folder} holds no gradients: their collection did not finish; run the same command again")
+
+    def read(self, group: Group) -> tuple[Side, torch.Tensor]:
+        """Return a group's side and moment per token, float64."""
+        with safe_open(self._path, framework="pt") as file:
+            return gradient_side(group), file.get_tensor(group.name).double() / int(file.metadata()["tokens"])

@@ -1,0 +1,211 @@
+"""Recovery: distilling the dense model into the factors of a chosen plan; their ranks, and so the export and its speed, stay.
+
+The student is the dense model with trainable factors (training.py), the loss KL(teacher || student) per token, on calibration text
+that neither the search's validation nor the report sees. Only the factors learn. Three economies make minutes count:
+- Windows are short (`_LENGTH`): attention and its backward pass are a third of the cost at 512 tokens, and little of what
+  compression broke is far away.
+- The output layer, a fifth of a small model, runs on every second token only: its gradient is formed in closed form from
+  both models' probabilities, row block by row block, so the vocabulary is never in memory for a whole batch.
+- The learning rate falls with the time that is left, so the last state is always the one to take.
+
+Time decides how many steps are taken, so the result depends on the machine; the order of the text and the tokens drawn do not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lrserve.compression.factorize import FactorSource
+from lrserve.compression.groups import Group
+from lrserve.compression.logits import logits_of
+from lrserve.compression.training import TrainableGroup, TrainedFactors, install_trainable
+from lrserve.errors import CalibrationError
+
+_LENGTH: Final = 256  # tokens per window
+_BATCH_TOKENS: Final = 2048
+_TOKEN_SHARE: Final = 0.5  # of the tokens whose loss is formed
+_LEARNING_RATE: Final = 1.5e-4
+_BETAS: Final = (0.9, 0.95)
+_WARMUP_STEPS: Final = 8
+_FLOOR: Final = 0.02  # of the learning rate
+_ROWS: Final = 256  # tokens whose logits, of both models, are in memory at once
+_SAVE_SECONDS: Final = 120.0
+_AVERAGED: Final = 20  # steps whose divergence is averaged for the outcome
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The improved factors, how many steps it took, and the mean KL divergence in nats over the first and the last steps."""
+
+    factors: TrainedFactors
+    steps: int
+    first_divergence: float
+    last_divergence: float
+    reused: bool
+
+
+@dataclass
+class _Progress:
+    seconds: float
+    divergences: list[float]
+
+
+def recover(
+    teacher: Any,
+    student: Any,
+    ranks: Sequence[tuple[Group, int]],
+    source: FactorSource,
+    windows: torch.Tensor,
+    folder: Path,
+    *,
+    seconds: float,
+    seed: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Recovered:
+    """Train the factors for a time; an interrupted run goes on from its last save, at most two minutes back.
+
+    Args:
+        teacher: the dense model.
+        student: a second copy of it; its factorized linears are replaced by trainable factors.
+        ranks: the factorized groups and their ranks.
+        source: the factors to start from.
+        windows: calibration tokens, int64 (sequences, length).
+        folder: private to these inputs.
+        seconds: time to spend, without what an interruption lost.
+        seed: of the order of the text and of the tokens drawn.
+        progress: called with the seconds spent.
+
+    Raises:
+        CalibrationError: the divergence is no longer finite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done = folder / "factors.safetensors"
+    if done.is_file():
+        with safe_open(done, framework="pt") as file:
+            outcome = json.loads(file.metadata()["outcome"])
+        progress(round(seconds))
+        return Recovered(factors=TrainedFactors.from_tensors(load_file(done)), reused=True, **outcome)
+    teacher.requires_grad_(False)
+    trainable = install_trainable(student, ranks, source)
+    device = next(teacher.parameters()).device
+    parameters = [parameter for group in trainable.values() for parameter in group.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, betas=_BETAS, weight_decay=0.0)
+    state = _Progress(seconds=0.0, divergences=[])
+    checkpoint = folder / "state.pt"
+    if checkpoint.is_file():
+        _restore(checkpoint, trainable, optimizer, state)
+    texts = _texts(windows)
+    batch = min(max(1, _BATCH_TOKENS // texts.shape[1]), len(texts))
+    began, saved = time.monotonic() - state.seconds, state.seconds
+    try:
+        while state.seconds < seconds:
+            step = len(state.divergences)
+            rate = min(1.0, (step + 1) / _WARMUP_STEPS) * max(_FLOOR, 1 - state.seconds / seconds)
+            for group in optimizer.param_groups:
+                group["lr"] = _LEARNING_RATE * rate
+            divergence = _backward(teacher, student, _batch(texts, step, batch, seed).to(device), seed + step)
+            if not math.isfinite(divergence):
+                raise CalibrationError(
+                    f"recovery: the divergence is {divergence} after {step} steps; try bfloat16, or leave --recover out"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            state.divergences.append(divergence)
+            state.seconds = time.monotonic() - began
+            progress(round(min(state.seconds, seconds)))
+            if state.seconds - saved > _SAVE_SECONDS:
+                _save(checkpoint, trainable, optimizer, state)
+                saved, began = state.seconds, time.monotonic() - state.seconds  # saving is not training
+    except (KeyboardInterrupt, SystemExit):
+        _save(checkpoint, trainable, optimizer, state)
+        raise
+    factors = TrainedFactors({name: group.factors() for name, group in trainable.items()})
+    tensors = factors.tensors()
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise CalibrationError("recovery: a factor is not finite; leave --recover out")
+    found = state.divergences
+    outcome = {"steps": len(found), "first_divergence": _mean(found[:_AVERAGED]), "last_divergence": _mean(found[-_AVERAGED:])}
+    partial = done.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"outcome": json.dumps(outcome)})
+    os.replace(partial, done)
+    checkpoint.unlink(missing_ok=True)
+    return Recovered(factors=factors, reused=False, **outcome)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def _texts(windows: torch.Tensor) -> torch.Tensor:
+    """Cut windows (sequences, length) into shorter ones; a token that all of them begin with (BOS) begins every piece."""
+    begins = windows[:, :1]
+    head = begins[:1] if len(windows) > 1 and bool((begins == begins[0]).all()) else begins[:1, :0]
+    body = windows[:, head.shape[1] :]
+    length = min(_LENGTH - head.shape[1], body.shape[1])
+    pieces = body[:, : body.shape[1] // length * length].reshape(-1, length)
+    return torch.cat([head.expand(len(pieces), -1), pieces], dim=1)
+
+
+def _batch(texts: torch.Tensor, step: int, batch: int, seed: int) -> torch.Tensor:
+    """Return a step's windows: every text once before any comes again, in another order each time."""
+    per_epoch = len(texts) // batch
+    epoch, index = divmod(step, per_epoch)
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return texts[order[index * batch : (index + 1) * batch]]
+
+
+@torch.enable_grad()
+def _backward(teacher: Any, student: Any, windows: torch.Tensor, seed: int) -> float:
+    """Run one batch forwards and backwards; returns the mean KL divergence of the drawn tokens."""
+    with torch.no_grad():
+        wanted = teacher.base_model(input_ids=windows, use_cache=False).last_hidden_state.flatten(0, 1)
+    hidden = student.base_model(input_ids=windows, use_cache=False).last_hidden_state.flatten(0, 1)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(hidden), generator=generator)[: max(1, int(_TOKEN_SHARE * len(hidden)))].to(hidden.device)
+    gradient = torch.zeros_like(hidden)
+    total = 0.0
+    for rows in torch.split(drawn, _ROWS):
+        divergence, part = _divergence(teacher, student, wanted[rows], hidden.detach()[rows])
+        total += divergence
+        gradient[rows] = part  # not over the number of tokens: Adam does not mind, and float16 would lose it
+    hidden.backward(gradient)
+    return total / len(drawn)
+
+
+def _divergence(teacher: Any, student: Any, wanted: torch.Tensor, hidden: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Return sum KL(teacher || student) over rows of last hidden states (t, width), and its gradient by the student's."""
+    h = hidden.requires_grad_(True)
+    logits = logits_of(student, h)
+    with torch.no_grad():
+        target, found = logits_of(teacher, wanted).log_softmax(-1), logits.log_softmax(-1)
+        p = target.exp()
+        divergence = float((p * (target - found)).sum())
+        by_logits = found.exp_().sub_(p)
+    (gradient,) = torch.autograd.grad(logits, h, by_logits)
+    return divergence, gradient
+
+
+def _save(path: Path, trainable: Mapping[str, TrainableGroup], optimizer: torch.optim.Optimizer, state: _Progress) -> None:
+    groups = {name: group.state_dict() for name, group in trainable.items()}
+    partial = path.with_suffix(".partial")
+    torch.save({"groups": groups, "optimizer": optimizer.state_dict(), "progress": asdict(state)}, partial)
+    os.replace(partial, path)
+
+
+def _restore(path: Path, trainable: Mapping[str, TrainableGroup], optimizer: torch.optim.Optimizer, state: _Progress) -> None:
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    for name, group in trainable.items():
+        group.load_state_dict(saved["groups"][name])
+    optimizer.load_state_dict(saved["optimizer"])
+    state.seconds, state.divergences = saved["progress"]["seconds"], list(saved["progress"]["divergences"])
