@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.artifacts.store import write_json
 from lrserve.errors import InfeasibleTargetError, InputError
 
 _FORMAT_VERSION = 1
@@ -180,7 +180,6 @@ def _read(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _write(path: Path, inputs: Mapping[str, Any], generation: int, plan: RankPlan, value: float) -> None:
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     data = {
         "format_version": _FORMAT_VERSION,
         "inputs": inputs,
@@ -188,5 +187,4 @@ def _write(path: Path, inputs: Mapping[str, Any], generation: int, plan: RankPla
         "value": value if math.isfinite(value) else None,
         "ranks": dict(plan.ranks),
     }
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, data)

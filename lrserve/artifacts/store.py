@@ -11,11 +11,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from lrserve.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -49,11 +52,29 @@ def _flush(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON to a temporary neighbour and rename it into place."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary neighbour to write to, and rename it into the place of `path` once it is written; remove it otherwise."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with whole(path) as partial:
+        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    with whole(path) as partial:
+        save_file(dict(tensors), partial, metadata=None if metadata is None else dict(metadata))
 
 
 def fingerprint(data: Any) -> str:

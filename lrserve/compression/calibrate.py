@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from lrserve.artifacts.store import write_tensors
 from lrserve.compression.covariance import Covariance, CovarianceAccumulator
 from lrserve.compression.groups import Group, family_of
 from lrserve.errors import CalibrationError
@@ -243,9 +243,7 @@ def _publish(path: Path, statistics: dict[str, Covariance]) -> None:
         for field in _FIELDS:
             value = getattr(covariance, field).cpu()
             tensors[f"{name}.{field}"] = value.float() if value.is_floating_point() else value
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    os.replace(partial, path)
+    write_tensors(path, tensors)
 
 
 def read_statistics(folder: Path, group: Group) -> Covariance:

@@ -13,7 +13,6 @@ Memory: the model, the activations of one batch, and 4 bytes per entry of every 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,8 +20,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from lrserve.artifacts.store import write_tensors
 from lrserve.compression.covariance import exact_products
 from lrserve.compression.factorize import Side
 from lrserve.compression.groups import Group
@@ -124,10 +124,8 @@ def collect_gradients(
                     raise CalibrationError(
                         "a gradient is not finite; calibrate in bfloat16 or float32, or set factorization.fisher to []"
                     )
-                partial = path.with_suffix(".partial")
                 metadata = {"windows": str(done), "tokens": str(done * length)}
-                save_file({name: moment.sum.cpu() for name, moment in moments.items()}, partial, metadata=metadata)
-                os.replace(partial, path)
+                write_tensors(path, {name: moment.sum.cpu() for name, moment in moments.items()}, metadata)
                 published = done
             progress(done)
     return reused

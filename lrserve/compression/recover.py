@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,8 +23,9 @@ from typing import Any, Final
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from lrserve.artifacts.store import whole, write_tensors
 from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group
 from lrserve.compression.logits import logits_of
@@ -136,9 +136,7 @@ def recover(
         raise CalibrationError("recovery: a factor is not finite; leave --recover out")
     found = state.divergences
     outcome = {"steps": len(found), "first_divergence": _mean(found[:_AVERAGED]), "last_divergence": _mean(found[-_AVERAGED:])}
-    partial = done.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"outcome": json.dumps(outcome)})
-    os.replace(partial, done)
+    write_tensors(done, tensors, {"outcome": json.dumps(outcome)})
     checkpoint.unlink(missing_ok=True)
     return Recovered(factors=factors, reused=False, **outcome)
 
@@ -198,9 +196,8 @@ def _divergence(teacher: Any, student: Any, wanted: torch.Tensor, hidden: torch.
 
 def _save(path: Path, trainable: Mapping[str, TrainableGroup], optimizer: torch.optim.Optimizer, state: _Progress) -> None:
     groups = {name: group.state_dict() for name, group in trainable.items()}
-    partial = path.with_suffix(".partial")
-    torch.save({"groups": groups, "optimizer": optimizer.state_dict(), "progress": asdict(state)}, partial)
-    os.replace(partial, path)
+    with whole(path) as partial:
+        torch.save({"groups": groups, "optimizer": optimizer.state_dict(), "progress": asdict(state)}, partial)
 
 
 def _restore(path: Path, trainable: Mapping[str, TrainableGroup], optimizer: torch.optim.Optimizer, state: _Progress) -> None:

@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from lrserve.artifacts.store import write_tensors
 from lrserve.compression.calibrate import Intercepted, Rehearsal, embed, memory_map, resume_at, run_block, states_path
 from lrserve.compression.covariance import CovarianceAccumulator, exact_products
 from lrserve.compression.factorize import Factors, FactorSource
@@ -212,9 +213,7 @@ def walk(
                 raise CalibrationError(f"{name} is not finite; keep this group dense, or give more calibration text")
         _take_through(compressed, block, before[1], after[1])
         os.replace(partial, states_path(folder, index + 1))
-        part = paths[index].with_suffix(".partial")
-        save_file(tensors, part)
-        os.replace(part, paths[index])
+        write_tensors(paths[index], tensors)
         states_path(folder, index).unlink()
         progress(index + 1)
     states_path(folder, blocks).unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from lrserve.artifacts.store import write_tensors
 from lrserve.compression.calibrate import read_statistics
 from lrserve.compression.factorize import Factors, FactorSource, GradientOf, Spectrum, factorize
 from lrserve.compression.groups import Group, Structure
@@ -82,9 +81,7 @@ def write_spectra(
                 spectrum = decompose(group, weight.cpu(), None if bias is None else bias.cpu())
                 for field in _FIELDS:
                     tensors[f"{group.name}.{field}"] = getattr(spectrum, field).float().contiguous()
-            partial = path.with_suffix(".partial")
-            save_file(tensors, partial)
-            os.replace(partial, path)
+            write_tensors(path, tensors)
         progress(done)
 
 

@@ -16,7 +16,7 @@ from typing import Final
 
 import yaml
 
-from lrserve.artifacts.store import file_sha256
+from lrserve.artifacts.store import file_sha256, whole
 from lrserve.errors import InputError
 from lrserve.inputs.source import cache_folder
 
@@ -107,9 +107,8 @@ def _mixed(first: list[str], second: list[str]) -> list[str]:
 
 
 def _write(path: Path, texts: list[str]) -> None:
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
 
 
 def demo_recipe() -> Path:
@@ -125,9 +124,8 @@ def demo_recipe() -> Path:
         "engine": {"enforce_eager": True},
     }
     path = cache_folder() / "demo" / "recipe.yaml"
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
 
 

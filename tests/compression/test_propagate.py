@@ -215,26 +215,26 @@ def test_an_interrupted_walk_resumes_with_the_same_result(where: str, tmp_path: 
         if (group.layer, group.kind) == (2, "down"):
             raise Interrupted
 
-    def fail_to_save(tensors: Any, path: Path) -> None:
+    def fail_to_save(path: Path, tensors: Any) -> None:
         if "00002" in path.name:
             raise Interrupted
-        save(tensors, path)
+        save(path, tensors)
 
     def fail_behind(done: int) -> None:
         if done == 2:
             raise Interrupted
 
     options: dict[str, Any] = {}
-    save = sequential.save_file
+    save = sequential.write_tensors
     if where == "while a group is solved":
         options["gradient"] = fail_at_down
     elif where == "before a block is published":
-        monkeypatch.setattr(sequential, "save_file", fail_to_save)
+        monkeypatch.setattr(sequential, "write_tensors", fail_to_save)
     else:
         options["progress"] = fail_behind
     with pytest.raises(Interrupted):
         run(model, ranks, folder, **options)
-    monkeypatch.setattr(sequential, "save_file", save)
+    monkeypatch.setattr(sequential, "write_tensors", save)
     steps: list[int] = []
     assert same(run(model, ranks, folder, progress=steps.append), whole)
     assert steps == [2, 3, 4]

@@ -155,17 +155,17 @@ def test_an_interrupted_refinement_resumes_with_the_same_result(
     source = plain_factors(model, ranks, windows(), tmp_path / "plain")
     options: dict[str, Any] = {"batch_tokens": BATCH} | ({"steps": 4} if method is refine_adam else {})
     whole = method(model, ranks, source, windows(), tmp_path / "whole", **options)
-    save = sequential.save_file
+    save = sequential.write_tensors
 
-    def fail_at_the_second(tensors: Any, path: Path) -> None:
+    def fail_at_the_second(path: Path, tensors: Any) -> None:
         if "00001" in path.name:
             raise Interrupted
-        save(tensors, path)
+        save(path, tensors)
 
-    monkeypatch.setattr(sequential, "save_file", fail_at_the_second)
+    monkeypatch.setattr(sequential, "write_tensors", fail_at_the_second)
     with pytest.raises(Interrupted):
         method(model, ranks, source, windows(), tmp_path / "cut", **options)
-    monkeypatch.setattr(sequential, "save_file", save)
+    monkeypatch.setattr(sequential, "write_tensors", save)
     steps: list[int] = []
     resumed = method(model, ranks, source, windows(), tmp_path / "cut", **options, progress=steps.append)
     assert same(resumed, whole)
