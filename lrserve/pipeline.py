@@ -20,10 +20,12 @@ from lrserve.artifacts.work import WorkFolder, differences, work_folder
 from lrserve.compression.calibrate import calibrate
 from lrserve.compression.factorize import FactorSource, GradientOf
 from lrserve.compression.gradients import GradientStore, collect_gradients
-from lrserve.compression.propagate import propagate
+from lrserve.compression.propagate import propagation
 from lrserve.compression.recover import recover
-from lrserve.compression.refine import refine_adam, refine_closed_form
+from lrserve.compression.refine import adam, closed_form
+from lrserve.compression.sequential import Step, walk
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
+from lrserve.compression.training import TrainedFactors
 from lrserve.errors import ArtifactError, InputError
 from lrserve.evidence import collect_metrics, prove_agreement, report_perplexity, validate_improved, write_evidence
 from lrserve.job import Job, Say, open_job, progress_bar, reused, tensor_sha256
@@ -101,6 +103,8 @@ def compress_and_export(
         plan = tuned.chosen.candidate.plan
         factors, improved = improve_factors(job, plan, store, gradient_reader(job, gradients), folder)
         validation = validate_improved(job, tuned, factors) if improved else tuned.chosen.candidate.perplexity
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # engines are to come
         with staged(out, replace=overwrite) as staging:
             model = job.compressed_model(plan, factors)
             _export(job, model, exporters, staging)
@@ -258,24 +262,21 @@ def improve_factors(
     batch = job.recipe.calibration.batch_tokens
     identity: dict[str, Any] = {"spectra": store.folder.name, "plan": fingerprint(plan.key()), "seed": seed}
     model = job.source.load(job.dtype)
+
+    def walked(name: str, step: Step) -> TrainedFactors:
+        stage = folder.stage(name, identity)
+        with progress_bar(job.layers, f"5/6 {name}") as progress:
+            return walk(model, ranks, windows, stage, step, batch_tokens=batch, progress=progress)
+
     if settings.propagate:
         identity |= {"propagate": tensor_sha256(windows)}
-        stage = folder.stage("propagate", identity)
-        with progress_bar(job.layers, "5/6 propagate") as progress:
-            factors = propagate(model, ranks, windows, stage, gradient=gradient, batch_tokens=batch, progress=progress)
+        factors = walked("propagate", propagation(gradient))
         job.say(f"5/6 propagate: factors of {len(ranks)} groups for their compressed inputs")
         done["propagate"] = windows.numel()
     if settings.refine != "none":
         steps = settings.refine_steps if settings.refine == "adam" else 0
         identity |= {"refine": tensor_sha256(windows), "steps": steps, "batch_tokens": batch if steps else None}
-        stage = folder.stage("refine", identity)
-        with progress_bar(job.layers, "5/6 refine") as progress:
-            if steps:
-                factors = refine_adam(
-                    model, ranks, factors, windows, stage, steps=steps, seed=seed, batch_tokens=batch, progress=progress
-                )
-            else:
-                factors = refine_closed_form(model, ranks, factors, windows, stage, batch_tokens=batch, progress=progress)
+        factors = walked("refine", adam(factors, steps=steps, seed=seed) if steps else closed_form(factors))
         job.say(f"5/6 refine: factors of {len(ranks)} groups, {settings.refine.replace('_', ' ')}")
         done["refine"] = {"method": settings.refine, "tokens": windows.numel(), "steps": steps}
     if settings.recover_minutes:
@@ -294,10 +295,6 @@ def improve_factors(
             "steps": outcome.steps,
             "divergence": [outcome.first_divergence, outcome.last_divergence],
         }
-        del student
-    del model
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # engines are to come
     return factors, done
 
 

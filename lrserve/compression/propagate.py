@@ -16,17 +16,13 @@ fitted on the calibration tokens and has n^2 coefficients, so with few tokens pe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from lrserve.compression.factorize import Factors, GradientOf, Side, Spectrum, factorize
 from lrserve.compression.groups import Group
-from lrserve.compression.sequential import PairedCovariance, group_by_group, walk
-from lrserve.compression.training import TrainedFactors
+from lrserve.compression.sequential import PairedCovariance, Step, group_by_group
 
 
 def compensation(pairs: PairedCovariance, damping: float, strength: float) -> torch.Tensor:
@@ -71,37 +67,20 @@ def factorize_compensated(
     return replace(spectrum, offset=W.double() @ pairs.mu)
 
 
-def propagate(
-    model: Any,
-    ranks: Sequence[tuple[Group, int]],
-    windows: torch.Tensor,
-    folder: Path,
-    *,
-    gradient: GradientOf = lambda group: None,
-    damping: float = 1e-2,
-    strength: float = 1.0,
-    batch_tokens: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> TrainedFactors:
-    """Find the factors of a plan anew, group by group in the order of the forward pass, each for its compressed inputs.
+def propagation(gradient: GradientOf = lambda group: None, *, damping: float = 1e-2, strength: float = 1.0) -> Step:
+    """Return the step of a `walk` that finds every group's factors anew, each for its compressed inputs.
 
     Args:
-        model: the dense model; its parameters' `requires_grad` is switched off.
-        ranks: the factorized groups with their ranks, in layer order (`RankPlan.factorized`).
-        windows: calibration tokens, int64 (sequences, length).
-        folder: private to these arguments; an interrupted run resumes from it.
         gradient: a group's gradient moment (`GradientStore.read`), or None to weigh its outputs alike.
         damping: positive, in units of the mean variance of the group's compressed inputs.
         strength: 1 compensates in full, 0 not at all.
-        batch_tokens: tokens in one forward pass of a block, rounded down to whole sequences.
-        progress: called with the number of blocks that are done.
 
-    Raises:
-        CalibrationError: activations, gradients or factors that are not finite.
+    Raises, when it is taken:
+        CalibrationError: gradients that are not finite.
         ValueError: damping, strength or a rank out of range.
     """
 
     def solve(group: Group, rank: int, W: torch.Tensor, beta: torch.Tensor, pairs: PairedCovariance) -> Factors:
         return factorize_compensated(W, beta, pairs, gradient(group), damping=damping, strength=strength).cut(rank)
 
-    return walk(model, ranks, windows, folder, group_by_group(solve), batch_tokens=batch_tokens, progress=progress)
+    return group_by_group(solve)

@@ -5,14 +5,14 @@ Notation, besides that of sequential.py (x, x^, mu, mu^, G, H)
     y (t, m)       W x + beta, the outputs that the dense model has there
     S (r, r)       covariance of z = A H A^T;  Y (m, r) covariance of y with z = W G A^T
 
-`refine_closed_form` keeps A and solves for B and b, group by group (the layer-wise closed-form update of the early versions of
+`closed_form` keeps A and solves for B and b, group by group (the layer-wise closed-form update of the early versions of
 SVD-LLM, arXiv 2403.07378; later ones fine-tune instead):
     B' = (Y + d B) (S + d I)^-1,   b' = beta + W mu - B' A mu^,   d = damping times the mean of S's diagonal
 It is the least-squares answer under any output weighting, for each output has its own row of B'. The ridge pulls towards the
 present B and not towards zero: E|y - B' z - b'|^2 + d |B' - B|^2 is minimal, so the error on these tokens never grows, and where z
 does not vary B stays.
 
-`refine_adam` trains all factors of a block together, through its attention and its activation function, by Adam (arXiv 1412.6980):
+`adam` trains all factors of a block together, through its attention and its activation function, by Adam (arXiv 1412.6980):
     loss = mean over tokens of |h - h^|^2 / |h|^2
 with h and h^ (hidden,) the block's outputs in the dense and in the compressed model. Each token counts by its own power, or the few
 with massive activations would be all that is learnt.
@@ -21,18 +21,16 @@ with massive activations would be all that is learnt.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
 from lrserve.compression.calibrate import run_block
 from lrserve.compression.factorize import Factors, FactorSource
 from lrserve.compression.groups import Group
-from lrserve.compression.sequential import Block, PairedCovariance, group_by_group, walk
+from lrserve.compression.sequential import Block, PairedCovariance, Step, group_by_group
 from lrserve.compression.structure import structured
-from lrserve.compression.training import TrainableGroup, TrainedFactors
+from lrserve.compression.training import TrainableGroup
 from lrserve.errors import CalibrationError
 
 _WARM_UP = 0.1  # share of the steps: Adam's first ones are of full size whatever the gradient
@@ -63,69 +61,34 @@ def refit(factors: Factors, W: torch.Tensor, beta: torch.Tensor, pairs: PairedCo
     return Factors(A=A, B=B, b=beta + W @ pairs.mu - B @ (A @ pairs.mu_hat))
 
 
-def refine_closed_form(
-    model: Any,
-    ranks: Sequence[tuple[Group, int]],
-    source: FactorSource,
-    windows: torch.Tensor,
-    folder: Path,
-    *,
-    damping: float = 1e-4,
-    batch_tokens: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> TrainedFactors:
-    """Solve for B and b of every group, in the order of the forward pass; A stays what it spans.
+def closed_form(source: FactorSource, *, damping: float = 1e-4) -> Step:
+    """Return the step of a `walk` that solves for B and b of every group; A stays what it spans.
 
     Args:
-        model: the dense model; its parameters' `requires_grad` is switched off.
-        ranks: the factorized groups with their ranks, in layer order (`RankPlan.factorized`).
         source: the factors to start from.
-        windows: calibration tokens, int64 (sequences, length).
-        folder: private to these arguments; an interrupted run resumes from it.
         damping: positive, in units of the mean variance of z.
-        batch_tokens: tokens in one forward pass of a block, rounded down to whole sequences.
-        progress: called with the number of blocks that are done.
 
-    Raises:
-        CalibrationError: activations or factors that are not finite.
+    Raises, when it is taken:
         ValueError: a damping that is not positive.
     """
 
     def solve(group: Group, rank: int, W: torch.Tensor, beta: torch.Tensor, pairs: PairedCovariance) -> Factors:
         return refit(structured(source.cut(group.name, rank), "low_rank"), W, beta, pairs, damping)
 
-    return walk(model, ranks, windows, folder, group_by_group(solve), batch_tokens=batch_tokens, progress=progress)
+    return group_by_group(solve)
 
 
-def refine_adam(
-    model: Any,
-    ranks: Sequence[tuple[Group, int]],
-    source: FactorSource,
-    windows: torch.Tensor,
-    folder: Path,
-    *,
-    steps: int = 50,
-    learning_rate: float = 3e-4,
-    seed: int = 0,
-    batch_tokens: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> TrainedFactors:
-    """Train the factors of one block after the other; the learning rate warms up and decays as a cosine.
+def adam(source: FactorSource, *, steps: int = 50, learning_rate: float = 3e-4, seed: int = 0) -> Step:
+    """Return the step of a `walk` that trains a block's factors; the learning rate warms up and decays as a cosine.
 
     Args:
-        model: the dense model; its parameters' `requires_grad` is switched off.
-        ranks: the factorized groups with their ranks, in layer order (`RankPlan.factorized`).
         source: the factors to start from.
-        windows: calibration tokens, int64 (sequences, length).
-        folder: private to these arguments; an interrupted run resumes from it.
-        steps: optimizer steps in each block, at least one.
+        steps: optimizer steps in each block, at least one, each on one batch of the walk.
         learning_rate: its largest value.
         seed: of the order of the windows, which is another one in each block.
-        batch_tokens: tokens in one step and in one forward pass of a block, rounded down to whole sequences.
-        progress: called with the number of blocks that are done.
 
-    Raises:
-        CalibrationError: activations, a loss or factors that are not finite.
+    Raises, when it is taken:
+        CalibrationError: a loss that is not finite.
     """
 
     def step(block: Block) -> dict[str, TrainableGroup]:
@@ -133,7 +96,7 @@ def refine_adam(
         parameters = [parameter for group in trainable.values() for parameter in group.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _rate(done, steps))
-        batches = _batches(len(windows), block.batch, seed * 1_000_003 + block.index)
+        batches = _batches(len(block.dense_inputs), block.batch, seed * 1_000_003 + block.index)
         for _ in range(steps):
             loss = _loss(block, next(batches))
             if not torch.isfinite(loss):
@@ -144,7 +107,7 @@ def refine_adam(
             schedule.step()
         return trainable
 
-    return walk(model, ranks, windows, folder, step, batch_tokens=batch_tokens, progress=progress)
+    return step
 
 
 def _rate(done: int, steps: int) -> float:

@@ -7,31 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from blockwise import inputs_of
 from tiny import FAMILIES_TESTED, VOCABULARY, dense_model
 
 from lrserve.compression import calibrate as calibration
 from lrserve.compression.calibrate import calibrate, read_statistics, statistics_path
-from lrserve.compression.groups import Group, find_groups
+from lrserve.compression.groups import find_groups
 
 
 def windows(count: int = 6, length: int = 10) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0))
-
-
-def reference(model: Any, groups: list[Group], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Every group's inputs over all tokens, in double precision: (tokens, n)."""
-    seen: dict[str, torch.Tensor] = {}
-    hooks = [
-        model.get_submodule(group.members[0]).register_forward_pre_hook(
-            lambda _, inputs, name=group.name: seen.__setitem__(name, inputs[0].flatten(0, 1).double())
-        )
-        for group in groups
-    ]
-    with torch.inference_mode():
-        model(input_ids=tokens)
-    for hook in hooks:
-        hook.remove()
-    return seen
 
 
 @pytest.mark.parametrize("architecture", FAMILIES_TESTED)
@@ -40,7 +25,7 @@ def test_statistics_equal_those_of_the_whole_model(architecture: str, tmp_path: 
     groups = find_groups(model)
     tokens = windows()
     calibrate(model, groups, tokens, tmp_path, pool_sequences=6, batch_tokens=20)
-    for name, x in reference(model, groups, tokens).items():
+    for name, x in inputs_of(model, groups, tokens).items():
         found = read_statistics(tmp_path, next(g for g in groups if g.name == name))
         torch.testing.assert_close(found.C.double(), x.T.cov(), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(found.mu.double(), x.mean(0), rtol=1e-3, atol=1e-4)
@@ -55,7 +40,7 @@ def test_pools_that_do_not_fill_a_batch(tmp_path: Path) -> None:
     found = read_statistics(tmp_path, groups[0])
     assert (found.tokens, found.pools) == (70, 3)
     assert found.pool_tokens.tolist() == [30, 30, 10]
-    for name, x in reference(model, groups, windows(7)).items():
+    for name, x in inputs_of(model, groups, windows(7)).items():
         found = read_statistics(tmp_path, next(g for g in groups if g.name == name))
         torch.testing.assert_close(found.pool_means.double(), torch.stack([p.mean(0) for p in x.split(30)]), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(found.total().C, x.T.cov(), rtol=1e-3, atol=1e-4)

@@ -16,8 +16,8 @@ from tiny import FAMILIES_TESTED, dense_model
 from lrserve.compression import sequential
 from lrserve.compression.factorize import factorize
 from lrserve.compression.groups import Group, find_groups
-from lrserve.compression.propagate import factorize_compensated, propagate
-from lrserve.compression.sequential import PairedAccumulator, PairedCovariance
+from lrserve.compression.propagate import factorize_compensated, propagation
+from lrserve.compression.sequential import PairedAccumulator, PairedCovariance, walk
 from lrserve.compression.spectra import stacked_weight
 from lrserve.compression.training import TrainedFactors
 from lrserve.errors import CalibrationError
@@ -116,7 +116,9 @@ def test_full_strength_is_full_and_options_out_of_range_are_refused() -> None:
 
 
 def run(model: Any, ranks: Ranks, folder: Path, tokens: torch.Tensor | None = None, **options: Any) -> TrainedFactors:
-    return propagate(model, ranks, windows() if tokens is None else tokens, folder, **{"batch_tokens": BATCH, **options})
+    how = {name: options.pop(name) for name in ("gradient", "damping", "strength") if name in options}
+    tokens = windows() if tokens is None else tokens
+    return walk(model, ranks, tokens, folder, propagation(**how), **{"batch_tokens": BATCH, **options})
 
 
 def features_of_the_compressed_inputs(model: Any, ranks: Ranks, tokens: torch.Tensor) -> TrainedFactors:

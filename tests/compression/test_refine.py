@@ -8,21 +8,36 @@ from typing import Any
 
 import pytest
 import torch
-from blockwise import compressed_copy, error, finite, inputs_of, outputs, plain_factors, same, strong_plan, windows
+from blockwise import Ranks, compressed_copy, error, finite, inputs_of, outputs, plain_factors, same, strong_plan, windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES_TESTED, dense_model
 
 from lrserve.compression import sequential
-from lrserve.compression.factorize import Factors
+from lrserve.compression.factorize import Factors, FactorSource
 from lrserve.compression.groups import find_groups
-from lrserve.compression.refine import refine_adam, refine_closed_form, refit
-from lrserve.compression.sequential import PairedAccumulator
+from lrserve.compression.refine import adam, closed_form, refit
+from lrserve.compression.sequential import PairedAccumulator, walk
 from lrserve.compression.spectra import stacked_weight
 from lrserve.compression.training import TrainedFactors
 from lrserve.errors import CalibrationError
 
 BATCH = 5 * 12  # five windows, so the last batch is not full
+
+
+def refine_closed_form(
+    model: Any, ranks: Ranks, source: FactorSource, tokens: torch.Tensor, folder: Path, **walking: Any
+) -> TrainedFactors:
+    return walk(model, ranks, tokens, folder, closed_form(source), **walking)
+
+
+def refine_adam(
+    model: Any, ranks: Ranks, source: FactorSource, tokens: torch.Tensor, folder: Path, **options: Any
+) -> TrainedFactors:
+    how = {name: options.pop(name) for name in ("steps", "learning_rate", "seed") if name in options}
+    return walk(model, ranks, tokens, folder, adam(source, **how), **options)
+
+
 METHODS = [refine_closed_form, refine_adam]
 
 
