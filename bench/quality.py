@@ -19,7 +19,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -35,16 +35,16 @@ from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.quality import Divergence, Reference, perplexity
 from lrserve.allocation.search import SearchSpace, run_study
 from lrserve.artifacts.card import table
-from lrserve.artifacts.store import fingerprint, write_json
+from lrserve.artifacts.store import write_json
 from lrserve.artifacts.work import WorkFolder, work_folder
 from lrserve.compression.baselines import BASELINES
 from lrserve.compression.calibrate import read_statistics
 from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group, Structure, separate
-from lrserve.compression.spectra import Decompose, MergedRanks, SpectrumStore, compress_model, features, write_spectra
+from lrserve.compression.spectra import Decompose, MergedRanks, SpectrumStore, features, write_spectra
 from lrserve.inputs.demo import demo_recipe, demo_texts
 from lrserve.inputs.text import read_documents, token_windows
-from lrserve.job import Job, open_job
+from lrserve.job import Job, first_tokens, open_job, tensor_sha256
 from lrserve.pipeline import backpropagate, calibrate_blocks, gradient_reader, improve_factors
 from lrserve.recipe import Recipe, Target
 from lrserve.tuning import probe_groups
@@ -53,8 +53,6 @@ RATIOS = (0.2, 0.4, 0.6)
 TRIALS = 50  # of Bolaco's search, as in the paper
 GENERATIONS, OFFSPRING = 25, 4  # of the evolutionary allocator
 STEP = 16
-
-
 PROBING = ("probed", "loss_aware", "searched", "evolution")  # allocators that look at the probes
 
 
@@ -186,71 +184,56 @@ class Bench:
             return allocate.uniform(fit, budget)
         if row.allocator == "lord":
             return lord_plan(groups, budget, STEP)
+        seed, validation = self.job.recipe.seed, self.job.windows["validation"]
         if row.allocator.startswith("bolaco"):
-            merged = MergedRanks(self.model, groups, store)
-            validation = self.job.windows["validation"][:4]
-
-            def evaluate(plan: RankPlan) -> float:
-                merged.apply(dict(plan.ranks))
-                return perplexity(merged.model, validation)
-
-            try:
-                runs = int(row.allocator.partition("-")[2])
-                return bolaco(groups, budget, STEP, runs, TRIALS, evaluate, place / "study.sqlite3", seed=self.job.recipe.seed)
-            finally:
-                merged.apply({})
+            runs = int(row.allocator.partition("-")[2])
+            with self.judged(groups, store, lambda: perplexity(self.model, validation[:4])) as evaluate:
+                return bolaco(groups, budget, STEP, runs, TRIALS, evaluate, place / "study.sqlite3", seed=seed)
         errors = store.errors()
         if row.allocator == "greedy":
             return allocate.least_loss(fit, allocate.greedy(errors), budget)
         if row.allocator == "fisher":
             return allocate.least_loss(fit, allocate.fisher(errors), budget)
-        probed = allocate.probed(errors, self.probes(row.factors, row.structure))
-        if row.allocator == "probed":
-            return allocate.least_loss(fit, probed, budget)
-        without = row.factors.removeprefix("fisher-but-")
-        fisher = allocate.fisher(errors, {group.name: probed[group.name] for group in groups if group.kind == without})
-        start = allocate.least_loss(fit, allocate.loss_aware(probed, fisher), budget)
-        if row.allocator == "loss_aware":
-            return start
+        without, two_sided = row.factors.removeprefix("fisher-but-"), row.factors.startswith("fisher")
+        weighted = {group.name for group in groups if two_sided and group.kind != without}
+        losses = allocate.estimates(errors, self.probes(row.factors, row.structure), weighted)
+        if row.allocator in losses:
+            return allocate.least_loss(fit, losses[row.allocator], budget)
         if row.allocator == "searched":
-            fisher_only = allocate.fisher(errors)
-            losses = {
-                "loss_aware": allocate.loss_aware(probed, fisher_only),
-                "probed": probed,
-                "fisher": fisher_only,
-                "greedy": allocate.greedy(errors),
-            }
             return self.searched(row, store, losses, ratio, place)
+        start = allocate.least_loss(fit, losses["loss_aware"], budget)
+        divergence = Divergence(self.model, validation[:2])
+        with self.judged(groups, store, lambda: divergence(self.model)) as evaluate:
+            state = place / "state.json"
+            return evolve(fit, start, budget, evaluate, state, generations=GENERATIONS, offspring=OFFSPRING, seed=seed)
+
+    @contextmanager
+    def judged(
+        self, groups: Sequence[Group], store: SpectrumStore, measure: Callable[[], float]
+    ) -> Iterator[Callable[[RankPlan], float]]:
+        """Yield what measures the model under a plan; the model is dense again afterwards."""
         merged = MergedRanks(self.model, groups, store)
-        divergence = Divergence(self.model, self.job.windows["validation"][:2])
-
-        def diverge(plan: RankPlan) -> float:
-            merged.apply(dict(plan.ranks))
-            return divergence(merged.model)
-
-        try:
-            state, seed = place / "state.json", self.job.recipe.seed
-            return evolve(fit, start, budget, diverge, state, generations=GENERATIONS, offspring=OFFSPRING, seed=seed)
-        finally:
-            merged.apply({})
-
-    def searched(self, row: Row, store: SpectrumStore, losses: dict[str, Any], ratio: float, place: Path) -> RankPlan:
-        """Return the plan of least perplexity of the pipeline's search, to which all plans are equally fast here."""
-        recipe = self.job.recipe
-        validation = self.job.windows["validation"][: recipe.search.validation_tokens // recipe.search.validation_length]
-        merged = MergedRanks(self.model, self.fused, store)
-        dense = perplexity(self.model, validation)
-        speed: Any = _EqualSpeed()
-        space = SearchSpace(self.fused, Target(ratio=ratio), recipe.search, losses, speed, dense, row.structure)
 
         def evaluate(plan: RankPlan) -> float:
             merged.apply(dict(plan.ranks))
-            return perplexity(merged.model, validation)
+            return measure()
 
         try:
-            trials = run_study(space, evaluate, recipe.search, place / "study.sqlite3", seed=recipe.seed)
+            yield evaluate
         finally:
             merged.apply({})
+
+    def searched(
+        self, row: Row, store: SpectrumStore, losses: Mapping[str, allocate.Losses], ratio: float, place: Path
+    ) -> RankPlan:
+        """Return the plan of least perplexity of the pipeline's search, to which all plans are equally fast here."""
+        recipe = self.job.recipe
+        validation = first_tokens(self.job.windows["validation"], recipe.search.validation_tokens)
+        speed: Any = _EqualSpeed()
+        dense = perplexity(self.model, validation)
+        space = SearchSpace(self.fused, Target(ratio=ratio), recipe.search, losses, speed, dense, row.structure)
+        with self.judged(self.fused, store, lambda: perplexity(self.model, validation)) as evaluate:
+            trials = run_study(space, evaluate, recipe.search, place / "study.sqlite3", seed=recipe.seed)
         return min(trials, key=lambda trial: trial.perplexity).plan
 
     @cache  # noqa: B019
@@ -279,8 +262,8 @@ class Bench:
             **self.job.calibration_inputs(),
             "row": [row.factors, row.allocator, row.structure, dict(row.after)],
             "ratio": ratio,
-            "texts": {name: fingerprint(windows.tolist()) for name, windows in self.texts.items()},
-            "validation": fingerprint(self.job.windows["validation"].tolist()),
+            "texts": {name: tensor_sha256(windows) for name, windows in self.texts.items()},
+            "validation": tensor_sha256(self.job.windows["validation"]),
             "factorization": self.job.recipe.factorization.model_dump(mode="json"),
             "settings": [TRIALS, GENERATIONS, OFFSPRING, STEP, self.job.recipe.seed],
         }
@@ -295,8 +278,7 @@ class Bench:
             source = self.improved(row, plan)
             own = time.monotonic() - began
             groups = self.groups(row.factors)
-            model = self.job.source.load(self.job.dtype)
-            compressed = compress_model(model, plan.factorized(groups), plan.structure, source, self.job.dtype)
+            compressed = self.job.served_model(plan, source, groups)
             result: dict[str, Any] = {"ratio": plan.ratio(groups), "own_seconds": own}
             for domain, reference in self.reference.items():
                 result[domain] = reference(compressed)

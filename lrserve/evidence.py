@@ -18,10 +18,9 @@ from lrserve.allocation.quality import perplexity
 from lrserve.artifacts import card
 from lrserve.artifacts.store import write_json, write_manifest
 from lrserve.compression.factorize import FactorSource
-from lrserve.compression.spectra import compress_model
 from lrserve.errors import AgreementError, InfeasibleTargetError
 from lrserve.inputs.source import Source
-from lrserve.job import Job, progress_bar
+from lrserve.job import Job, first_tokens, progress_bar
 from lrserve.serving.engine import engine_version
 from lrserve.tuning import Tuned
 
@@ -87,8 +86,7 @@ def report_perplexity(job: Job, plan: RankPlan, factors: FactorSource, staging: 
         if (staging / "config.json").is_file():
             model = Source(name="export", path=staging).load(job.dtype)
         else:  # no checkpoint was asked for
-            ranks = plan.factorized(job.groups)
-            model = compress_model(job.source.load(job.dtype), ranks, plan.structure, factors, job.dtype)
+            model = job.served_model(plan, factors)
         compressed = perplexity(model, windows, lambda done: progress(len(windows) + done))
     increase = compressed / dense - 1
     job.say(f"6/6 perplexity on the report text: dense {dense:.2f}, compressed {compressed:.2f} ({increase:+.1%})")
@@ -107,10 +105,9 @@ def validate_improved(job: Job, tuned: Tuned, factors: FactorSource) -> float:
     Raises:
         InfeasibleTargetError: it is beyond the limit that the recipe sets.
     """
-    plan, settings, limit = tuned.chosen.candidate.plan, job.recipe.search, job.recipe.target.max_ppl_increase
-    windows = job.windows["validation"][: max(1, settings.validation_tokens // settings.validation_length)]
-    model = compress_model(job.source.load(job.dtype), plan.factorized(job.groups), plan.structure, factors, job.dtype)
-    found = perplexity(model, windows)
+    limit = job.recipe.target.max_ppl_increase
+    windows = first_tokens(job.windows["validation"], job.recipe.search.validation_tokens)
+    found = perplexity(job.served_model(tuned.chosen.candidate.plan, factors), windows)
     job.say(f"5/6 improved: validation perplexity {tuned.chosen.candidate.perplexity:.2f} to {found:.2f}")
     if limit is not None and not found <= tuned.dense_perplexity * (1 + limit):
         raise InfeasibleTargetError(

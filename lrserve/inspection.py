@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from lrserve.allocation.plan import RankPlan
 from lrserve.artifacts.card import sizes, table
 from lrserve.artifacts.store import MANIFEST, read_manifest, verify_files
 from lrserve.compression.groups import KINDS, Group, find_groups
-from lrserve.compression.lowrank import QUANT_METHOD, GroupSpec, is_permutation, parse_groups
+from lrserve.compression.lowrank import QUANT_METHOD, GroupSpec, is_permutation, parse_groups, stored_tensors
 from lrserve.errors import ArtifactError
 from lrserve.inputs.source import Source, open_source
 
@@ -98,7 +97,7 @@ def verify(out: Path) -> str:
     count = 0
     if entry is not None and not faults:
         specs = parse_groups(entry)
-        shapes, orders = _tensors(out)
+        shapes, orders = stored_tensors(sorted(out.glob("*.safetensors")))
         groups = {group.name: group for group in find_groups(Source(name=str(out), path=out).skeleton())}
         for name, spec in specs.items():
             if name not in groups:
@@ -114,19 +113,6 @@ def verify(out: Path) -> str:
     return (
         f"{out}: {len(files)} files, {size / 1e6:.1f} MB, match the manifest; the factors of {count} groups have the right shapes"
     )
-
-
-def _tensors(out: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.Tensor]]:
-    """Read every tensor's shape, and the identity blocks' orders themselves."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    orders: dict[str, torch.Tensor] = {}
-    for file in sorted(out.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
-                if name.endswith(".A.order"):
-                    orders[name] = tensors.get_tensor(name)
-    return shapes, orders
 
 
 def _group_faults(

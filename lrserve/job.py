@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +71,16 @@ class Job:
         """Build the compressed model in float32 on the CPU, every value rounded to the dtype that it is stored in."""
         model = self.source.load(torch.float32).cpu()
         return compress_model(model, plan.factorized(self.groups), plan.structure, factors, self.dtype)
+
+    def served_model(self, plan: RankPlan, factors: FactorSource, groups: Sequence[Group] | None = None) -> Any:
+        """Build the compressed model as it is served, in its own dtype; `groups` are the plan's, if other than the fused ones."""
+        ranks = plan.factorized(self.groups if groups is None else groups)
+        return compress_model(self.source.load(self.dtype), ranks, plan.structure, factors, self.dtype)
+
+
+def first_tokens(windows: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Return the first of windows (sequences, length) that so many tokens fill; at least one."""
+    return windows[: max(1, tokens // windows.shape[1])]
 
 
 def open_job(recipe: Recipe, say: Say) -> Job:

@@ -28,7 +28,7 @@ from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.compression.training import TrainedFactors
 from lrserve.errors import ArtifactError, InputError
 from lrserve.evidence import collect_metrics, prove_agreement, report_perplexity, validate_improved, write_evidence
-from lrserve.job import Job, Say, open_job, progress_bar, reused, tensor_sha256
+from lrserve.job import Job, Say, first_tokens, open_job, progress_bar, reused, tensor_sha256
 from lrserve.recipe import Recipe
 from lrserve.serving.engine import engine_version
 from lrserve.tuning import tune
@@ -206,7 +206,7 @@ def backpropagate(job: Job, model: Any, folder: WorkFolder) -> GradientStore | N
     if not settings.fisher:
         return None
     calibration = job.windows["calibration"]
-    windows = calibration[: max(1, settings.fisher_tokens // calibration.shape[1])]
+    windows = first_tokens(calibration, settings.fisher_tokens)
     batch = max(1, job.recipe.calibration.batch_tokens // 2)  # activations are kept for the way back
     inputs = {**job.model_inputs(), "windows": tensor_sha256(windows), "seed": job.recipe.seed, "batch_tokens": batch}
     stage = folder.stage("gradients", inputs)
@@ -258,7 +258,7 @@ def improve_factors(
     if not ranks or not (settings.propagate or settings.refine != "none" or settings.recover_minutes):
         return factors, done
     calibration, seed = job.windows["calibration"], job.recipe.seed
-    windows = calibration[: max(1, settings.refine_tokens // calibration.shape[1])]
+    windows = first_tokens(calibration, settings.refine_tokens)
     batch = job.recipe.calibration.batch_tokens
     identity: dict[str, Any] = {"spectra": store.folder.name, "plan": fingerprint(plan.key()), "seed": seed}
     model = job.source.load(job.dtype)

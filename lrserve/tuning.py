@@ -25,7 +25,7 @@ from lrserve.artifacts.store import fingerprint, write_json
 from lrserve.artifacts.work import WorkFolder
 from lrserve.compression.groups import Structure
 from lrserve.compression.spectra import MergedRanks, SpectrumStore
-from lrserve.job import Job, progress_bar, reused, tensor_sha256
+from lrserve.job import Job, first_tokens, progress_bar, reused, tensor_sha256
 from lrserve.serving.engine import engine_version
 from lrserve.serving.loadtest import Comparison, compare, open_engine, read_comparison
 
@@ -87,20 +87,14 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder) -> Tune
 
 
 def _losses(job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFolder) -> tuple[dict[str, allocate.Losses], str]:
-    """Return what each allocator minimises, by its name, best guess first."""
-    errors = store.errors()
+    """Return `allocate.estimates`, and the name of the stage that holds the probes."""
     probes, stage = probe_groups(job, merged, store, folder, job.recipe.structure)
-    probed, greedy = allocate.probed(errors, probes), allocate.greedy(errors)
-    kinds = job.recipe.factorization.fisher
-    if not kinds:
-        return {"probed": probed, "greedy": greedy}, stage
-    fisher = allocate.fisher(errors, {group.name: probed[group.name] for group in job.groups if group.kind not in kinds})
-    return {"loss_aware": allocate.loss_aware(probed, fisher), "probed": probed, "fisher": fisher, "greedy": greedy}, stage
+    weighted = {group.name for group in job.groups if group.kind in job.recipe.factorization.fisher}
+    return allocate.estimates(store.errors(), probes, weighted), stage
 
 
 def _probe_windows(job: Job) -> torch.Tensor:
-    settings = job.recipe.search
-    return job.windows["validation"][: max(1, settings.probe_tokens // settings.validation_length)]
+    return first_tokens(job.windows["validation"], job.recipe.search.probe_tokens)
 
 
 def probe_groups(
@@ -190,9 +184,8 @@ def _latencies(job: Job, folder: WorkFolder) -> tuple[SpeedModel, str]:
 
 def _validate(job: Job, merged: MergedRanks, plan: RankPlan | None) -> float:
     """Perplexity of a plan (None: dense) on the validation text."""
-    settings = job.recipe.search
     merged.apply(dict(plan.ranks) if plan is not None else {})
-    return perplexity(merged.model, job.windows["validation"][: max(1, settings.validation_tokens // settings.validation_length)])
+    return perplexity(merged.model, first_tokens(job.windows["validation"], job.recipe.search.validation_tokens))
 
 
 def _search(

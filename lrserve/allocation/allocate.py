@@ -11,7 +11,7 @@ expected to cause at every rank 0..k. What that loss is, is what tells them apar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -65,6 +65,22 @@ def probed(errors: Losses, probes: Mapping[str, tuple[int | None, float]]) -> di
         at_probe = _SMALLEST if rank is None else max(float(relative[name][rank]), _SMALLEST)
         losses[name] = relative[name] * max(divergence, 0.0) / at_probe
     return losses
+
+
+def estimates(errors: Losses, probes: Mapping[str, tuple[int | None, float]], weighted: Collection[str]) -> dict[str, Losses]:
+    """Return what each allocator minimises, by its name, best guess first.
+
+    Args:
+        errors: per group name the expected error at every rank.
+        probes: as for `probed`.
+        weighted: names of the groups that were factorized two-sided. What was probed stands in for the others in `fisher`; with
+            none there is no `fisher`, and no `loss_aware`.
+    """
+    by_probe, by_error = probed(errors, probes), greedy(errors)
+    if not weighted:
+        return {"probed": by_probe, "greedy": by_error}
+    by_gradient = fisher(errors, {name: loss for name, loss in by_probe.items() if name not in weighted})
+    return {"loss_aware": loss_aware(by_probe, by_gradient), "probed": by_probe, "fisher": by_gradient, "greedy": by_error}
 
 
 def loss_aware(first: Losses, second: Losses) -> dict[str, torch.Tensor]:

@@ -13,7 +13,6 @@ index, so a resumed study is the same study.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import optuna
 
 from lrserve.allocation.allocate import uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.resumable import ask, gp_sampler, open_study
 from lrserve.compression.groups import Group, Structure
 from lrserve.errors import InfeasibleTargetError, InputError
 
@@ -71,10 +71,8 @@ def bolaco(
     names = list(dict.fromkeys(parameter.values()))
     kept = min(max(budget / sum(group.dense_parameters for group in groups), _SHARES[0]), _SHARES[1])
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(study_name="bolaco", storage=f"sqlite:///{path}", direction="minimize", load_if_exists=True)
-    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    first = {name: _ATTENTION_SHARE if name.startswith(("qk", "o")) else kept for name in names}
+    study = open_study("bolaco", path)
     done = [
         (float(trial.value), RankPlan(trial.user_attrs["ranks"], _STRUCTURE))
         for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
@@ -82,11 +80,7 @@ def bolaco(
     seen = {plan.key(): value for value, plan in done}
     while len(done) < trials:
         index = len(done)  # of finished trials, so that failed ones do not shift the sequence
-        study.sampler = _sampler(seed * 1_000_003 + index)
-        # a process that died between enqueueing and asking has left its trial waiting
-        if index == 0 and not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)):
-            study.enqueue_trial({name: _ATTENTION_SHARE if name.startswith(("qk", "o")) else kept for name in names})
-        trial = study.ask()
+        trial = ask(study, gp_sampler(seed * 1_000_003 + index), None if index else first)
         shares = {name: trial.suggest_float(name, *_SHARES) for name in names}
         plan = _whole(groups, fit.fit({name: shares[parameter[name]] for name in parameter}, left).ranks)
         value = seen[plan.key()] if plan.key() in seen else evaluate(plan)
@@ -151,9 +145,3 @@ def _left(groups: Sequence[Group], fixed: Mapping[str, int | None], fit: BudgetF
 def _whole(groups: Sequence[Group], ranks: Mapping[str, int | None]) -> RankPlan:
     """Return a plan for all groups, in their order; those without a rank are dense."""
     return RankPlan({group.name: ranks.get(group.name) for group in groups}, _STRUCTURE)
-
-
-def _sampler(seed: int) -> optuna.samplers.BaseSampler:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.GPSampler(seed=seed, deterministic_objective=True)

@@ -20,9 +20,7 @@ run's seed and the trial's index, so a resumed study goes on as if it had not be
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ import optuna
 
 from lrserve.allocation import allocate
 from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.resumable import ask, gp_sampler, open_study
 from lrserve.allocation.speed import SpeedModel
 from lrserve.compression.groups import KINDS, Group, Structure
 from lrserve.errors import InfeasibleTargetError
@@ -132,7 +131,8 @@ class SearchSpace:
         weights = {g.name: multipliers[g.kind, self._run_of[g.name]] for g in self._groups}
         if base == UNIFORM:
             return self.fit.fit(weights, budget)
-        return self.fit.cheapest_loss({name: (loss * weights[name]).tolist() for name, loss in self._losses[base].items()}, budget)
+        losses = {name: loss * weights[name] for name, loss in self._losses[base].items()}
+        return allocate.least_loss(self.fit, losses, budget)
 
     def speedup(self, plan: RankPlan) -> float:
         """Predict a plan's throughput over dense."""
@@ -156,16 +156,7 @@ class SearchSpace:
 def _sampler(kind: str, seed: int, first: int) -> optuna.samplers.BaseSampler:
     if kind == "tpe":
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=max(6, first))
-    with _experimental():
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=first, deterministic_objective=True)
-
-
-@contextmanager
-def _experimental() -> Iterator[None]:
-    """Use a feature that optuna marks as experimental without telling the user, who cannot do anything about it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield
+    return gp_sampler(seed, first)
 
 
 def run_study(
@@ -189,26 +180,15 @@ def run_study(
         seed: of the samplers.
         progress: called after each trial with the number of finished ones.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name="lrserve",
-        storage=f"sqlite:///{path}",
-        direction="minimize",
-        load_if_exists=True,
-    )
-    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    study = open_study("lrserve", path)
     first = space.first_trials()
     done = _finished(study)
     seen = {evaluated.plan.key(): evaluated for evaluated in done}
     progress(len(done), None)
     while len(done) < search.trials:
         index = len(done)  # of finished trials, so that failed ones do not shift the sequence
-        study.sampler = _sampler(search.sampler, seed * 1_000_003 + index, len(space.bases))
-        # a process that died between enqueueing and asking has left its trial waiting
-        if index < len(first) and not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)):
-            study.enqueue_trial(first[index])
-        trial = study.ask()
+        sampler = _sampler(search.sampler, seed * 1_000_003 + index, len(space.bases))
+        trial = ask(study, sampler, first[index] if index < len(first) else None)
         plan = space.suggest(trial)
         known = seen.get(plan.key())
         value = known.perplexity if known else evaluate(plan)

@@ -59,6 +59,14 @@ FAMILIES: Final[Mapping[str, Family]] = {
 }
 
 
+def factor_entries(m: int, n: int, rank: int, structure: Structure) -> int:
+    """Count the entries of the factors of an (m, n) matrix.
+
+    Two factors have r (m + n), an identity block r (m + n - r): what a matrix of rank r has degrees of freedom.
+    """
+    return rank * (m + n - (rank if structure == "identity_block" else 0))
+
+
 @dataclass(frozen=True)
 class Group:
     """One fused group of one decoder layer.
@@ -92,13 +100,8 @@ class Group:
         return self.m * self.n + self.biases
 
     def parameters(self, rank: int | None, structure: Structure) -> int:
-        """Parameters stored for this group: those of the factors plus m for the bias b; the dense linears' for `None`.
-
-        Two factors have r (m + n), an identity block r (m + n - r): what a matrix of rank r has degrees of freedom.
-        """
-        if rank is None:
-            return self.dense_parameters
-        return rank * (self.m + self.n - (rank if structure == "identity_block" else 0)) + self.m
+        """Parameters stored for this group: those of the factors plus m for the bias b; the dense linears' for `None`."""
+        return self.dense_parameters if rank is None else factor_entries(self.m, self.n, rank, structure) + self.m
 
     @property
     def full_rank(self) -> int:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from lrserve.compression.factorize import Factors
@@ -229,3 +231,16 @@ def load_factors(model: nn.Module, group: Group, factors: Factors, dtype: torch.
             if factors.order is None:
                 raise TypeError(f"{member} is an identity block, the factors are not")
             layer.first.order.copy_(factors.order)
+
+
+def stored_tensors(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.Tensor]]:
+    """Return every tensor's shape, from the headers of safetensors files, and the identity blocks' orders themselves."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    orders: dict[str, torch.Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+                if name.endswith(".A.order"):
+                    orders[name] = file.get_tensor(name)
+    return shapes, orders

@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from vllm.platforms import current_platform
 
+from lrserve.compression.groups import factor_entries
 from lrserve.serving.kernels import Factor, first_factor
 
 _COLD_BYTES: Final = 256 * 2**20
@@ -83,9 +84,7 @@ def _time_batch(entries: Sequence[dict[str, Any]], tokens: Sequence[int], dtype:
 
 def _elements(entry: dict[str, Any]) -> int:
     n, m, rank = entry["n"], entry["m"], entry["rank"]
-    if rank is None:
-        return int(n * m)
-    return int(rank * (n + m - (rank if entry["structure"] == "identity_block" else 0)))
+    return int(n * m if rank is None else factor_entries(m, n, rank, entry["structure"]))
 
 
 def _build(entry: dict[str, Any], dtype: torch.dtype) -> Layer:

@@ -7,12 +7,11 @@ errors, found in the safetensors files before the weights are loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -32,6 +31,7 @@ from lrserve.compression.lowrank import (
     is_permutation,
     parse_groups,
     quantization_config,
+    stored_tensors,
 )
 from lrserve.errors import ArtifactError
 
@@ -102,7 +102,14 @@ def register(auto: object = None) -> None:
 
 def _check_tensors(model: nn.Module, base: str, checkpoint_files: Iterable[str]) -> None:
     """Hold the model against the checkpoint: factors must be there, shapes must fit, orders must be permutations."""
-    stored = _shapes(checkpoint_files)
+    files = [Path(file) for file in checkpoint_files]
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise ArtifactError(f"{file}: an lrserve artifact keeps its tensors in safetensors files only")
+    stored, stored_orders = stored_tensors(files)
+    for name, order in stored_orders.items():
+        if not is_permutation(order):
+            raise ArtifactError(f"{name} is no permutation of the layer's inputs in int32. Export the artifact again")
     factors = set(_factor_names(model))
     missing = []
     orders = ((f"{name}.order", module.order) for name, module in model.named_modules() if isinstance(module, IdentityBlock))
@@ -121,19 +128,6 @@ def _check_tensors(model: nn.Module, base: str, checkpoint_files: Iterable[str])
             f"missing from the checkpoint: {', '.join(missing[:4])}{more}. The artifact is incomplete: run lrserve "
             "verify on it, or export it again"
         )
-
-
-def _shapes(checkpoint_files: Iterable[str]) -> Mapping[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in checkpoint_files:
-        if Path(path).suffix != ".safetensors":
-            raise ArtifactError(f"{path}: an lrserve artifact keeps its tensors in safetensors files only")
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                shapes[key] = tuple(file.get_slice(key).get_shape())
-                if key.endswith(".A.order") and not is_permutation(file.get_tensor(key)):
-                    raise ArtifactError(f"{key} is no permutation of the layer's inputs in int32. Export the artifact again")
-    return shapes
 
 
 def _factor_names(model: nn.Module) -> Iterable[str]:

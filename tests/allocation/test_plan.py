@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrserve.allocation.allocate import fisher, greedy, least_loss, loss_aware, probed, uniform
+from lrserve.allocation.allocate import estimates, fisher, greedy, least_loss, loss_aware, probed, uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan, rank_choices
 from lrserve.compression.groups import STRUCTURES, Group, Structure, separate
 from lrserve.errors import InfeasibleTargetError, InputError
@@ -124,6 +124,10 @@ def test_losses_of_the_allocators() -> None:
     losses = probed(errors, {"a": (1, 0.3), "b": (None, 0.0)})
     assert losses["a"][1] == pytest.approx(0.3)  # through what was measured
     assert losses["a"][0] == pytest.approx(1.2)
+    every = estimates(errors, {"a": (1, 0.3), "b": (1, 0.0)}, {"a"})
+    assert list(every) == ["loss_aware", "probed", "fisher", "greedy"]
+    assert every["fisher"]["b"].tolist() == every["probed"]["b"].tolist()
+    assert list(estimates(errors, {"a": (1, 0.3), "b": (1, 0.0)}, ())) == ["probed", "greedy"]
     mean = loss_aware(losses, fisher(errors))
     assert mean["a"].tolist() == pytest.approx([(1.2 * 2.0) ** 0.5, (0.3 * 0.5) ** 0.5, 0.0])
 
