@@ -3,6 +3,7 @@
     python bench/quality.py                          every row at ratios 0.2, 0.4 and 0.6, on the demo's model and texts
     python bench/quality.py --row default --ratio 0.2
     python bench/quality.py --list
+    python bench/quality.py --rounding --ratio 0.2   what rounding the factors to the serving dtype does to the logits
 
 Rows share the calibration text, its statistics and the seed. A cell holds the perplexity on held-out text of two domains, with
 log(ppl / ppl dense) in brackets, and the mean KL divergence from the dense model on both, in nats per token. Models are measured as
@@ -16,6 +17,7 @@ decomposition, each as long as it took when it was made) and its own allocation 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -41,7 +43,15 @@ from lrserve.compression.baselines import BASELINES
 from lrserve.compression.calibrate import read_statistics
 from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group, Structure, separate
-from lrserve.compression.spectra import Decompose, MergedRanks, SpectrumStore, features, write_spectra
+from lrserve.compression.spectra import (
+    Decompose,
+    MergedRanks,
+    SpectrumStore,
+    compress_model,
+    features,
+    round_parameters,
+    write_spectra,
+)
 from lrserve.inputs.demo import demo_recipe, demo_texts
 from lrserve.inputs.text import read_documents, token_windows
 from lrserve.job import Job, first_tokens, open_job, tensor_sha256
@@ -65,7 +75,7 @@ class Row:
     allocator: str = "uniform"
     structure: Structure = "identity_block"
     after: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the recipe's `factorization` that improve the plan's factors."""
+    """Settings of the recipe's `factorization` that improve the plan's factors, in the order in which they are applied."""
 
 
 ROWS: Mapping[str, Row] = {
@@ -84,17 +94,18 @@ ROWS: Mapping[str, Row] = {
     "fisher-low-rank": Row("two-sided, two factors, loss-aware", "fisher", "loss_aware", structure="low_rank"),
     "fisher-only": Row("two-sided, identity blocks, Fisher allocation", "fisher", "fisher"),
     "fisher-probed": Row("two-sided, identity blocks, probed allocation", "fisher", "probed"),
-    "default": Row("**default**: two-sided, identity blocks, loss-aware", "fisher", "loss_aware"),
-    "without-qkv": Row("default, qkv one-sided", "fisher-but-qkv", "loss_aware"),
-    "without-o": Row("default, o one-sided", "fisher-but-o", "loss_aware"),
-    "without-gate_up": Row("default, gate_up one-sided", "fisher-but-gate_up", "loss_aware"),
-    "without-down": Row("default, down one-sided", "fisher-but-down", "loss_aware"),
-    "searched": Row("default + 24 trials of the search", "fisher", "searched"),
-    "evolution": Row("default + evolutionary level switching", "fisher", "evolution"),
-    "propagate": Row("default + error propagation", "fisher", "loss_aware", after={"propagate": True}),
-    "closed-form": Row("default + closed-form refinement", "fisher", "loss_aware", after={"refine": "closed_form"}),
-    "adam": Row("default + 25 Adam steps a block", "fisher", "loss_aware", after={"refine": "adam"}),
-    "recover": Row("default + `--recover 10`", "fisher", "loss_aware", after={"recover_minutes": 10.0}),
+    "loss-aware": Row("two-sided, identity blocks, loss-aware allocation: the *start*", "fisher", "loss_aware"),
+    "without-qkv": Row("start, qkv one-sided", "fisher-but-qkv", "loss_aware"),
+    "without-o": Row("start, o one-sided", "fisher-but-o", "loss_aware"),
+    "without-gate_up": Row("start, gate_up one-sided", "fisher-but-gate_up", "loss_aware"),
+    "without-down": Row("start, down one-sided", "fisher-but-down", "loss_aware"),
+    "searched": Row("start + 24 trials of the search", "fisher", "searched"),
+    "evolution": Row("start + evolutionary level switching", "fisher", "evolution"),
+    "propagate": Row("start + error propagation", "fisher", "loss_aware", after={"propagate": True}),
+    "closed-form": Row("start + closed-form refinement", "fisher", "loss_aware", after={"refine": "closed_form"}),
+    "adam": Row("start + 25 Adam steps a block", "fisher", "loss_aware", after={"refine": "adam"}),
+    "default": Row("**default**: start + evolution + propagation", "fisher", "evolution", after={"propagate": True}),
+    "recover": Row("default + `--recover 10`", "fisher", "evolution", after={"propagate": True, "recover_minutes": 10.0}),
 }
 
 
@@ -175,9 +186,31 @@ class Bench:
             write_spectra(self.model, groups, decompose, stage)
         return SpectrumStore(stage, groups)
 
-    def plan(self, row: Row, ratio: float, place: Path) -> RankPlan:
-        """Allocate the ranks."""
-        store, groups = self.spectra(row.factors), self.groups(row.factors)
+    def plan(self, row: Row, ratio: float) -> tuple[RankPlan, list[str]]:
+        """Allocate the ranks, or read the plan that another row left; returns it with the names of its timed stages."""
+        name = f"plan-{row.factors}-{row.allocator}-{row.structure}-{ratio}"
+        stages = ["calibrate", f"spectra-{row.factors}", name]
+        store = self.spectra(row.factors)
+        inputs = {
+            "spectra": store.folder.name,
+            "validation": tensor_sha256(self.job.windows["validation"]),
+            "settings": [TRIALS, GENERATIONS, OFFSPRING, STEP, self.job.recipe.seed],
+            "search": self.job.recipe.search.model_dump(mode="json"),
+        }
+        if row.factors.startswith("fisher"):
+            stages.append("gradients")
+        if row.allocator in PROBING:
+            self.probes(row.factors, row.structure)
+            stages.append(f"probe-{row.factors}-{row.structure}")
+        place = self.folder.stage(name, inputs)
+        if not (place / "plan.json").is_file():
+            with self.timed(name):
+                plan = self._allocate(row, ratio, store, place)
+            plan.write(place / "plan.json")
+        return RankPlan.read(place / "plan.json"), stages
+
+    def _allocate(self, row: Row, ratio: float, store: SpectrumStore, place: Path) -> RankPlan:
+        groups = self.groups(row.factors)
         fit = BudgetFit(groups, STEP, row.structure)
         budget = (1 - ratio) * fit.dense_cost
         if row.allocator == "uniform":
@@ -246,14 +279,20 @@ class Bench:
         merged.apply({})
         return found
 
-    def improved(self, row: Row, plan: RankPlan) -> FactorSource:
-        """What comes after the allocation, as the pipeline does it."""
+    def improved(self, row: Row, plan: RankPlan, ratio: float) -> tuple[FactorSource, list[str]]:
+        """Improve the factors as the pipeline does, step by step; returns them with the names of the timed stages."""
         store = self.spectra(row.factors)
-        if not row.after:
-            return store
-        settings = self.job.recipe.factorization.model_copy(update=row.after)
-        job = replace(self.job, recipe=self.job.recipe.model_copy(update={"factorization": settings}))
-        return improve_factors(job, plan, store, gradient_reader(job, self.gradients()), self.folder)[0]
+        factors: FactorSource = store
+        steps: dict[str, Any] = {"propagate": False}  # the recipe's own default is one of the rows
+        stages = []
+        for step, value in row.after.items():
+            steps[step] = value
+            stages.append("-".join(["after", *(f"{k}={v}" for k, v in steps.items()), row.allocator, str(ratio)]))
+            settings = self.job.recipe.factorization.model_copy(update=steps)
+            job = replace(self.job, recipe=self.job.recipe.model_copy(update={"factorization": settings}))
+            with self.timed(stages[-1]):
+                factors = improve_factors(job, plan, store, gradient_reader(job, self.gradients()), self.folder)[0]
+        return factors, stages
 
     def measure(self, name: str, ratio: float) -> dict[str, Any]:
         """Measure one cell, or read it."""
@@ -270,29 +309,45 @@ class Bench:
         place = self.folder.stage(f"row-{name}-{ratio}", inputs)
         path = place / "result.json"
         if not path.is_file():
-            self.spectra(row.factors)
-            if row.allocator in PROBING:
-                self.probes(row.factors, row.structure)
-            began = time.monotonic()
-            plan = self.plan(row, ratio, place)
-            source = self.improved(row, plan)
-            own = time.monotonic() - began
+            plan, before = self.plan(row, ratio)
+            source, after = self.improved(row, plan, ratio)
             groups = self.groups(row.factors)
             compressed = self.job.served_model(plan, source, groups)
-            result: dict[str, Any] = {"ratio": plan.ratio(groups), "own_seconds": own}
+            seconds = sum(self.times().get(stage, 0.0) for stage in before + after)
+            result: dict[str, Any] = {"ratio": plan.ratio(groups), "seconds": seconds}
             for domain, reference in self.reference.items():
                 result[domain] = reference(compressed)
             write_json(path, result)
-        return {"row": name, "asked": ratio, "seconds": self.seconds(row, path), **json.loads(path.read_text(encoding="utf-8"))}
+        return {"row": name, "asked": ratio, **json.loads(path.read_text(encoding="utf-8"))}
 
-    def seconds(self, row: Row, path: Path) -> float:
-        """Seconds of everything that a row's factors needed."""
-        stages = [f"spectra-{row.factors}", "calibrate"]
-        stages += ["gradients"] if row.factors.startswith("fisher") else []
-        stages += [f"probe-{row.factors}-{row.structure}"] if row.allocator in PROBING else []
-        times = self.times()
-        own: float = json.loads(path.read_text(encoding="utf-8"))["own_seconds"]
-        return own + sum(times.get(stage, 0.0) for stage in stages)
+
+@torch.inference_mode()
+def rounding(bench: Bench, ratios: Sequence[float]) -> str:
+    """Compare the loss-aware plans' factors in float32 with the same rounded to the serving dtype, in both structures.
+
+    Everything else is equal: float32 arithmetic, and other weights that are exact in the serving dtype.
+    """
+    lines = []
+    for ratio in ratios:
+        for row in (ROWS["loss-aware"], replace(ROWS["loss-aware"], structure="low_rank")):
+            plan, _ = bench.plan(row, ratio)
+            model = round_parameters(bench.job.source.load(torch.float32), bench.job.dtype)
+            ranks = plan.factorized(bench.fused)
+            exact = compress_model(model, ranks, plan.structure, bench.spectra(row.factors), torch.float32)
+            rounded = round_parameters(copy.deepcopy(exact), bench.job.dtype)
+            for domain, windows in bench.texts.items():
+                reference = Reference(exact, windows)
+                found = reference(rounded)
+                squares = torch.zeros(2, dtype=torch.float64)
+                for window in torch.split(windows, 1):
+                    logits = exact(input_ids=window, use_cache=False).logits
+                    errors = rounded(input_ids=window, use_cache=False).logits.sub_(logits)
+                    squares += torch.stack([errors.square_().mean(), logits.square_().mean()]).double() / len(windows)
+                error, size = squares.sqrt().tolist()
+                increase = math.expm1(found["nll"] - reference.nll)
+                cells = [f"{error:.4f}", f"{size:.2f}", f"{found['divergence']:.1e}", f"{increase:+.2%}"]
+                lines.append([f"{ratio:g}, {row.structure}", domain, *cells])
+    return table(["ratio, structure", "text", "RMS logit error", "RMS logit", "KL, nats", "perplexity"], lines)
 
 
 def render(results: list[dict[str, Any]], dense: Mapping[str, float], ratios: list[float]) -> str:
@@ -328,6 +383,7 @@ def main() -> None:
     parser.add_argument("--row", action="append", choices=ROWS, help="repeatable [default: all]")
     parser.add_argument("--ratio", action="append", type=float, help="repeatable [default: 0.2, 0.4 and 0.6]")
     parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens per domain [default: 8192]")
+    parser.add_argument("--rounding", action="store_true", help="measure what rounding the factors adds, instead of the rows")
     parser.add_argument("--list", action="store_true", help="list the rows")
     arguments = parser.parse_args()
     if arguments.list:
@@ -349,6 +405,9 @@ def main() -> None:
     with work_folder(arguments.work, lambda line: None) as folder:
         bench = Bench(job, folder, texts)
         dense = {name: reference.nll for name, reference in bench.reference.items()}
+        if arguments.rounding:
+            print(rounding(bench, ratios))
+            return
         results: list[dict[str, Any]] = []
         for ratio in ratios:
             for name in arguments.row or ROWS:

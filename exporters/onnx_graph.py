@@ -3,7 +3,7 @@
 Notations. B sequences, S new tokens, T = past + S tokens, H hidden width, K key/value heads of width D, V vocabulary,
 P = max_position_embeddings. Activations are (B, S, H); a linear layer's weight is stored transposed, (in, out), as
 MatMul reads it; the factors of a fused group are one MatMul by A (n, r) and one by B (r, m_i) for each member. An
-identity block's z = x_J + T x_Jc is a Gather by `order`, a Split, a MatMul by T (n - r, r) and an Add.
+identity block's z = x_J + T x_Jc is a Gather by `order` (unless x is ordered), a Split, a MatMul by T (n - r, r) and an Add.
 
 Inputs: input_ids (B, S) and attention_mask (B, T), int64; past_key_values.i.key and .value (B, K, T - S, D), float32.
 Outputs: logits (B, S, V); present.i.key and .value (B, K, T, D), float32.
@@ -245,11 +245,12 @@ class _Builder:
     def interpolate(self, x: Any, block: IdentityBlock, where: str) -> Any:
         """Return x_J + T x_Jc: (B, S, n) -> (B, S, r)."""
         widths = [block.rank, block.weight.shape[1]]
-        order = self.constant(f"{where}.order", block.order.cpu().numpy(), np.int32)
+        if block.order is not None:
+            order = self.constant(f"{where}.order", block.order.cpu().numpy(), np.int32)
+            x = self.node("Gather", [x, order], f"{where}.Gather", axis=-1)
         sizes = self.constant(f"split.{widths[0]}.{widths[1]}", widths, np.int64)
         pivots, others = (self.ir.Value(name=f"{where}.{part}") for part in ("pivots", "others"))
-        reordered = self.node("Gather", [x, order], f"{where}.Gather", axis=-1)
-        self.node("Split", [reordered, sizes], f"{where}.Split", outputs=[pivots, others], axis=-1)
+        self.node("Split", [x, sizes], f"{where}.Split", outputs=[pivots, others], axis=-1)
         product = self.node("MatMul", [others, self.weight(block.weight, where, _transposed)], f"{where}.MatMul")
         return self.node("Add", [product, pivots], f"{where}.Add")
 

@@ -83,7 +83,9 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
         prefix = f"{family.layers}.{index}."
         for names in family.groups.values():
             modules = [model.get_submodule(prefix + member) for member in names.members]
-            kinds = {(module.structure, module.rank) if isinstance(module, LowRankLinear) else None for module in modules}
+            kinds = {
+                (module.structure, module.rank, module.ordered) if isinstance(module, LowRankLinear) else None for module in modules
+            }
             if len(kinds) != 1:
                 found = ", ".join(sorted(f"{kind[0]} of rank {kind[1]}" if kind else "dense" for kind in kinds))
                 raise ArtifactError(
@@ -92,7 +94,7 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
                 )
             if kind := kinds.pop():
                 members = tuple(member.rpartition(".")[2] for member in names.members)
-                groups[prefix + names.fused] = GroupSpec(rank=kind[1], members=members, structure=kind[0])
+                groups[prefix + names.fused] = GroupSpec(rank=kind[1], members=members, structure=kind[0], ordered=kind[2])
     return groups
 
 

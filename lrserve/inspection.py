@@ -43,9 +43,9 @@ class _StoredPlan(RankPlan):
         )
 
     def order_entries(self, groups: Sequence[Group]) -> int:
-        """Entries of the orders of those groups that are identity blocks."""
-        blocks = {name for name, spec in self.specs.items() if spec.structure == "identity_block"}
-        return sum(group.n for group in groups if group.name in blocks)
+        """Entries of the orders of those groups whose inputs are reordered."""
+        reordered = {name for name, spec in self.specs.items() if spec.gathers}
+        return sum(group.n for group in groups if group.name in reordered)
 
 
 def inspect(model: str) -> str:
@@ -122,11 +122,14 @@ def _group_faults(
     wanted: dict[str, tuple[int, ...]] = {f"{group.name}.A.weight": (spec.rank, group.n)}
     faults: list[str] = []
     if spec.structure == "identity_block":
-        wanted = {f"{group.name}.A.weight": (spec.rank, group.n - spec.rank), order: (group.n,)}
+        wanted = {f"{group.name}.A.weight": (spec.rank, group.n - spec.rank)}
+    if spec.gathers:
+        wanted[order] = (group.n,)
         if order in orders and not is_permutation(orders[order]):
             faults.append(f"{order} is no permutation of the inputs in int32")
     elif order in orders:
-        faults.append(f"{order} belongs to an identity block, config.json says {spec.structure}")
+        says = "its inputs are ordered" if spec.ordered else spec.structure
+        faults.append(f"{order} belongs to an identity block, config.json says {says}")
     for member, m in zip(group.members, group.out_features, strict=True):
         wanted[f"{member}.B.weight"] = (m, spec.rank)
         wanted[f"{member}.B.bias"] = (m,)

@@ -22,7 +22,7 @@ from lrserve.recipe import Recipe
 
 Say = Callable[[str], None]
 
-WORK_VERSION = 2
+WORK_VERSION = 3
 """Version of the computation kept in work folders: raised when the same inputs would give other numbers."""
 
 

@@ -103,6 +103,8 @@ def compress_and_export(
         plan = tuned.chosen.candidate.plan
         factors, improved = improve_factors(job, plan, store, gradient_reader(job, gradients), folder)
         validation = validate_improved(job, tuned, factors) if improved else tuned.chosen.candidate.perplexity
+        if not validation <= tuned.chosen.candidate.perplexity:
+            factors, improved, validation = store, {}, tuned.chosen.candidate.perplexity
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # engines are to come
         with staged(out, replace=overwrite) as staging:
@@ -258,7 +260,7 @@ def improve_factors(
     if not ranks or not (settings.propagate or settings.refine != "none" or settings.recover_minutes):
         return factors, done
     calibration, seed = job.windows["calibration"], job.recipe.seed
-    windows = first_tokens(calibration, settings.refine_tokens)
+    windows = first_tokens(calibration, settings.refine_tokens or calibration.numel() // 4)
     batch = job.recipe.calibration.batch_tokens
     identity: dict[str, Any] = {"spectra": store.folder.name, "plan": fingerprint(plan.key()), "seed": seed}
     model = job.source.load(job.dtype)

@@ -67,7 +67,7 @@ def factorized_model(architecture: str, *, layers: int = 2, structure: Structure
     install_low_rank(model, specs)
     torch.manual_seed(1)
     for module in model.modules():
-        if isinstance(module, IdentityBlock):
+        if isinstance(module, IdentityBlock) and module.order is not None:
             module.order.copy_(torch.randperm(len(module.order)))
     for name, parameter in model.named_parameters():
         if name.endswith((".A.weight", ".B.weight")):

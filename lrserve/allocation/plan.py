@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lrserve.compression.groups import STRUCTURES, Group, Structure
+from lrserve.compression.groups import ORDERED, STRUCTURES, Group, Structure
 from lrserve.errors import InfeasibleTargetError, InputError
 
 _FORMAT_VERSION = 2
@@ -37,8 +37,10 @@ class RankPlan:
         return sum(group.parameters(self.ranks[group.name], self.structure) for group in groups)
 
     def order_entries(self, groups: Sequence[Group]) -> int:
-        """Entries of the identity blocks' orders of the inputs: stored as int32 beside the parameters."""
-        return sum(group.n for group, _ in self.factorized(groups)) if self.structure == "identity_block" else 0
+        """Entries of the identity blocks' orders of the inputs: stored as int32 beside the parameters, where there is one."""
+        if self.structure == "low_rank":
+            return 0
+        return sum(group.n for group, _ in self.factorized(groups) if group.kind not in ORDERED)
 
     def ratio(self, groups: Sequence[Group]) -> float:
         """Share of the decoder's linear parameters that the plan removes."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lrserve.allocation.plan import RankPlan, rank_choices
-from lrserve.compression.groups import Group, Structure
+from lrserve.compression.groups import ORDERED, Group, Structure
 from lrserve.recipe import Workload
 
 _PREFILL_CHUNK = 4096
@@ -23,12 +23,16 @@ _TABLE_RANKS = 12  # ranks measured per shape; between them latency is interpola
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer to time: n inputs, m outputs, and the rank of its factors (None: dense) and what they are stored as."""
+    """A layer to time: n inputs, m outputs, and the rank of its factors (None: dense) and what they are stored as.
+
+    `ordered`: an identity block need not reorder its inputs.
+    """
 
     n: int
     m: int
     rank: int | None
     structure: Structure = "low_rank"
+    ordered: bool = False
 
 
 def shapes_to_measure(groups: Sequence[Group], step: int, structure: Structure) -> list[Shape]:
@@ -39,7 +43,7 @@ def shapes_to_measure(groups: Sequence[Group], step: int, structure: Structure) 
         shapes[Shape(group.n, group.m, None)] = None
         stride = max(1, math.ceil(len(choices) / _TABLE_RANKS))
         for rank in [*choices[::stride], *choices[-1:]]:
-            shapes[Shape(group.n, group.m, rank, structure)] = None
+            shapes[Shape(group.n, group.m, rank, structure, group.kind in ORDERED)] = None
     return list(shapes)
 
 
@@ -65,16 +69,16 @@ class SpeedModel:
         self.groups = list(groups)
         self.workload = workload
         self.dense_seconds = dense_seconds
-        self._ranks: dict[tuple[int, int], list[int]] = {}
-        self._seconds: dict[tuple[int, int], list[float]] = {}
+        self._ranks: dict[tuple[int, int, bool], list[int]] = {}
+        self._seconds: dict[tuple[int, int, bool], list[float]] = {}
         self._dense: dict[tuple[int, int], float] = {}
         chunks = math.ceil(workload.concurrency * workload.prompt_tokens / _PREFILL_CHUNK)
         for shape, (decode, prefill) in sorted(latencies.items(), key=lambda item: item[0].rank or 0):
             seconds = 1e-6 * ((workload.output_tokens - 1) * decode + chunks * prefill)
-            key = (shape.n, shape.m)
             if shape.rank is None:
-                self._dense[key] = seconds
+                self._dense[shape.n, shape.m] = seconds
                 continue
+            key = (shape.n, shape.m, shape.ordered)
             self._ranks.setdefault(key, []).append(shape.rank)
             column = self._seconds.setdefault(key, [])
             # more rank is never faster: what the clock says against that is noise
@@ -82,9 +86,9 @@ class SpeedModel:
 
     def cost(self, group: Group, rank: int | None) -> float:
         """Predicted seconds that the group's layer takes over the whole run; a `Cost` for `BudgetFit`."""
-        key = (group.n, group.m)
         if rank is None:
-            return self._dense[key]
+            return self._dense[group.n, group.m]
+        key = (group.n, group.m, group.kind in ORDERED)
         ranks, seconds = self._ranks[key], self._seconds[key]
         i = bisect_left(ranks, rank)
         if i == len(ranks) or ranks[i] == rank or i == 0:

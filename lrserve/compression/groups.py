@@ -23,6 +23,10 @@ Structure = Literal["identity_block", "low_rank"]
 """What a factorized group is stored as (METHOD.md 4): B (x_J + T x_Jc) + b, or B (A x) + b."""
 STRUCTURES: Final = get_args(Structure)
 
+ORDERED: Final[Mapping[str, str]] = {"down": "gate_up"}
+"""Kinds whose inputs may come in any order, and the kind that they come from: each of its members gives all of them, and only
+pointwise functions stand between. True of gated MLPs, and so of every family below."""
+
 
 @dataclass(frozen=True)
 class GroupNames:

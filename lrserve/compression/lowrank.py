@@ -2,7 +2,8 @@
 
 y = B z + b, with z = A x or, for an identity block, z = x_J + T x_Jc (METHOD.md 4). The members of a fused group share what makes
 z, which stands once in the model under the group's name; each member keeps its own rows of B and b. Names in the state dict are
-those of docs/format.md: `<group>.A.weight` (A or T), `<group>.A.order` (identity blocks), `<member>.B.weight`, `<member>.B.bias`.
+those of docs/format.md: `<group>.A.weight` (A or T), `<group>.A.order` (identity blocks whose inputs are not ordered),
+`<member>.B.weight`, `<member>.B.bias`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lrserve.compression.factorize import Factors
-from lrserve.compression.groups import STRUCTURES, Group, Structure
+from lrserve.compression.groups import ORDERED, STRUCTURES, Group, Structure, family_of
 from lrserve.errors import ArtifactError, CalibrationError
 
 QUANT_METHOD = "lrserve"
@@ -29,16 +30,23 @@ class GroupSpec:
     """What an artifact's config.json says about one factorized group.
 
     `members` are the names of the linears relative to the group's parent module (`q_proj`, ...); a group of one linear
-    carries that linear's own name.
+    carries that linear's own name. `ordered`: an identity block whose inputs arrive as J and then Jc, so that it has no `order`.
     """
 
     rank: int
     members: tuple[str, ...]
     structure: Structure = "low_rank"
+    ordered: bool = False
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the inputs must be reordered, by an `order` that is stored with the factors."""
+        return self.structure == "identity_block" and not self.ordered
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
-        return {"structure": self.structure, "rank": self.rank, "members": list(self.members)}
+        ordered = {"ordered": True} if self.ordered else {}
+        return {"structure": self.structure, "rank": self.rank, "members": list(self.members), **ordered}
 
 
 def quantization_config(groups: Mapping[str, GroupSpec]) -> dict[str, Any]:
@@ -70,6 +78,7 @@ def parse_groups(config: Mapping[str, Any]) -> dict[str, GroupSpec]:
         structure: Any = entry.get("structure") if isinstance(entry, Mapping) else None
         rank = entry.get("rank") if isinstance(entry, Mapping) else None
         members = entry.get("members") if isinstance(entry, Mapping) else None
+        ordered = entry.get("ordered", False) if isinstance(entry, Mapping) else False
         if structure not in STRUCTURES:
             raise ArtifactError(
                 f"{name}: unknown structure {structure!r} in config.json; this lrserve reads {', '.join(STRUCTURES)}"
@@ -78,24 +87,30 @@ def parse_groups(config: Mapping[str, Any]) -> dict[str, GroupSpec]:
             raise ArtifactError(f"{name}: rank {rank!r} in config.json is not a positive integer")
         if not isinstance(members, (list, tuple)) or not members or not all(isinstance(x, str) for x in members):
             raise ArtifactError(f"{name}: members {members!r} in config.json is not a list of layer names")
-        specs[str(name)] = GroupSpec(rank=rank, members=tuple(members), structure=structure)
+        if not isinstance(ordered, bool) or (ordered and structure != "identity_block"):
+            raise ArtifactError(f"{name}: ordered {ordered!r} in config.json does not fit the structure {structure}")
+        specs[str(name)] = GroupSpec(rank=rank, members=tuple(members), structure=structure, ordered=ordered)
     return specs
 
 
 class IdentityBlock(nn.Module):
-    """z = x_J + T x_Jc, x (..., n), z (..., r): `weight` is T (r, n - r), `order` (n,) int32 names J's inputs and then Jc's."""
+    """z = x_J + T x_Jc, x (..., n), z (..., r): `weight` is T (r, n - r), `order` (n,) int32 names J's inputs and then Jc's.
 
-    order: torch.Tensor
+    `order` is None where the inputs arrive in that order.
+    """
 
-    def __init__(self, n: int, rank: int, dtype: torch.dtype | None = None, device: Any = None) -> None:
+    order: torch.Tensor | None
+
+    def __init__(self, n: int, rank: int, ordered: bool, dtype: torch.dtype | None = None, device: Any = None) -> None:
         super().__init__()
         self.rank = rank
         self.weight = nn.Parameter(torch.empty(rank, n - rank, dtype=dtype, device=device))
-        self.register_buffer("order", torch.empty(n, dtype=torch.int32, device=device))
+        self.register_buffer("order", None if ordered else torch.empty(n, dtype=torch.int32, device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Reorder x (..., n), then interpolate -> (..., r)."""
-        pivots, others = x.index_select(-1, self.order).split_with_sizes([self.rank, self.weight.shape[1]], -1)
+        """Reorder x (..., n) if need be, then interpolate -> (..., r)."""
+        x = x if self.order is None else x.index_select(-1, self.order)
+        pivots, others = x.split_with_sizes([self.rank, self.weight.shape[1]], -1)
         return pivots + nn.functional.linear(others, self.weight)
 
 
@@ -108,7 +123,7 @@ def is_permutation(order: torch.Tensor) -> bool:
 def first_factor(spec: GroupSpec, n: int, dtype: torch.dtype | None = None, device: Any = None) -> nn.Linear | IdentityBlock:
     """Build what makes z (..., r) of x (..., n), uninitialised."""
     if spec.structure == "identity_block":
-        return IdentityBlock(n, spec.rank, dtype=dtype, device=device)
+        return IdentityBlock(n, spec.rank, spec.ordered, dtype=dtype, device=device)
     return nn.Linear(n, spec.rank, bias=False, dtype=dtype, device=device)
 
 
@@ -155,6 +170,11 @@ class LowRankLinear(nn.Module):
         """What the factors are stored as."""
         return "identity_block" if isinstance(self.first, IdentityBlock) else "low_rank"
 
+    @property
+    def ordered(self) -> bool:
+        """Whether this is an identity block whose inputs arrive as J and then Jc."""
+        return isinstance(self.first, IdentityBlock) and self.first.order is None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply by both factors: x (..., n) -> (..., m)."""
         y: torch.Tensor = self.B(self.first(x))
@@ -166,9 +186,14 @@ class LowRankLinear(nn.Module):
 
 
 def specs_of(ranks: Iterable[tuple[Group, int]], structure: Structure) -> dict[str, GroupSpec]:
-    """Say in the artifact's terms which groups are factorized at which rank."""
+    """Say in the artifact's terms which groups are factorized at which rank; inputs are ordered wherever they can be."""
     return {
-        group.name: GroupSpec(rank=rank, members=tuple(name.rpartition(".")[2] for name in group.members), structure=structure)
+        group.name: GroupSpec(
+            rank=rank,
+            members=tuple(name.rpartition(".")[2] for name in group.members),
+            structure=structure,
+            ordered=structure == "identity_block" and group.kind in ORDERED,
+        )
         for group, rank in ranks
     }
 
@@ -211,7 +236,8 @@ def load_factors(model: nn.Module, group: Group, factors: Factors, dtype: torch.
     Args:
         model: where `install_low_rank` ran.
         group: names and row counts.
-        factors: of the structure that the layers were made for (`structured`).
+        factors: of the structure that the layers were made for (`structured`). Where the layers want their inputs ordered, the
+            outputs that these come from are for the caller to reorder (`reorder_outputs`).
         dtype: round the factors to this dtype first, for a model that computes in a wider one.
 
     Raises:
@@ -230,7 +256,22 @@ def load_factors(model: nn.Module, group: Group, factors: Factors, dtype: torch.
         if isinstance(layer.first, IdentityBlock):
             if factors.order is None:
                 raise TypeError(f"{member} is an identity block, the factors are not")
-            layer.first.order.copy_(factors.order)
+            if layer.first.order is not None:
+                layer.first.order.copy_(factors.order)
+
+
+@torch.no_grad()
+def reorder_outputs(model: Any, group: Group, order: torch.Tensor) -> None:
+    """Let the inputs of a group of a kind in `ORDERED` arrive in `order` (n,): the rows of what they come from change places.
+
+    Exact, and costs nothing when the model runs. Adapters that were trained on the rows in their old places no longer fit.
+    """
+    family = family_of(model.config)
+    for member in family.groups[ORDERED[group.kind]].members:
+        layer = model.get_submodule(f"{family.layers}.{group.layer}.{member}")
+        rows = layer.B if isinstance(layer, LowRankLinear) else layer
+        for parameter in rows.parameters():
+            parameter.copy_(parameter[order.to(parameter.device)])
 
 
 def stored_tensors(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.Tensor]]:

@@ -12,6 +12,10 @@ stays, on the input side K = W^T Gamma^2 W becomes M^T Gamma^2 M = R^T K R.
 
 Damping shrinks R towards the identity, which compensates for nothing: with R = I the factors are those of the features of x^. R is
 fitted on the calibration tokens and has n^2 coefficients, so with few tokens per input it needs damping to hold on other text.
+
+In full, R takes back more than compression added: like every regression on noisy inputs it shrinks the signal too, a little in each
+block, and the blocks add up. Between R and I lies a better map, M = W (s R + (1 - s) I) with the strength s; docs/methods.md has
+the measurements.
 """
 
 from __future__ import annotations
@@ -23,6 +27,9 @@ import torch
 from lrserve.compression.factorize import Factors, GradientOf, Side, Spectrum, factorize
 from lrserve.compression.groups import Group
 from lrserve.compression.sequential import PairedCovariance, Step, group_by_group
+
+STRENGTH = 0.75
+"""Share of the compensation that a `propagation` makes unless it is told otherwise."""
 
 
 def compensation(pairs: PairedCovariance, damping: float, strength: float) -> torch.Tensor:
@@ -67,7 +74,7 @@ def factorize_compensated(
     return replace(spectrum, offset=W.double() @ pairs.mu)
 
 
-def propagation(gradient: GradientOf = lambda group: None, *, damping: float = 1e-2, strength: float = 1.0) -> Step:
+def propagation(gradient: GradientOf = lambda group: None, *, damping: float = 1e-2, strength: float = STRENGTH) -> Step:
     """Return the step of a `walk` that finds every group's factors anew, each for its compressed inputs.
 
     Args:

@@ -14,7 +14,7 @@ from lrserve.artifacts.store import write_tensors
 from lrserve.compression.calibrate import read_statistics
 from lrserve.compression.factorize import Factors, FactorSource, GradientOf, Spectrum, factorize
 from lrserve.compression.groups import Group, Structure
-from lrserve.compression.lowrank import install_low_rank, load_factors, specs_of
+from lrserve.compression.lowrank import install_low_rank, load_factors, reorder_outputs, specs_of
 from lrserve.compression.structure import structured
 from lrserve.errors import CalibrationError
 
@@ -132,9 +132,15 @@ def compress_model(
 
     Every parameter, dense ones included, is rounded to `dtype`, in which it will be stored; the model keeps its own, wider dtype.
     """
-    install_low_rank(model, specs_of(ranks, structure))
+    specs, orders = specs_of(ranks, structure), []
+    install_low_rank(model, specs)
     for group, rank in ranks:
-        load_factors(model, group, structured(source.cut(group.name, rank), structure), dtype)
+        factors = structured(source.cut(group.name, rank), structure)
+        load_factors(model, group, factors, dtype)
+        if specs[group.name].ordered and factors.order is not None:
+            orders.append((group, factors.order))
+    for group, order in orders:  # now that the factors of the layers before are in place
+        reorder_outputs(model, group, order)
     return round_parameters(model, dtype)
 
 

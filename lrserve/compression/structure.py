@@ -41,6 +41,7 @@ def _identity_block(factors: Factors) -> Factors:
     r = len(A)
     order = scipy.linalg.qr(A, mode="r", pivoting=True)[1]
     T = np.linalg.solve(A[:, order[:r]], A[:, order[r:]])
+    exchanged = False
     # Exchange a pivot for a better input until the bound holds: |det A_J| grows by more than the bound each time, so it ends.
     while T.size:
         i, j = np.unravel_index(np.abs(T).argmax(), T.shape)
@@ -54,11 +55,12 @@ def _identity_block(factors: Factors) -> Factors:
         T[i] = row
         T[:, j] = -column / pivot
         T[i, j] = 1.0 / pivot
-    pivots = torch.from_numpy(A[:, order[:r]])
-    rest = torch.from_numpy(A[:, order[r:]])
+        exchanged = True
+    if exchanged:  # afresh: exchanges accumulate rounding
+        T = np.linalg.solve(A[:, order[:r]], A[:, order[r:]])
     return Factors(
-        A=torch.linalg.solve(pivots, rest),  # afresh: exchanges accumulate rounding
-        B=factors.B @ pivots,
+        A=torch.from_numpy(T),
+        B=factors.B @ torch.from_numpy(A[:, order[:r]]),
         b=factors.b,
         order=torch.from_numpy(order.astype(np.int32)),
     )

@@ -54,23 +54,28 @@ class Factor(nn.Module):
 class IdentityBlock(Factor):
     """z = x_J + T x_Jc, x (..., n), z (..., r): parameters `weight`, T (r, n - r), and `order` (n,), J's inputs and then Jc's.
 
-    `order` is int64, which `gather` wants, and 0 to n - 1 from the start: vLLM's dummy weights leave integers as they are.
+    `order` is int64, which `gather` wants, and 0 to n - 1 from the start: vLLM's dummy weights leave integers as they are. It is
+    None where the inputs arrive in order.
     """
 
-    def __init__(self, n: int, rank: int, *, dtype: torch.dtype) -> None:
+    order: nn.Parameter | None
+
+    def __init__(self, n: int, rank: int, *, ordered: bool, dtype: torch.dtype) -> None:
         super().__init__(n - rank, rank, bias=False, dtype=dtype)
-        self.order = nn.Parameter(torch.arange(n), requires_grad=False)
+        self.register_parameter("order", None if ordered else nn.Parameter(torch.arange(n), requires_grad=False))
         self._widths = [rank, n - rank]
 
     def multiply(self, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
-        """Reorder x (..., n) in one pass, then interpolate -> (..., r); there is no bias."""
-        # Not index_select: on the CPU it takes twice as long for 16-bit values as soon as there is more than one row.
-        pivots, others = x.gather(-1, self.order.expand(x.shape)).split_with_sizes(self._widths, -1)
+        """Reorder x (..., n) in one pass if need be, then interpolate -> (..., r); there is no bias."""
+        if self.order is not None:
+            # Not index_select: on the CPU it takes twice as long for 16-bit values as soon as there is more than one row.
+            x = x.gather(-1, self.order.expand(x.shape))
+        pivots, others = x.split_with_sizes(self._widths, -1)
         return super().multiply(others).add_(pivots)
 
 
-def first_factor(structure: Structure, n: int, rank: int, *, dtype: torch.dtype) -> Factor:
-    """Build what makes z (..., r) of x (..., n), uninitialised."""
+def first_factor(structure: Structure, n: int, rank: int, *, ordered: bool, dtype: torch.dtype) -> Factor:
+    """Build what makes z (..., r) of x (..., n), uninitialised; `ordered` says that x comes as an identity block wants it."""
     if structure == "identity_block":
-        return IdentityBlock(n, rank, dtype=dtype)
+        return IdentityBlock(n, rank, ordered=ordered, dtype=dtype)
     return Factor(n, rank, bias=False, dtype=dtype)

@@ -34,7 +34,7 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 def latency_table(entries: Sequence[dict[str, Any]], tokens: Sequence[int], dtype: torch.dtype) -> list[list[float]]:
     """Return the lower-quartile microseconds of entry i at tokens[j] rows of input.
 
-    An entry is a `Shape` as an object: `n`, `m`, `rank` (None for dense) and, of factors, their `structure`.
+    An entry is a `Shape` as an object: `n`, `m`, `rank` (None for dense) and, of factors, `structure` and `ordered`.
     """
     table: list[list[float]] = []
     for batch in _batches(entries, dtype.itemsize):
@@ -91,7 +91,7 @@ def _build(entry: dict[str, Any], dtype: torch.dtype) -> Layer:
     n, m, rank = entry["n"], entry["m"], entry["rank"]
     if rank is None:
         return _packed(Factor(n, m, bias=False, dtype=dtype)).multiply
-    first = _packed(first_factor(entry["structure"], n, rank, dtype=dtype))
+    first = _packed(first_factor(entry["structure"], n, rank, ordered=entry["ordered"], dtype=dtype))
     second = _packed(Factor(rank, m, bias=True, dtype=dtype))
 
     def factorized(x: torch.Tensor) -> torch.Tensor:

@@ -112,7 +112,11 @@ def _check_tensors(model: nn.Module, base: str, checkpoint_files: Iterable[str])
             raise ArtifactError(f"{name} is no permutation of the layer's inputs in int32. Export the artifact again")
     factors = set(_factor_names(model))
     missing = []
-    orders = ((f"{name}.order", module.order) for name, module in model.named_modules() if isinstance(module, IdentityBlock))
+    orders = [
+        (f"{name}.order", module.order)
+        for name, module in model.named_modules()
+        if isinstance(module, IdentityBlock) and module.order is not None
+    ]
     for name, tensor in (*model.named_parameters(), *orders):
         shape = next((stored[key] for key in (name, base + name, name.removeprefix(base)) if key in stored), None)
         if shape is None:

@@ -17,6 +17,7 @@ vLLM does not notice a quantized parameter that no tensor was loaded into, so th
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,12 @@ from lrserve.errors import ArtifactError
 from lrserve.serving.kernels import Factor, first_factor
 
 _QKV = {"q": 0, "k": 1, "v": 2}
+
+_REORDERED = (
+    "this lrserve artifact keeps the neurons of its MLPs in another order than the dense model: LoRA adapters of gate_proj, "
+    "up_proj or down_proj give wrong results unless they were trained on the artifact; those of the attention are not concerned. "
+    "To serve such adapters, compress with factorization.structure: low_rank"
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ class _Loading:
 
     def check_complete(self) -> None:
         names = [f"{self.prefix}.A.weight"]
-        if self.spec.structure == "identity_block":
+        if self.spec.gathers:
             names.append(f"{self.prefix}.A.order")
         for index in range(len(self.rows)):
             names += [f"{self._member(index)}.B.weight", f"{self._member(index)}.B.bias"]
@@ -173,9 +180,16 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 f"{self.prefix}: an identity block of rank {rank} leaves nothing of {input_size} inputs. Export the artifact again"
             )
         self._materialised = structure == "identity_block" and input_size_per_partition < input_size
-        layer.A = first_factor("low_rank" if self._materialised else structure, input_size_per_partition, rank, dtype=params_dtype)
-        if self._materialised:
-            layer.A.order = nn.Parameter(torch.arange(input_size), requires_grad=False)
+        layer.A = first_factor(
+            "low_rank" if self._materialised else structure,
+            input_size_per_partition,
+            rank,
+            ordered=self.spec.ordered,
+            dtype=params_dtype,
+        )
+        places = torch.arange(input_size)
+        if self._materialised and self.spec.gathers:
+            layer.A.order = nn.Parameter(places, requires_grad=False)
         layer.B = Factor(rank, sum(output_partition_sizes), bias=True, dtype=params_dtype)
         split_input = isinstance(layer, RowParallelLinear)
         position = layer.tp_rank if split_input else 0
@@ -186,9 +200,10 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             second=layer.B,
             columns=_Slice(input_size, position * input_size_per_partition, input_size_per_partition),
             rows=[_rows(layer, index, size) for index, size in enumerate(output_partition_sizes)],
+            order=places if self.spec.ordered else None,
         )
         layer.A.weight.weight_loader = loading.load_first
-        if structure == "identity_block":
+        if self.spec.gathers:
             layer.A.order.weight_loader = loading.load_order
         layer.B.weight.weight_loader = loading.load_second
         layer.B.bias.weight_loader = loading.load_second
@@ -200,9 +215,11 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
         config = get_current_vllm_config_or_none()
         dummy = config is not None and config.load_config.load_format == "dummy"
+        lora = config is not None and config.lora_config is not None
         self._loading = None if dummy else loading
+        if lora and self.spec.ordered:
+            warnings.warn(_REORDERED, stacklevel=2)
         if split_input and layer.tp_size > 1:
-            lora = config is not None and config.lora_config is not None
             self._reduce_inside = layer.reduce_results and not lora
             self._first_rank_only = not self._reduce_inside and layer.tp_rank > 0
             if self._reduce_inside:
@@ -221,7 +238,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             # The whole bias is B.bias. The dense layer's own was never loaded, and whoever still adds it (vLLM hands it
             # out where skip_bias_add is set) must add nothing.
             layer.bias.data.zero_()
-        if self._materialised:
+        if self._materialised and self.spec.gathers:
             del layer.A.order
         layer.A.pack()
         layer.B.pack()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lrserve.allocation.plan import BudgetFit, RankPlan
@@ -27,6 +29,15 @@ def test_prediction_by_hand() -> None:
     assert speed.seconds(RankPlan({"0": 16, "1": None})) == pytest.approx(0.1 - 10 * 60e-6 - 4000e-6)
     # halfway between 16 and 32
     assert speed.cost(GROUPS[0], 24) == pytest.approx(10 * 50e-6 + 1500e-6)
+
+
+def test_a_layer_that_reorders_its_inputs_is_another_shape() -> None:
+    down = replace(GROUPS[0], name="2", kind="down")
+    assert [shape.ordered for shape in shapes_to_measure([GROUPS[0], down], 64, "identity_block")] == [False, False, True]
+    faster = {replace(shape, ordered=True): (us[0] / 2, us[1] / 2) for shape, us in LATENCIES.items() if shape.rank}
+    speed = SpeedModel([*GROUPS, down], WORKLOAD, 0.1, LATENCIES | faster)
+    assert speed.cost(down, None) == speed.cost(GROUPS[0], None)
+    assert speed.cost(down, 24) == speed.cost(GROUPS[0], 24) / 2
 
 
 def test_noise_never_makes_more_rank_cheaper() -> None:

@@ -10,7 +10,7 @@ from tiny import FAMILIES_TESTED, VOCABULARY, dense_model, factorized_model
 
 from lrserve.compression.calibrate import calibrate
 from lrserve.compression.factorize import Factors, factorize
-from lrserve.compression.groups import KINDS, STRUCTURES, Structure, family_of, find_groups
+from lrserve.compression.groups import KINDS, STRUCTURES, Group, Structure, family_of, find_groups
 from lrserve.compression.lowrank import (
     GroupSpec,
     IdentityBlock,
@@ -24,6 +24,7 @@ from lrserve.compression.lowrank import (
     specs_of,
 )
 from lrserve.compression.spectra import MergedRanks, SpectrumStore, compress_model, features, stacked_weight, write_spectra
+from lrserve.compression.training import TrainedFactors
 from lrserve.errors import ArtifactError, CalibrationError, UnsupportedModelError
 
 
@@ -107,11 +108,12 @@ def test_the_shared_factor_is_stored_once_in_the_promised_number_of_parameters(s
     dense = sum(parameter.numel() for parameter in model.parameters())
     install_low_rank(model, specs_of([(group, 4) for group in groups], structure))
     names = [name for name in model.state_dict() if "layers.0" in name and ".A." in name]
-    tensors = ("A.weight",) if structure == "low_rank" else ("A.order", "A.weight")
+    block = structure == "identity_block"
     assert sorted(names) == [
         f"model.layers.0.{group}.{tensor}"
         for group in ("mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj", "self_attn.qkv_proj")
-        for tensor in tensors
+        for tensor in ("A.order", "A.weight")
+        if tensor == "A.weight" or (block and group != "mlp.down_proj")  # whose inputs come in order
     ]
     change = sum(group.parameters(4, structure) - group.dense_parameters for group in groups)
     assert sum(parameter.numel() for parameter in model.parameters()) == dense + change
@@ -120,17 +122,47 @@ def test_the_shared_factor_is_stored_once_in_the_promised_number_of_parameters(s
     assert isinstance(attention.q_proj, LowRankLinear)
 
 
-def test_an_identity_block_is_its_merged_weight() -> None:
+@pytest.mark.parametrize("ordered", [False, True])
+def test_an_identity_block_is_its_merged_weight(ordered: bool) -> None:
     n, rank = 12, 5
-    first = first_factor(GroupSpec(rank, ("down_proj",), "identity_block"), n)
+    first = first_factor(GroupSpec(rank, ("down_proj",), "identity_block", ordered), n)
     assert isinstance(first, IdentityBlock)
     torch.nn.init.normal_(first.weight)
-    first.order.copy_(torch.randperm(n, generator=torch.Generator().manual_seed(0)))
-    block = Factors(A=first.weight.detach(), B=torch.eye(rank), b=torch.zeros(rank), order=first.order)
+    order = torch.arange(n, dtype=torch.int32)
+    if first.order is not None:
+        order = first.order.copy_(torch.randperm(n, generator=torch.Generator().manual_seed(0)))
+    block = Factors(A=first.weight.detach(), B=torch.eye(rank), b=torch.zeros(rank), order=order)
     for shape in ((n,), (3, n), (2, 3, n)):
         x = torch.randn(shape)
         torch.testing.assert_close(first(x), x @ block.merged().T)
-    assert {tensor.dtype for tensor in first.bfloat16().state_dict().values()} == {torch.bfloat16, torch.int32}
+    stored = {name: tensor.dtype for name, tensor in first.bfloat16().state_dict().items()}
+    assert stored == {"weight": torch.bfloat16} | ({} if ordered else {"order": torch.int32})
+
+
+@pytest.mark.parametrize("architecture", FAMILIES_TESTED)
+@pytest.mark.parametrize("kinds", [("down",), ("gate_up", "down")])
+def test_reordered_neurons_compute_what_the_dense_ones_do(architecture: str, kinds: tuple[str, ...]) -> None:
+    """`down` first, so that it is loaded before the layer whose outputs it wants reordered."""
+    groups = [group for group in reversed(find_groups(dense_model(architecture))) if group.kind in kinds]
+    generator = torch.Generator().manual_seed(0)
+
+    def factors(group: Group) -> Factors:
+        A, B = (torch.randn(shape, generator=generator) * 0.1 for shape in ((16, group.n), (group.m, 16)))
+        return Factors(A=A, B=B, b=torch.randn(group.m, generator=generator) * 0.1)
+
+    source = TrainedFactors({group.name: factors(group) for group in groups})
+    ranks = [(group, 16) for group in groups]
+    inputs = torch.arange(24)[None]
+    logits, models = [], []
+    for structure in STRUCTURES:
+        models.append(compress_model(dense_model(architecture).double(), ranks, structure, source, torch.float64))
+        assert [layer.mlp.down_proj.ordered for layer in models[-1].model.layers] == [structure == "identity_block"] * 2
+        with torch.inference_mode():
+            logits.append(models[-1](inputs).logits)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)  # rotary embeddings stay float32
+    for parameter in ("gate_proj.B.bias", "up_proj.B.weight") if "gate_up" in kinds else ("gate_proj.weight", "up_proj.weight"):
+        reordered, rows = (model.get_parameter(f"model.layers.1.mlp.{parameter}") for model in models)
+        assert not torch.equal(reordered, rows)
 
 
 def test_what_a_permutation_is() -> None:
@@ -172,6 +204,11 @@ def test_config_round_trip_and_what_is_refused() -> None:
         ({**config, "groups": {name: {"structure": "magic", "rank": 8, "members": ["q"]}}}, "unknown structure 'magic'"),
         ({**config, "groups": {name: {"structure": "low_rank", "rank": 0, "members": ["q"]}}}, "rank 0"),
         ({**config, "groups": {name: {"structure": "low_rank", "rank": 8, "members": []}}}, "members"),
+        (
+            {**config, "groups": {name: {"structure": "low_rank", "rank": 8, "members": ["q"], "ordered": True}}},
+            "ordered True in config.json does not fit the structure low_rank",
+        ),
+        ({**config, "groups": {name: {"structure": "identity_block", "rank": 8, "members": ["q"], "ordered": 1}}}, "ordered 1"),
     ]:
         with pytest.raises(ArtifactError, match=message):
             parse_groups(broken)

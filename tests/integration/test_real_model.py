@@ -18,7 +18,7 @@ from lrserve.compression.baselines import svd
 from lrserve.compression.calibrate import calibrate, read_statistics
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.groups import STRUCTURES, Structure
-from lrserve.compression.spectra import SpectrumStore, compress_model, features, write_spectra
+from lrserve.compression.spectra import SpectrumStore, compress_model, features, round_parameters, write_spectra
 from lrserve.evidence import agree
 from lrserve.inputs.demo import demo_recipe
 from lrserve.job import Job, open_job
@@ -63,12 +63,11 @@ def test_two_sided_features_keep_more_than_features_and_those_far_more_than_the_
     job: Job, plan: RankPlan, stores: dict[str, SpectrumStore]
 ) -> None:
     windows = job.windows["validation"][:4]
-    dense = job.source.load(job.dtype)
-    reference = Reference(dense, windows)
+    reference = Reference(job.source.load(job.dtype), windows)
     assert 10 < math.exp(reference.nll) < 60
     excess = {}
     for name, store in stores.items():
-        model = compress_model(job.source.load(job.dtype), plan.factorized(job.groups), plan.structure, store, job.dtype)
+        model = compress_model(job.source.load(job.dtype), plan.factorized(job.groups), "low_rank", store, job.dtype)
         excess[name] = reference(model)["nll"] - reference.nll
     assert 0 < excess["fisher"] < excess["features"]  # by little: 4,096 tokens of gradients are few
     assert excess["features"] < 0.5 * excess["svd"]
@@ -79,12 +78,10 @@ def test_rounding_the_factors_to_bfloat16_adds_little(
     job: Job, plan: RankPlan, stores: dict[str, SpectrumStore], structure: Structure
 ) -> None:
     """Against the very same factors in float32: what storing them costs, identity blocks with their bounded T included."""
-    windows, ranks = job.windows["validation"][:1], plan.factorized(job.groups)
-    model = {
-        dtype: compress_model(job.source.load(torch.float32), ranks, structure, stores["fisher"], dtype)
-        for dtype in (torch.float32, torch.bfloat16)
-    }
-    assert Reference(model[torch.float32], windows)(model[torch.bfloat16])["divergence"] < 0.01
+    ranks = plan.factorized(job.groups)
+    model = compress_model(job.source.load(torch.float32), ranks, structure, stores["fisher"], torch.float32)
+    reference = Reference(model, job.windows["validation"][:1])
+    assert reference(round_parameters(model, torch.bfloat16))["divergence"] < 0.01
 
 
 def test_every_engine_agrees_on_real_weights(job: Job, plan: RankPlan, stores: dict[str, SpectrumStore], tmp_path: Path) -> None:

@@ -63,11 +63,16 @@ def check_measurements(engine: Engine) -> None:
         assert result.cpu_seconds > 0
         assert result.output_tokens_per_second == pytest.approx(12 / result.seconds)
 
-    shapes = [Shape(512, 768, None), Shape(512, 768, 32, "low_rank"), Shape(512, 768, 32, "identity_block")]
+    shapes = [
+        Shape(512, 768, None),
+        Shape(512, 768, 32, "low_rank"),
+        Shape(512, 768, 32, "identity_block"),
+        Shape(512, 768, 32, "identity_block", True),
+    ]
     table = engine.latency_table(shapes, [1, 64], dtype="bfloat16")
-    assert len(table) == 3
+    assert len(table) == len(shapes)
     assert all(len(row) == 2 and min(row) > 0 for row in table)
-    assert max(table[1][1], table[2][1]) < table[0][1]  # a tenth of the parameters, 64 tokens
+    assert max(row[1] for row in table[1:]) < table[0][1]  # a tenth of the parameters, 64 tokens
 
     with pytest.raises(InputError, match="concurrency 5 is more than the engine's max_num_seqs, 4"):
         engine.throughput(8, 4, 5)

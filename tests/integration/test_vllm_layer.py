@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ def bare(layer_class: str, **attributes: Any) -> Any:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of one group as they stand in an artifact, and what they compute."""
+    """The tensors of one group as they stand in an artifact, and what they compute; an ordered identity block has no `order`."""
 
     structure: Structure
     a: torch.Tensor
@@ -49,7 +50,8 @@ class Checkpoint:
 
     def dense(self, index: int) -> torch.Tensor:
         """Member `index` as one weight (m, n)."""
-        return Factors(self.a, self.b[index], self.bias[index], self.order).merged()
+        order = torch.arange(N) if self.order is None and self.structure == "identity_block" else self.order
+        return Factors(self.a, self.b[index], self.bias[index], order).merged()
 
     def compute(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [x @ self.dense(index).T + bias for index, bias in enumerate(self.bias)]
@@ -70,7 +72,7 @@ class Checkpoint:
             layer.B.bias.weight_loader(layer.B.bias, offsets, shard)
 
 
-def checkpoint(structure: Structure, sizes: list[int]) -> Checkpoint:
+def checkpoint(structure: Structure, sizes: list[int], *, ordered: bool = False) -> Checkpoint:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -80,7 +82,7 @@ def checkpoint(structure: Structure, sizes: list[int]) -> Checkpoint:
     return Checkpoint(
         structure=structure,
         a=random(RANK, N - RANK if block else N),
-        order=torch.randperm(N, generator=generator, dtype=torch.int32) if block else None,
+        order=torch.randperm(N, generator=generator, dtype=torch.int32) if block and not ordered else None,
         b=[random(m, RANK) for m in sizes],
         bias=[random(m) for m in sizes],
     )
@@ -97,11 +99,11 @@ def qkv_layer(structure: Structure, tp_size: int, tp_rank: int, dtype: torch.dty
     return layer, method
 
 
-def down_layer(structure: Structure, tp_size: int, tp_rank: int, **attributes: Any) -> tuple[Any, Any]:
+def down_layer(structure: Structure, tp_size: int, tp_rank: int, *, ordered: bool = False, **attributes: Any) -> tuple[Any, Any]:
     from lrserve.serving.vllm_layer import LowRankLinearMethod
 
     layer = bare("RowParallelLinear", tp_size=tp_size, tp_rank=tp_rank, **{"reduce_results": True, **attributes})
-    method = LowRankLinearMethod("layers.0.down_proj", replace(DOWN, structure=structure))
+    method = LowRankLinearMethod("layers.0.down_proj", replace(DOWN, structure=structure, ordered=ordered))
     method.create_weights(layer, N // tp_size, [24], N, 24, torch.float32)
     return layer, method
 
@@ -134,15 +136,19 @@ def test_column_parallel_ranks_hold_their_heads(tp_size: int, qkv: Checkpoint) -
         assert torch.allclose(method.apply(layer, x), torch.cat(expected, dim=1), atol=1e-4)
 
 
+INPUTS_OF_DOWN = [("low_rank", False), ("identity_block", False), ("identity_block", True)]
+
+
 @pytest.mark.parametrize("order_first", [True, False])
 @pytest.mark.parametrize("reduce_results", [True, False])
+@pytest.mark.parametrize(("structure", "ordered"), INPUTS_OF_DOWN)
 def test_row_parallel_parts_sum_to_the_whole(
-    reduce_results: bool, order_first: bool, structure: Structure, monkeypatch: pytest.MonkeyPatch
+    structure: Structure, ordered: bool, reduce_results: bool, order_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import lrserve.serving.vllm_layer as module
 
-    down, x = checkpoint(structure, [24]), torch.randn(5, N)
-    z = x @ Factors(down.a, torch.eye(RANK), torch.zeros(RANK), down.order).merged().T
+    down, x = checkpoint(structure, [24], ordered=ordered), torch.randn(5, N)
+    z = x @ replace(down, b=[torch.eye(RANK)], bias=[torch.zeros(RANK)]).dense(0).T
     partial: list[torch.Tensor] = []
 
     def all_reduce(part: torch.Tensor) -> torch.Tensor:
@@ -152,7 +158,7 @@ def test_row_parallel_parts_sum_to_the_whole(
     monkeypatch.setattr(module, "tensor_model_parallel_all_reduce", all_reduce)
     outputs = []
     for rank in range(2):
-        layer, method = down_layer(structure, 2, rank, reduce_results=reduce_results)
+        layer, method = down_layer(structure, 2, rank, ordered=ordered, reduce_results=reduce_results)
         down.load(layer, order_first)
         method.process_weights_after_loading(layer)
         assert [name for name, _ in layer.A.named_parameters()] == ["weight"]
@@ -164,14 +170,16 @@ def test_row_parallel_parts_sum_to_the_whole(
 
 
 @pytest.mark.parametrize("order_first", [True, False])
-def test_row_parallel_alone_reorders_its_input(order_first: bool) -> None:
+@pytest.mark.parametrize("ordered", [True, False])
+def test_row_parallel_alone_reorders_its_input_where_it_must(ordered: bool, order_first: bool) -> None:
     from lrserve.serving.kernels import IdentityBlock
 
-    down, x = checkpoint("identity_block", [24]), torch.randn(5, N)
-    layer, method = down_layer("identity_block", 1, 0)
+    down, x = checkpoint("identity_block", [24], ordered=ordered), torch.randn(5, N)
+    layer, method = down_layer("identity_block", 1, 0, ordered=ordered)
     down.load(layer, order_first)
     method.process_weights_after_loading(layer)
     assert isinstance(layer.A, IdentityBlock)
+    assert (layer.A.order is None) == ordered
     assert torch.allclose(method.apply(layer, x), *down.compute(x), atol=1e-4)
 
 
@@ -204,8 +212,9 @@ def test_the_layer_can_be_compiled_whole(qkv: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize(("structure", "ordered"), INPUTS_OF_DOWN)
 def test_dummy_weights_leave_an_order_that_is_a_permutation(
-    tp_size: int, structure: Structure, monkeypatch: pytest.MonkeyPatch
+    structure: Structure, ordered: bool, tp_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 
@@ -214,11 +223,11 @@ def test_dummy_weights_leave_an_order_that_is_a_permutation(
     config = SimpleNamespace(load_config=SimpleNamespace(load_format="dummy"), lora_config=None)
     monkeypatch.setattr(module, "get_current_vllm_config_or_none", lambda: config)
     monkeypatch.setattr(module, "tensor_model_parallel_all_reduce", lambda z: z)
-    layer, method = down_layer(structure, tp_size, 0)
+    layer, method = down_layer(structure, tp_size, 0, ordered=ordered)
     for tensor in layer.state_dict().values():
         initialize_single_dummy_weight(tensor)
     method.process_weights_after_loading(layer)
-    if structure == "identity_block" and tp_size == 1:
+    if structure == "identity_block" and tp_size == 1 and not ordered:
         assert layer.A.order.tolist() == list(range(N))
     y = method.apply(layer, torch.randn(5, N // tp_size))
     assert torch.isfinite(y).all()
@@ -242,6 +251,18 @@ def test_missing_factors_are_named(qkv: Checkpoint) -> None:
     layer.B.bias.weight_loader(layer.B.bias, qkv.bias[0], "q")
     with pytest.raises(ArtifactError, match=r": layers\.0\.k_proj\.B\.weight, layers\.0\.k_proj\.B\.bias, layers\.0\.v_pr"):
         method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_lora_on_reordered_neurons_is_warned_of(ordered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lrserve.serving.vllm_layer as module
+
+    config = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"), lora_config=SimpleNamespace())
+    monkeypatch.setattr(module, "get_current_vllm_config_or_none", lambda: config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        down_layer("identity_block", 1, 0, ordered=ordered)
+    assert [str(warning.message) for warning in caught if "LoRA adapters" in str(warning.message)] == [module._REORDERED] * ordered
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
