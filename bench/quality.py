@@ -100,12 +100,13 @@ ROWS: Mapping[str, Row] = {
     "without-gate_up": Row("start, gate_up one-sided", "fisher-but-gate_up", "loss_aware"),
     "without-down": Row("start, down one-sided", "fisher-but-down", "loss_aware"),
     "searched": Row("start + 24 trials of the search", "fisher", "searched"),
-    "evolution": Row("start + evolutionary level switching", "fisher", "evolution"),
-    "propagate": Row("start + error propagation", "fisher", "loss_aware", after={"propagate": True}),
     "closed-form": Row("start + closed-form refinement", "fisher", "loss_aware", after={"refine": "closed_form"}),
     "adam": Row("start + 25 Adam steps a block", "fisher", "loss_aware", after={"refine": "adam"}),
-    "default": Row("**default**: start + evolution + propagation", "fisher", "evolution", after={"propagate": True}),
-    "recover": Row("default + `--recover 10`", "fisher", "evolution", after={"propagate": True, "recover_minutes": 10.0}),
+    "evolution": Row("start + evolutionary level switching", "fisher", "evolution"),
+    "propagate": Row("start + error propagation", "fisher", "loss_aware", after={"propagate": True}),
+    "evolution-propagate": Row("start + evolution + propagation", "fisher", "evolution", after={"propagate": True}),
+    "default": Row("**default**: start, propagated from ratio 0.3 on", "fisher", "loss_aware", after={"propagate": None}),
+    "recover": Row("default + `--recover 10`", "fisher", "loss_aware", after={"propagate": None, "recover_minutes": 10.0}),
 }
 
 
@@ -283,7 +284,7 @@ class Bench:
         """Improve the factors as the pipeline does, step by step; returns them with the names of the timed stages."""
         store = self.spectra(row.factors)
         factors: FactorSource = store
-        steps: dict[str, Any] = {"propagate": False}  # the recipe's own default is one of the rows
+        steps: dict[str, Any] = {"propagate": False}
         stages = []
         for step, value in row.after.items():
             steps[step] = value
@@ -294,8 +295,8 @@ class Bench:
                 factors = improve_factors(job, plan, store, gradient_reader(job, self.gradients()), self.folder)[0]
         return factors, stages
 
-    def measure(self, name: str, ratio: float) -> dict[str, Any]:
-        """Measure one cell, or read it."""
+    def place(self, name: str, ratio: float) -> Path:
+        """Return the folder that keeps a cell."""
         row = ROWS[name]
         inputs = {
             **self.job.calibration_inputs(),
@@ -303,11 +304,14 @@ class Bench:
             "ratio": ratio,
             "texts": {name: tensor_sha256(windows) for name, windows in self.texts.items()},
             "validation": tensor_sha256(self.job.windows["validation"]),
-            "factorization": self.job.recipe.factorization.model_dump(mode="json"),
+            "factorization": self.job.recipe.factorization.model_dump(mode="json", exclude={"propagate"}),
             "settings": [TRIALS, GENERATIONS, OFFSPRING, STEP, self.job.recipe.seed],
         }
-        place = self.folder.stage(f"row-{name}-{ratio}", inputs)
-        path = place / "result.json"
+        return self.folder.stage(f"row-{name}-{ratio}", inputs)
+
+    def measure(self, name: str, ratio: float) -> dict[str, Any]:
+        """Measure one cell, or read it."""
+        row, path = ROWS[name], self.place(name, ratio) / "result.json"
         if not path.is_file():
             plan, before = self.plan(row, ratio)
             source, after = self.improved(row, plan, ratio)

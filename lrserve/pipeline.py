@@ -33,6 +33,9 @@ from lrserve.recipe import Recipe
 from lrserve.serving.engine import engine_version
 from lrserve.tuning import tune
 
+_PROPAGATED_RATIO = 0.3
+"""Plans that remove this share of the linears' parameters get propagated factors unless the recipe says otherwise."""
+
 
 def compress_and_export(
     recipe: Recipe,
@@ -173,7 +176,8 @@ def _say_intent(job: Job) -> None:
         job.say(f"uniform ranks would be: {shown} (ratio {plan.ratio(job.groups):.3f})")
     settings = recipe.factorization
     backwards = f" and backwards on {settings.fisher_tokens}" if settings.fisher else ""
-    after = ["propagate errors"] * settings.propagate + [f"refine the factors ({settings.refine})"] * (settings.refine != "none")
+    may = {None: ["perhaps propagate errors"], True: ["propagate errors"], False: []}
+    after = may[settings.propagate] + [f"refine the factors ({settings.refine})"] * (settings.refine != "none")
     after += [f"recover for {settings.recover_minutes:g} minutes"] * bool(settings.recover_minutes)
     then = "".join(f"{step}, " for step in after)
     job.say(
@@ -257,7 +261,8 @@ def improve_factors(
     settings, ranks = job.recipe.factorization, plan.factorized(job.groups)
     factors: FactorSource = store
     done: dict[str, Any] = {}
-    if not ranks or not (settings.propagate or settings.refine != "none" or settings.recover_minutes):
+    propagate = plan.ratio(job.groups) >= _PROPAGATED_RATIO if settings.propagate is None else settings.propagate
+    if not ranks or not (propagate or settings.refine != "none" or settings.recover_minutes):
         return factors, done
     calibration, seed = job.windows["calibration"], job.recipe.seed
     windows = first_tokens(calibration, settings.refine_tokens or calibration.numel() // 4)
@@ -270,7 +275,7 @@ def improve_factors(
         with progress_bar(job.layers, f"5/6 {name}") as progress:
             return walk(model, ranks, windows, stage, step, batch_tokens=batch, progress=progress)
 
-    if settings.propagate:
+    if propagate:
         identity |= {"propagate": tensor_sha256(windows)}
         factors = walked("propagate", propagation(gradient))
         job.say(f"5/6 propagate: factors of {len(ranks)} groups for their compressed inputs")

@@ -221,15 +221,15 @@ def _search(
         f"4/6 search: {len(trials)} trials{reused(resumed[0], len(trials))}; validation perplexity: "
         f"dense {space.dense_perplexity:.2f}, {bases}, best {best.perplexity:.2f} ({best.origin})"
     )
-    if job.recipe.generations:
+    if settings.generations:
         trials.append(_evolve(job, merged, space, stage, best))
-        job.say(f"4/6 evolution: validation perplexity {trials[-1].perplexity:.2f} after {job.recipe.generations} generations")
+        job.say(f"4/6 evolution: validation perplexity {trials[-1].perplexity:.2f} after {settings.generations} generations")
     return trials, path
 
 
 def _evolve(job: Job, merged: MergedRanks, space: study.SearchSpace, stage: Path, start: study.Evaluated) -> study.Evaluated:
     """Switch levels of the study's best plan, judged by the divergence on the probe's tokens."""
-    generations = job.recipe.generations
+    settings = job.recipe.search
     merged.apply({})
     divergence = Divergence(merged.model, _probe_windows(job))
 
@@ -237,14 +237,14 @@ def _evolve(job: Job, merged: MergedRanks, space: study.SearchSpace, stage: Path
         merged.apply(dict(plan.ranks))
         return divergence(merged.model)
 
-    with progress_bar(generations, "4/6 evolve") as progress:
+    with progress_bar(settings.generations, "4/6 evolve") as progress:
         plan = evolve(
             space.fit,
             start.plan,
             space.parameter_budget(),
             evaluate,
-            stage / f"evolution-{generations}-{fingerprint(start.plan.key())[:12]}.json",
-            generations=generations,
+            stage / f"evolution-{settings.generations}-{fingerprint(start.plan.key())[:12]}.json",
+            generations=settings.generations,
             offspring=_OFFSPRING,
             seed=job.recipe.seed,
             progress=lambda generation, best: progress(generation),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -113,8 +114,12 @@ def test_the_job_leaves_a_whole_artifact(made: tuple[Path, dict[str, Any], list[
     steps = [line.split(":")[0] for line in lines if line[:2] in ("1/", "2/", "3/", "5/")]
     improvements = [f"5/6 {name}" for name in ("propagate", "refine", "recover", "improved", "export")]
     assert steps == ["1/6 open", "2/6 calibrate", "2/6 gradients", "3/6 factorize", *improvements]
-    assert set(metrics["improved"]) == {"propagate", "refine", "recover"}
-    assert metrics["improved"]["recover"]["steps"] >= 1
+    # closer to the dense model, which is random here: nothing says that the text's perplexity falls
+    (judged,) = (line for line in lines if line.startswith("5/6 improved"))
+    searched, found = map(float, re.findall(r"\d+\.\d\d", judged))
+    assert metrics["perplexity"]["validation"]["compressed"] == pytest.approx(min(searched, found), abs=0.01)
+    assert ("the searched factors are kept" in judged) == (found > searched)
+    assert set(metrics["improved"]) == (set() if found > searched else {"propagate", "refine", "recover"})
     assert metrics["plan"]["structure"] == "identity_block"
     assert any(line.startswith("4/6 evolution") for line in lines)
     assert "perplexity, report text" in (out / "README.md").read_text()
