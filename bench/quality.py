@@ -106,7 +106,10 @@ ROWS: Mapping[str, Row] = {
     "propagate": Row("start + error propagation", "fisher", "loss_aware", after={"propagate": True}),
     "evolution-propagate": Row("start + evolution + propagation", "fisher", "evolution", after={"propagate": True}),
     "default": Row("**default**: start, propagated from ratio 0.3 on", "fisher", "loss_aware", after={"propagate": None}),
-    "recover": Row("default + `--recover 10`", "fisher", "loss_aware", after={"propagate": None, "recover_minutes": 10.0}),
+    "propagate-recover": Row(
+        "start + propagation + `--recover 10`", "fisher", "loss_aware", after={"propagate": True, "recover_minutes": 10.0}
+    ),
+    "recover": Row("default with `--recover 10`: start + recovery", "fisher", "loss_aware", after={"recover_minutes": 10.0}),
 }
 
 

@@ -17,7 +17,7 @@ from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group, family_of, find_groups
 from lrserve.compression.spectra import compress_model
 from lrserve.inputs.source import Source, open_source
-from lrserve.inputs.text import load_texts, token_windows
+from lrserve.inputs.text import Documents, load_texts, token_windows
 from lrserve.recipe import Recipe
 
 Say = Callable[[str], None]
@@ -40,6 +40,7 @@ class Job:
     groups: list[Group]
     windows: dict[str, torch.Tensor]
     fingerprints: dict[str, str]
+    calibration_text: Documents
     say: Say
 
     @property
@@ -66,6 +67,10 @@ class Job:
     def model_inputs(self) -> dict[str, Any]:
         """Identify the model and the dtype that it is used in; JSON."""
         return {"version": WORK_VERSION, "model": self.fingerprints["model"], "dtype": self.recipe.engine.dtype}
+
+    def recovery_windows(self) -> torch.Tensor:
+        """Cut all of the calibration text into windows: training goes through more of it than the covariances need."""
+        return token_windows(self.source.tokenizer(), self.calibration_text, self.recipe.calibration.length)
 
     def compressed_model(self, plan: RankPlan, factors: FactorSource) -> Any:
         """Build the compressed model in float32 on the CPU, every value rounded to the dtype that it is stored in."""
@@ -116,6 +121,7 @@ def open_job(recipe: Recipe, say: Say) -> Job:
             "validation": texts.validation.fingerprint(),
             "report": texts.report.fingerprint(),
         },
+        calibration_text=texts.calibration,
         say=say,
     )
 

@@ -261,7 +261,9 @@ def improve_factors(
     settings, ranks = job.recipe.factorization, plan.factorized(job.groups)
     factors: FactorSource = store
     done: dict[str, Any] = {}
-    propagate = plan.ratio(job.groups) >= _PROPAGATED_RATIO if settings.propagate is None else settings.propagate
+    propagate = settings.propagate
+    if propagate is None:
+        propagate = plan.ratio(job.groups) >= _PROPAGATED_RATIO and not settings.recover_minutes
     if not ranks or not (propagate or settings.refine != "none" or settings.recover_minutes):
         return factors, done
     calibration, seed = job.windows["calibration"], job.recipe.seed
@@ -287,11 +289,11 @@ def improve_factors(
         job.say(f"5/6 refine: factors of {len(ranks)} groups, {settings.refine.replace('_', ' ')}")
         done["refine"] = {"method": settings.refine, "tokens": windows.numel(), "steps": steps}
     if settings.recover_minutes:
-        seconds = 60 * settings.recover_minutes
-        stage = folder.stage("recover", {**identity, "windows": tensor_sha256(calibration), "seconds": seconds})
+        seconds, texts = 60 * settings.recover_minutes, job.recovery_windows()
+        stage = folder.stage("recover", {**identity, "windows": tensor_sha256(texts), "seconds": seconds})
         student = job.source.load(job.dtype)
         with progress_bar(round(seconds), "5/6 recover") as progress:
-            outcome = recover(model, student, ranks, factors, calibration, stage, seconds=seconds, seed=seed, progress=progress)
+            outcome = recover(model, student, ranks, factors, texts, stage, seconds=seconds, seed=seed, progress=progress)
         factors = outcome.factors
         job.say(
             f"5/6 recover: {outcome.steps} steps, KL divergence {outcome.first_divergence:.3f} to {outcome.last_divergence:.3f} "

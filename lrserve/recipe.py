@@ -84,7 +84,8 @@ class Factorization(_Frozen):
     propagate: bool | None = None
     """Find the chosen plan's factors anew, block by block, for the activations that the compressed blocks before them give.
 
-    None does so for plans that remove 30 % of the linears' parameters or more, where it pays on all text that we measured.
+    None does so for plans that remove 30 % of the linears' parameters or more, where it pays on all text that we measured, but not
+    before a recovery, which gets further from the factors of the search.
     """
     refine: Literal["none", "closed_form", "adam"] = "none"
     """Refine each block's factors against the dense block's outputs: by least squares, or by `refine_steps` of Adam."""

@@ -8,6 +8,8 @@ that neither the search's validation nor the report sees. Only the factors learn
   both models' probabilities, row block by row block, so the vocabulary is never in memory for a whole batch.
 - The learning rate falls with the time that is left, so the last state is always the one to take.
 
+Text counts as well as minutes: what a second pass over the same windows gains on them is not seen on other text (docs/methods.md).
+
 Time decides how many steps are taken, so the result depends on the machine; the order of the text and the tokens drawn do not.
 """
 
