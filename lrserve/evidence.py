@@ -99,14 +99,14 @@ def report_perplexity(job: Job, plan: RankPlan, factors: FactorSource, staging: 
     }
 
 
-def validate_improved(job: Job, tuned: Tuned, factors: FactorSource) -> float:
-    """Return the validation perplexity of factors that are no longer those that the search chose its plan by."""
+def validate_improved(job: Job, plan: RankPlan, factors: FactorSource, searched: float) -> float | None:
+    """Return the validation perplexity of improved factors; None where it is above that of the factors that were `searched`."""
     windows = first_tokens(job.windows["validation"], job.recipe.search.validation_tokens)
-    found = perplexity(job.served_model(tuned.chosen.candidate.plan, factors), windows)
-    searched = tuned.chosen.candidate.perplexity
-    kept = "" if found <= searched else "; worse, so the searched factors are kept"
+    found = perplexity(job.served_model(plan, factors), windows)
+    better = found <= searched
+    kept = "" if better else "; worse, so the searched factors are kept"
     job.say(f"5/6 improved: validation perplexity {searched:.2f} to {found:.2f}{kept}")
-    return found
+    return found if better else None
 
 
 def collect_metrics(

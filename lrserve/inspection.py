@@ -119,10 +119,9 @@ def _group_faults(
     group: Group, spec: GroupSpec, shapes: Mapping[str, tuple[int, ...]], orders: Mapping[str, torch.Tensor]
 ) -> list[str]:
     order = f"{group.name}.A.order"
-    wanted: dict[str, tuple[int, ...]] = {f"{group.name}.A.weight": (spec.rank, group.n)}
+    columns = group.n - (spec.rank if spec.structure == "identity_block" else 0)
+    wanted: dict[str, tuple[int, ...]] = {f"{group.name}.A.weight": (spec.rank, columns)}
     faults: list[str] = []
-    if spec.structure == "identity_block":
-        wanted = {f"{group.name}.A.weight": (spec.rank, group.n - spec.rank)}
     if spec.gathers:
         wanted[order] = (group.n,)
         if order in orders and not is_permutation(orders[order]):

@@ -105,9 +105,11 @@ def compress_and_export(
         del model
         plan = tuned.chosen.candidate.plan
         factors, improved = improve_factors(job, plan, store, gradient_reader(job, gradients), folder)
-        validation = validate_improved(job, tuned, factors) if improved else tuned.chosen.candidate.perplexity
-        if not validation <= tuned.chosen.candidate.perplexity:
-            factors, improved, validation = store, {}, tuned.chosen.candidate.perplexity
+        validation = tuned.chosen.candidate.perplexity
+        if improved and (found := validate_improved(job, plan, factors, validation)) is not None:
+            validation = found
+        else:
+            factors, improved = store, {}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # engines are to come
         with staged(out, replace=overwrite) as staging:

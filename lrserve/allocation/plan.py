@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lrserve.compression.groups import ORDERED, STRUCTURES, Group, Structure
+from lrserve.compression.groups import STRUCTURES, Group, Structure
 from lrserve.errors import InfeasibleTargetError, InputError
 
 _FORMAT_VERSION = 2
@@ -40,7 +40,7 @@ class RankPlan:
         """Entries of the identity blocks' orders of the inputs: stored as int32 beside the parameters, where there is one."""
         if self.structure == "low_rank":
             return 0
-        return sum(group.n for group, _ in self.factorized(groups) if group.kind not in ORDERED)
+        return sum(group.n for group, _ in self.factorized(groups) if not group.ordered)
 
     def ratio(self, groups: Sequence[Group]) -> float:
         """Share of the decoder's linear parameters that the plan removes."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lrserve.allocation.plan import RankPlan, rank_choices
-from lrserve.compression.groups import ORDERED, Group, Structure
+from lrserve.compression.groups import Group, Structure
 from lrserve.recipe import Workload
 
 _PREFILL_CHUNK = 4096
@@ -43,7 +43,7 @@ def shapes_to_measure(groups: Sequence[Group], step: int, structure: Structure) 
         shapes[Shape(group.n, group.m, None)] = None
         stride = max(1, math.ceil(len(choices) / _TABLE_RANKS))
         for rank in [*choices[::stride], *choices[-1:]]:
-            shapes[Shape(group.n, group.m, rank, structure, group.kind in ORDERED)] = None
+            shapes[Shape(group.n, group.m, rank, structure, group.ordered)] = None
     return list(shapes)
 
 
@@ -88,7 +88,7 @@ class SpeedModel:
         """Predicted seconds that the group's layer takes over the whole run; a `Cost` for `BudgetFit`."""
         if rank is None:
             return self._dense[group.n, group.m]
-        key = (group.n, group.m, group.kind in ORDERED)
+        key = (group.n, group.m, group.ordered)
         ranks, seconds = self._ranks[key], self._seconds[key]
         i = bisect_left(ranks, rank)
         if i == len(ranks) or ranks[i] == rank or i == 0:

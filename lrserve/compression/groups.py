@@ -108,6 +108,11 @@ class Group:
         return self.dense_parameters if rank is None else factor_entries(self.m, self.n, rank, structure) + self.m
 
     @property
+    def ordered(self) -> bool:
+        """Whether its inputs can be made to arrive in any order (`ORDERED`)."""
+        return self.kind in ORDERED
+
+    @property
     def full_rank(self) -> int:
         """Largest rank that the stacked weight can have."""
         return min(self.m, self.n)

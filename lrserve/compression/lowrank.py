@@ -192,7 +192,7 @@ def specs_of(ranks: Iterable[tuple[Group, int]], structure: Structure) -> dict[s
             rank=rank,
             members=tuple(name.rpartition(".")[2] for name in group.members),
             structure=structure,
-            ordered=structure == "identity_block" and group.kind in ORDERED,
+            ordered=structure == "identity_block" and group.ordered,
         )
         for group, rank in ranks
     }
