@@ -42,6 +42,7 @@ _BETAS: Final = (0.9, 0.95)
 _WARMUP_STEPS: Final = 8
 _FLOOR: Final = 0.02  # of the learning rate
 _ROWS: Final = 256  # tokens whose logits, of both models, are in memory at once
+_CACHED_ROWS: Final = 16
 _SAVE_SECONDS: Final = 120.0
 _AVERAGED: Final = 20  # steps whose divergence is averaged for the outcome
 
@@ -102,7 +103,7 @@ def recover(
     trainable = install_trainable(student, ranks, source)
     device = next(teacher.parameters()).device
     parameters = [parameter for group in trainable.values() for parameter in group.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, betas=_BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, betas=_BETAS, weight_decay=0.0, fused=True)
     state = _Progress(seconds=0.0, divergences=[])
     checkpoint = folder / "state.pt"
     if checkpoint.is_file():
@@ -187,11 +188,15 @@ def _divergence(teacher: Any, student: Any, wanted: torch.Tensor, hidden: torch.
     """Return sum KL(teacher || student) over rows of last hidden states (t, width), and its gradient by the student's."""
     h = hidden.requires_grad_(True)
     logits = logits_of(student, h)
+    divergence = 0.0
     with torch.no_grad():
-        target, found = logits_of(teacher, wanted).log_softmax(-1), logits.log_softmax(-1)
-        p = target.exp()
-        divergence = float((p * (target - found)).sum())
-        by_logits = found.exp_().sub_(p)
+        by_logits = logits.detach()  # overwritten, a few rows at a time, so that each stays in the cache until it is finished
+        targets = torch.split(logits_of(teacher, wanted), _CACHED_ROWS)
+        for target, found in zip(targets, torch.split(by_logits, _CACHED_ROWS), strict=True):
+            log_p, log_q = target.log_softmax(-1), found.log_softmax(-1)
+            p = log_p.exp()
+            divergence += float((p * (log_p - log_q)).sum())
+            torch.sub(log_q.exp_(), p, out=found)
     (gradient,) = torch.autograd.grad(logits, h, by_logits)
     return divergence, gradient
 
