@@ -1,80 +1,165 @@
-"""lrserve bench: the throughput of an artifact against its dense model, measured again."""
+"""lrserve bench: an artifact against its dense model, both behind vLLM's server, under the same load and in turns."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lrserve.artifacts.card import table
-from lrserve.artifacts.store import read_manifest, write_json
+from lrserve.artifacts.store import read_manifest, whole, write_json
 from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.source import open_source
 from lrserve.job import Say, progress_bar
-from lrserve.recipe import Recipe
-from lrserve.serving.loadtest import compare, open_engine
+from lrserve.recipe import PROFILES, EngineSettings, Recipe, Workload
+from lrserve.serving.online import Server, compare_online
+from lrserve.serving.server import on_cpu
+from lrserve.serving.versions import engine_version
+
+_SLACK_TOKENS = 8  # of a sequence, for what a tokenizer puts around a prompt
+_SHARE_OF_GPU = 0.45  # of each of the two servers
 
 
 def bench(
     out: Path,
     *,
     dense: str | None = None,
-    overrides: dict[str, Any] | None = None,
-    json_file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    report: Path | None = None,
+    vllm_arguments: Sequence[str] = (),
     say: Say = print,
 ) -> dict[str, Any]:
-    """Measure an artifact and its dense model in turns on vLLM and print the table.
+    """Measure an artifact and its dense model in turns behind vLLM's server, and print the table.
 
     Args:
         out: the artifact.
         dense: the dense model; the one that the artifact was made from when None.
-        overrides: dotted settings of the recipe to change; `None` values are passed over.
-        json_file: also write the figures here.
+        overrides: dotted settings of the recipe to change; `None` values are passed over. One of the workload's puts the recipe's
+            workload, so changed, in the place of the three profiles.
+        report: folder for bench.json, bench.md and bench.png; made if need be.
+        vllm_arguments: further arguments for both servers.
         say: takes the table.
 
     Returns:
-        The figures: `Comparison.to_json` with the workload and the settings.
+        The figures: under `workloads`, `OnlineComparison.to_json` by name; the engine and its settings.
 
     Raises:
-        LrserveError: not an artifact, no dense model, or a failing engine.
+        LrserveError: not an artifact, no dense model, or a failing server.
     """
     read_manifest(out)
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise InputError(f"no folder {json_file.absolute().parent} for --json; make it first")
     if not (out / "config.json").is_file():
         raise ArtifactError(f"{out} has no vLLM checkpoint; export it with --export vllm")
-    recipe = Recipe.load(out / "lrserve" / "recipe.yaml", overrides or {})
+    if report is not None:
+        try:
+            report.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"no folder {report} can be made for --report: {error.strerror}") from error
+    changed = {name: value for name, value in (overrides or {}).items() if value is not None}
+    recipe = Recipe.load(out / "lrserve" / "recipe.yaml", changed)
     source = open_source(dense or recipe.model)
-    workload, settings = recipe.workload, recipe.engine
+    custom = any(name.startswith("workload.") for name in changed)
+    workloads = {"custom": recipe.workload} if custom else dict(PROFILES)
+    rounds, arguments = recipe.engine.repeats, [*server_arguments(workloads, recipe.engine), *vllm_arguments]
     with (
-        progress_bar(2 * settings.repeats, "bench") as progress,
-        open_engine(source.path, workload, settings, sharing=2) as dense_engine,
-        open_engine(out, workload, settings, sharing=2) as engine,
+        progress_bar(2 * (rounds + 1) * len(workloads), "bench") as progress,
+        Server(source.path, arguments) as dense_server,
+        Server(out, arguments) as server,
     ):
-        done = 0
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            progress(done)
-
-        result = compare(dense_engine, engine, workload, settings.repeats, seed=recipe.seed, progress=step)
+        results = compare_online(dense_server, server, workloads, rounds, seed=recipe.seed, progress=progress)
     figures = {
-        **result.to_json(),
-        "workload": workload.model_dump(mode="json"),
-        "settings": settings.model_dump(mode="json"),
+        "engine": engine_version(),
+        "settings": recipe.engine.model_dump(mode="json"),
+        "vllm_arguments": list(vllm_arguments),
         "dense_model": source.name,
+        "workloads": {name: result.to_json() for name, result in results.items()},
     }
-    rows = []
-    for name in ("dense", "compressed"):
-        side = figures[name]
-        spread = f"{side['lowest']:.1f} to {side['highest']:.1f}"
-        rows.append([name, f"{side['tokens_per_second']:.1f}", spread, f"{side['cpu_seconds']:.2f}"])
-    say(table(["", "output tokens/s", "spread", "CPU seconds per run"], rows))
-    say(
-        f"speedup {figures['speedup']:.2f}x ({figures['speedup_lowest']:.2f} to {figures['speedup_highest']:.2f}) on "
-        f"{figures['engine']}, {'eager' if settings.enforce_eager else 'compiled'}: {workload.concurrency} requests at once of "
-        f"{workload.prompt_tokens} prompt and {workload.output_tokens} output tokens, {settings.repeats} rounds"
-    )
-    if json_file is not None:
-        write_json(json_file, figures)
+    text = render(figures)
+    say(text)
+    if report is not None:
+        write_json(report / "bench.json", figures)
+        with whole(report / "bench.md") as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
+        plot(figures, report / "bench.png")
     return figures
+
+
+def server_arguments(workloads: Mapping[str, Workload], settings: EngineSettings) -> list[str]:
+    """Return vLLM's arguments for servers large enough for every workload, which never reuse a prefix."""
+    longest = max(workload.prompt_tokens + workload.output_tokens for workload in workloads.values())
+    arguments = [
+        "--no-enable-prefix-caching",
+        f"--dtype={settings.dtype}",
+        f"--max-model-len={longest + _SLACK_TOKENS}",
+        f"--max-num-seqs={max(workload.concurrency for workload in workloads.values())}",
+    ]
+    if settings.enforce_eager:
+        arguments.append("--enforce-eager")
+    if not on_cpu():
+        arguments.append(f"--gpu-memory-utilization={_SHARE_OF_GPU}")
+    return arguments
+
+
+def render(figures: Mapping[str, Any]) -> str:
+    """Return the figures of `bench` as a Markdown table and a line below it."""
+
+    def latency(values: Mapping[str, float] | None) -> str:
+        return "" if values is None else f"{values['median']:.1f}, {values['p99']:.1f}"
+
+    rows = []
+    for name, result in figures["workloads"].items():
+        workload = result["workload"]
+        title = f"{name}: {workload['concurrency']} x ({workload['prompt_tokens']} + {workload['output_tokens']})"
+        for side in ("dense", "compressed"):
+            found = result[side]
+            rate = found["tokens_per_second"]
+            speedup = f"{result['speedup']:.2f}x ({result['speedup_lowest']:.2f} to {result['speedup_highest']:.2f})"
+            rows.append(
+                [
+                    title if side == "dense" else "",
+                    side,
+                    f"{rate['median']:.1f} ({rate['lowest']:.1f} to {rate['highest']:.1f})",
+                    latency(found["time_to_first_token_ms"]),
+                    latency(found["time_per_output_token_ms"]),
+                    speedup if side == "compressed" else "",
+                    result["verdict"] if side == "compressed" else "",
+                ]
+            )
+    header = ["workload", "", "output tokens/s", "first token, ms: median, p99", "per output token, ms: median, p99", "speedup", ""]
+    rounds = max(result["rounds"] for result in figures["workloads"].values())
+    settings = figures["settings"]
+    return (
+        f"{table(header, rows)}\n\n"
+        f"{figures['engine']}, {'eager' if settings['enforce_eager'] else 'compiled'}, {settings['dtype']}; "
+        f"concurrency x (prompt + output tokens); {rounds} rounds in turns, each with prompts of its own, medians and spread; "
+        "`undecided`: the rounds do not agree on which is faster"
+    )
+
+
+def plot(figures: Mapping[str, Any], path: Path) -> None:
+    """Draw throughput with its spread, and median and p99 of both latencies, dense beside compressed, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = list(figures["workloads"])
+    panels = {
+        "output tokens/s: median and spread": ("tokens_per_second", "median", "lowest", "highest"),
+        "time to first token, ms: median and p99": ("time_to_first_token_ms", "median", "median", "p99"),
+        "time per output token, ms: median and p99": ("time_per_output_token_ms", "median", "median", "p99"),
+    }
+    for axes, (title, (key, middle, low, high)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for offset, side in ((-0.2, "dense"), (0.2, "compressed")):
+            found = [figures["workloads"][name][side][key] for name in names]
+            shown = [(index + offset, values) for index, values in enumerate(found) if values is not None]
+            heights = [values[middle] for _, values in shown]
+            spread = [
+                [values[middle] - values[low] for _, values in shown],
+                [values[high] - values[middle] for _, values in shown],
+            ]
+            axes.bar([place for place, _ in shown], heights, 0.4, yerr=spread, capsize=3, label=side)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_title(title, fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    with whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)

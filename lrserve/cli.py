@@ -76,20 +76,23 @@ def serve(
     run(out, [argument for argument in context.args if argument != "--"])
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})
 def bench(
+    context: typer.Context,
     out: Annotated[Path, typer.Argument(help="An artifact of lrserve.")],
     dense: Annotated[str | None, typer.Option(help="The dense model [default: the one it was made from].")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens per prompt [default: the recipe's].")] = None,
-    output_tokens: Annotated[int | None, typer.Option(help="Tokens per answer [default: the recipe's].")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Requests at once [default: the recipe's].")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens per prompt, for one workload instead of three.")] = None,
+    output_tokens: Annotated[int | None, typer.Option(help="Tokens per answer, for one workload instead of three.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests at once, for one workload instead of three.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Counted rounds [default: the recipe's].")] = None,
     compiled: Annotated[
         bool | None, typer.Option("--compiled/--eager", help="With torch.compile or without [default: the recipe's].")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Also write bench.json, bench.md and bench.png there.")
+    ] = None,
 ) -> None:
-    """Measure throughput against the dense model, in turns, on vLLM."""
+    """Measure throughput and latency against the dense model, both behind vLLM's server, in turns; -- passes flags to vLLM."""
     from lrserve.benchmark import bench as run
 
     run(
@@ -102,7 +105,8 @@ def bench(
             "engine.repeats": repeats,
             "engine.enforce_eager": None if compiled is None else not compiled,
         },
-        json_file=json_file,
+        report=report,
+        vllm_arguments=context.args,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -129,6 +130,14 @@ class Workload(_Frozen):
     prompt_tokens: Annotated[int, Field(ge=1)] = 128
     output_tokens: Annotated[int, Field(ge=1)] = 128
     concurrency: Annotated[int, Field(ge=1)] = 8
+
+
+PROFILES: Final[Mapping[str, Workload]] = {
+    "chat": Workload(prompt_tokens=128, output_tokens=128, concurrency=8),
+    "prefill": Workload(prompt_tokens=1024, output_tokens=32, concurrency=4),
+    "decode": Workload(prompt_tokens=32, output_tokens=256, concurrency=1),
+}
+"""What a server is asked for: a conversation, mostly reading, mostly writing."""
 
 
 class EngineSettings(_Frozen):

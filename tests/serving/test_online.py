@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrserve.benchmark import plot, render, server_arguments
+from lrserve.errors import EngineError
+from lrserve.recipe import PROFILES, EngineSettings, Workload
+from lrserve.serving import online
+from lrserve.serving.online import Client, Load, OnlineComparison, Server, compare_online
+
+WORKLOAD = Workload(prompt_tokens=4, output_tokens=3, concurrency=2)
+DENSE = [Load(10.0, (0.1, 0.3), (0.01, 0.01)), Load(12.0, (0.2, 0.2), (0.02, 0.01)), Load(8.0, (0.2, 0.9), (0.01, 0.01))]
+
+
+def faster(factor: float) -> list[Load]:
+    return [Load(run.output_tokens_per_second * factor, run.first_token, run.per_token) for run in DENSE]
+
+
+def test_medians_are_over_rounds_and_percentiles_over_requests() -> None:
+    found = OnlineComparison(WORKLOAD, DENSE, faster(1.5)).to_json()
+    assert found["dense"]["tokens_per_second"] == {"median": 10.0, "lowest": 8.0, "highest": 12.0}
+    assert found["dense"]["time_to_first_token_ms"] == {"median": pytest.approx(200), "p99": pytest.approx(870)}
+    assert found["compressed"]["time_per_output_token_ms"]["median"] == pytest.approx(10)
+    assert found["speedup"] == found["speedup_lowest"] == pytest.approx(1.5)
+    assert (found["verdict"], found["rounds"]) == ("faster", 3)
+
+
+def test_only_rounds_that_agree_decide() -> None:
+    assert OnlineComparison(WORKLOAD, DENSE, faster(0.9)).verdict == "slower"
+    assert OnlineComparison(WORKLOAD, DENSE, [*faster(2)[:2], DENSE[2]]).verdict == "undecided"
+
+
+def test_one_output_token_has_no_time_between_tokens(tmp_path: Path) -> None:
+    runs = [Load(10.0, (0.1,), ())]
+    figures = {
+        "engine": "vLLM",
+        "settings": EngineSettings().model_dump(),
+        "workloads": {
+            "one": OnlineComparison(WORKLOAD, runs, runs).to_json(),
+            "chat": OnlineComparison(WORKLOAD, DENSE, DENSE).to_json(),
+        },
+    }
+    assert figures["workloads"]["one"]["dense"]["time_per_output_token_ms"] is None
+    lines = render(figures).splitlines()
+    assert [line.count("|") for line in lines[:6]] == [8] * 6
+    plot(figures, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_servers_take_turns_and_no_prompts_come_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int, int]] = []
+
+    def load(server: Server, client: Client, workload: Workload, *, seed: int) -> Load:
+        calls.append((server.model.name, workload.concurrency, seed))
+        return Load(float(len(calls)), (0.1,), (0.1,))
+
+    monkeypatch.setattr(online, "load", load)
+    done: list[int] = []
+    dense, compressed = Server(Path("dense")), Server(Path("small"))
+    found = compare_online(dense, compressed, {"a": WORKLOAD}, 2, seed=7, progress=done.append)
+    names = [("small", 2, 7), ("dense", 2, 7), ("dense", 2, 8), ("small", 2, 8), ("small", 2, 9), ("dense", 2, 9)]
+    assert calls == names
+    assert done == [1, 2, 3, 4, 5, 6]
+    assert [run.output_tokens_per_second for run in found["a"].dense] == [3.0, 6.0]
+    assert [run.output_tokens_per_second for run in found["a"].compressed] == [4.0, 5.0]
+
+
+def test_servers_are_large_enough_for_every_workload(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrserve.benchmark.on_cpu", lambda: True)
+    arguments = server_arguments(PROFILES, EngineSettings(enforce_eager=True))
+    assert {"--max-model-len=1064", "--max-num-seqs=8", "--enforce-eager", "--no-enable-prefix-caching"} <= set(arguments)
+    assert not any("gpu" in argument for argument in arguments)
+    monkeypatch.setattr("lrserve.benchmark.on_cpu", lambda: False)
+    assert "--gpu-memory-utilization=0.45" in server_arguments(PROFILES, EngineSettings())
+
+
+@pytest.mark.parametrize(
+    ("code", "timeout", "message"),
+    [
+        ("print('no such weights'); raise SystemExit(3)", 60.0, r"ended with code 3 while it started\n.*\n.*no such weights"),
+        ("import time; print('loading', flush=True); time.sleep(60)", 1.0, r"no answer within 1 s\n.*\n.*loading"),
+    ],
+)
+def test_a_server_that_does_not_start_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, timeout: float, message: str
+) -> None:
+    monkeypatch.setattr(online, "preflight", lambda model: None)
+    monkeypatch.setattr(online, "server_command", lambda model, arguments: [sys.executable, "-c", code])
+    server: Any = Server(tmp_path, log=tmp_path / "log", start_timeout=timeout)
+    with pytest.raises(EngineError, match=message), server:
+        pass
