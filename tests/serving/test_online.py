@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import http.client
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from lrserve.benchmark import plot, render, server_arguments
 from lrserve.errors import EngineError
 from lrserve.recipe import PROFILES, EngineSettings, Workload
 from lrserve.serving import online
-from lrserve.serving.online import Client, Load, OnlineComparison, Server, compare_online
+from lrserve.serving.online import Client, Load, OnlineComparison, Server, compare_online, load
 
 WORKLOAD = Workload(prompt_tokens=4, output_tokens=3, concurrency=2)
 DENSE = [Load(10.0, (0.1, 0.3), (0.01, 0.01)), Load(12.0, (0.2, 0.2), (0.02, 0.01)), Load(8.0, (0.2, 0.9), (0.01, 0.01))]
@@ -54,11 +56,11 @@ def test_one_output_token_has_no_time_between_tokens(tmp_path: Path) -> None:
 def test_servers_take_turns_and_no_prompts_come_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int, int]] = []
 
-    def load(server: Server, client: Client, workload: Workload, *, seed: int) -> Load:
+    def fake(server: Server, client: Client, workload: Workload, *, seed: int) -> Load:
         calls.append((server.model.name, workload.concurrency, seed))
         return Load(float(len(calls)), (0.1,), (0.1,))
 
-    monkeypatch.setattr(online, "load", load)
+    monkeypatch.setattr(online, "load", fake)
     done: list[int] = []
     dense, compressed = Server(Path("dense")), Server(Path("small"))
     found = compare_online(dense, compressed, {"a": WORKLOAD}, 2, seed=7, progress=done.append)
@@ -93,3 +95,54 @@ def test_a_server_that_does_not_start_says_why(
     server: Any = Server(tmp_path, log=tmp_path / "log", start_timeout=timeout)
     with pytest.raises(EngineError, match=message), server:
         pass
+
+
+ANSWERS = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    asked = 0
+    def do_GET(self):
+        Handler.asked += 1
+        self.send_response(503 if Handler.asked == 1 else 200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_is_there_once_it_is_healthy_and_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(online, "preflight", lambda model: None)
+    monkeypatch.setattr(online, "server_command", lambda model, arguments: [sys.executable, "-c", ANSWERS, arguments[-1]])
+    with Server(tmp_path, ["--port", "1"]) as server:
+        address = server.url.removeprefix("http://")
+        connection = http.client.HTTPConnection(address, timeout=5)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
+    with pytest.raises(ConnectionRefusedError):
+        http.client.HTTPConnection(address, timeout=5).request("GET", "/health")
+
+
+def test_a_run_that_lost_requests_is_no_result(tmp_path: Path) -> None:
+    server = Server(tmp_path, log=tmp_path / "log")
+    whole = {
+        "completed": 4,
+        "errors": ["", "", "", ""],
+        "output_lens": [3, 3, 3, 3],
+        "output_throughput": 5.0,
+        "ttfts": [0.1, 0.2, 0.3, 0.4],
+        "latencies": [0.3, 0.4, 0.5, 0.6],
+    }
+    found = load(server, lambda arguments: whole, WORKLOAD, seed=0)
+    assert found.per_token == pytest.approx([0.1] * 4)
+    for broken, message in (
+        ({"completed": 3, "errors": ["", "connection reset", "", ""]}, "3 of 4 requests came back.*connection reset"),
+        ({"output_lens": [3, 3, 3, 2]}, r"of \[2, 3\] tokens instead of 3"),
+    ):
+        with pytest.raises(EngineError, match=message):
+            load(server, lambda arguments, broken=broken: whole | broken, WORKLOAD, seed=0)  # type: ignore[misc]
+
+    def fails(arguments: Sequence[str]) -> dict[str, Any]:
+        raise RuntimeError("ValueError: no tokenizer")
+
+    with pytest.raises(EngineError, match="vllm bench serve failed: ValueError: no tokenizer"):
+        load(server, fails, WORKLOAD, seed=0)
