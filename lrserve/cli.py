@@ -17,6 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it takes "[default: ...]" in a help text for markup, and drops it
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
