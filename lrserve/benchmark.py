@@ -12,12 +12,12 @@ from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.source import open_source
 from lrserve.job import Say, progress_bar
 from lrserve.recipe import PROFILES, EngineSettings, Recipe, Workload
+from lrserve.serving.loadtest import GPU_MEMORY
 from lrserve.serving.online import Server, compare_online
 from lrserve.serving.server import on_cpu
 from lrserve.serving.versions import engine_version
 
 _SLACK_TOKENS = 8  # of a sequence, for what a tokenizer puts around a prompt
-_SHARE_OF_GPU = 0.45  # of each of the two servers
 
 
 def bench(
@@ -54,10 +54,10 @@ def bench(
             report.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"no folder {report} can be made for --report: {error.strerror}") from error
-    changed = {name: value for name, value in (overrides or {}).items() if value is not None}
-    recipe = Recipe.load(out / "lrserve" / "recipe.yaml", changed)
+    overrides = dict(overrides or {})
+    recipe = Recipe.load(out / "lrserve" / "recipe.yaml", overrides)
     source = open_source(dense or recipe.model)
-    custom = any(name.startswith("workload.") for name in changed)
+    custom = any(value is not None for name, value in overrides.items() if name.startswith("workload."))
     workloads = {"custom": recipe.workload} if custom else dict(PROFILES)
     rounds, arguments = recipe.engine.repeats, [*server_arguments(workloads, recipe.engine), *vllm_arguments]
     with (
@@ -95,7 +95,7 @@ def server_arguments(workloads: Mapping[str, Workload], settings: EngineSettings
     if settings.enforce_eager:
         arguments.append("--enforce-eager")
     if not on_cpu():
-        arguments.append(f"--gpu-memory-utilization={_SHARE_OF_GPU}")
+        arguments.append(f"--gpu-memory-utilization={GPU_MEMORY / 2}")
     return arguments
 
 

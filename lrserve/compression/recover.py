@@ -42,7 +42,7 @@ _BETAS: Final = (0.9, 0.95)
 _WARMUP_STEPS: Final = 8
 _FLOOR: Final = 0.02  # of the learning rate
 _ROWS: Final = 256  # tokens whose logits, of both models, are in memory at once
-_CACHED_ROWS: Final = 16
+_CACHED_ROWS: Final = 16  # tokens whose probabilities are formed at once
 _SAVE_SECONDS: Final = 120.0
 _AVERAGED: Final = 20  # steps whose divergence is averaged for the outcome
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
 import lrserve.errors
 from exporters.base import Transcript
@@ -33,7 +33,10 @@ from lrserve.serving.versions import engine_version, require_vllm
 if TYPE_CHECKING:
     from lrserve.allocation.speed import Shape
 
-__all__ = ["Engine", "Throughput", "engine_version", "interleaved", "preflight"]
+__all__ = ["Engine", "Throughput", "engine_version", "in_turns", "interleaved", "preflight"]
+
+T = TypeVar("T")
+Run = TypeVar("Run")
 
 WORKER_COMMAND: Final = (sys.executable, "-m", "lrserve.serving.worker")
 _STOP_SECONDS: Final = 20.0
@@ -271,21 +274,41 @@ def interleaved(
     seed: int = 0,
     progress: Callable[[str, int, Throughput], None] | None = None,
 ) -> dict[str, list[Throughput]]:
-    """Measure several running engines in turns: A B C, B C A, C A B, ..., after one discarded run of each.
+    """Measure several running engines in turns (`in_turns`), after one discarded run of each.
 
-    Interleaving and rotation spread the machine's slow minutes, and the cost of following a certain engine, over all of
-    them. Every engine gets the same prompts; each round has its own. `progress` is told (name, round, result).
-
-    Returns the runs of each engine in the order of the rounds.
+    `progress` is told (name, round, result). Returns the runs of each engine in the order of the rounds.
     """
-    names = list(engines)
-    results: dict[str, list[Throughput]] = {name: [] for name in names}
-    for name in names:
-        engines[name].throughput(prompt_tokens, output_tokens, concurrency, seed=seed)
+
+    def measure(engine: Engine, seed: int) -> Throughput:
+        return engine.throughput(prompt_tokens, output_tokens, concurrency, seed=seed)
+
+    for engine in engines.values():
+        measure(engine, seed)
+    return in_turns(engines, measure, repeats, seed=seed, progress=progress)
+
+
+def in_turns(
+    measured: Mapping[str, T],
+    measure: Callable[[T, int], Run],
+    repeats: int,
+    *,
+    seed: int,
+    progress: Callable[[str, int, Run], None] | None = None,
+) -> dict[str, list[Run]]:
+    """Measure several things in turns: A B C, B C A, C A B, ...; discarded runs come before, and are the caller's.
+
+    Interleaving and rotation spread the machine's slow minutes, and the cost of following a certain one, over all of them.
+    All get the same prompts, from the seed that `measure` is given; each round has its own, from `seed` + 1 on.
+    `progress` is told (name, round, result).
+
+    Returns the runs of each in the order of the rounds.
+    """
+    names = list(measured)
+    results: dict[str, list[Run]] = {name: [] for name in names}
     for index in range(repeats):
         shift = index % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
-            result = engines[name].throughput(prompt_tokens, output_tokens, concurrency, seed=seed + 1 + index)
+            result = measure(measured[name], seed + 1 + index)
             results[name].append(result)
             if progress is not None:
                 progress(name, index, result)

@@ -7,19 +7,28 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Protocol
 
 from lrserve.recipe import EngineSettings, Workload
 from lrserve.serving.engine import Engine, Throughput, engine_version, interleaved
 
+GPU_MEMORY: Final = 0.9
+"""Share of a GPU's memory that all engines on it take together."""
 
-@dataclass(frozen=True)
-class Comparison:
-    """Interleaved runs of the same prompts on both engines; run i of one stands beside run i of the other."""
 
-    dense: Sequence[Throughput]
-    compressed: Sequence[Throughput]
-    engine: str
+class Rated(Protocol):
+    """A measured run."""
+
+    @property
+    def output_tokens_per_second(self) -> float:
+        """Generated tokens per wall-clock second, prefill included."""
+
+
+class Paired:
+    """Runs of a dense and of a compressed model; run i of one stands beside run i of the other."""
+
+    dense: Sequence[Rated]
+    compressed: Sequence[Rated]
 
     @property
     def speedups(self) -> list[float]:
@@ -30,6 +39,25 @@ class Comparison:
     def speedup(self) -> float:
         """Median of the rounds' speedups."""
         return statistics.median(self.speedups)
+
+    def speedup_json(self) -> dict[str, float]:
+        """Return the rounds' number, and the median and the spread of their speedups."""
+        found = self.speedups
+        return {
+            "rounds": len(found),
+            "speedup": self.speedup,
+            "speedup_lowest": min(found),
+            "speedup_highest": max(found),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison(Paired):
+    """Interleaved runs of the same prompts on both engines; run i of one stands beside run i of the other."""
+
+    dense: Sequence[Throughput]
+    compressed: Sequence[Throughput]
+    engine: str
 
     @property
     def undisturbed_speedup(self) -> float:
@@ -51,12 +79,9 @@ class Comparison:
 
         return {
             "engine": self.engine,
-            "rounds": len(self.dense),
             "dense": side(self.dense),
             "compressed": side(self.compressed),
-            "speedup": self.speedup,
-            "speedup_lowest": min(self.speedups),
-            "speedup_highest": max(self.speedups),
+            **self.speedup_json(),
             "undisturbed_speedup": self.undisturbed_speedup,
         }
 
@@ -76,7 +101,7 @@ def open_engine(model: Path, workload: Workload, settings: EngineSettings, *, sh
         max_model_len=workload.prompt_tokens + workload.output_tokens,
         max_num_seqs=workload.concurrency,
         enforce_eager=settings.enforce_eager,
-        gpu_memory_utilization=0.9 / sharing if sharing > 1 else None,
+        gpu_memory_utilization=GPU_MEMORY / sharing if sharing > 1 else None,
         log=log,
     )
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -22,6 +23,8 @@ import numpy as np
 
 from lrserve.errors import EngineError
 from lrserve.recipe import Workload
+from lrserve.serving.engine import in_turns
+from lrserve.serving.loadtest import Paired
 from lrserve.serving.process import end_session, log_tail, open_log
 from lrserve.serving.server import on_cpu, preflight, server_command, server_environment
 
@@ -193,17 +196,12 @@ def load(server: Server, client: Client, workload: Workload, *, seed: int) -> Lo
 
 
 @dataclass(frozen=True)
-class OnlineComparison:
-    """Interleaved runs of one workload on both servers; run i of one stands beside run i of the other."""
+class OnlineComparison(Paired):
+    """Interleaved runs of one workload on both servers."""
 
     workload: Workload
     dense: Sequence[Load]
     compressed: Sequence[Load]
-
-    @property
-    def speedups(self) -> list[float]:
-        """Output tokens per second, compressed over dense, round by round."""
-        return [c.output_tokens_per_second / d.output_tokens_per_second for d, c in zip(self.dense, self.compressed, strict=True)]
 
     @property
     def verdict(self) -> str:
@@ -214,12 +212,9 @@ class OnlineComparison:
         """Return medians and spreads over the rounds, and percentiles of the latencies, in milliseconds, over all requests."""
         return {
             "workload": self.workload.model_dump(mode="json"),
-            "rounds": len(self.dense),
             "dense": _summary(self.dense),
             "compressed": _summary(self.compressed),
-            "speedup": statistics.median(self.speedups),
-            "speedup_lowest": min(self.speedups),
-            "speedup_highest": max(self.speedups),
+            **self.speedup_json(),
             "verdict": self.verdict,
         }
 
@@ -254,16 +249,17 @@ def compare_online(
     Both get the same prompts; each round has its own, so no prefix is ever seen twice. Who begins changes from round to round.
     `progress` is told how many of the len(workloads) * (rounds + 1) * 2 runs are done.
     """
-    results, done = {}, 0
+    results, done = {}, count(1)
     with bench_client() as client:
         for name, workload in workloads.items():
-            runs: dict[Server, list[Load]] = {dense: [], compressed: []}
-            for index in range(rounds + 1):
-                for server in (dense, compressed)[:: 1 if index % 2 else -1]:
-                    found = load(server, client, workload, seed=seed + index)
-                    if index:
-                        runs[server].append(found)
-                    done += 1
-                    progress(done)
-            results[name] = OnlineComparison(workload, runs[dense], runs[compressed])
+
+            def measure(server: Server, seed: int, workload: Workload = workload) -> Load:
+                found = load(server, client, workload, seed=seed)
+                progress(next(done))
+                return found
+
+            for server in (compressed, dense):
+                measure(server, seed)
+            runs = in_turns({"dense": dense, "compressed": compressed}, measure, rounds, seed=seed)
+            results[name] = OnlineComparison(workload, **runs)
     return results
