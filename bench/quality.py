@@ -42,7 +42,7 @@ from lrserve.artifacts.work import WorkFolder, work_folder
 from lrserve.compression.baselines import BASELINES
 from lrserve.compression.calibrate import read_statistics
 from lrserve.compression.factorize import FactorSource
-from lrserve.compression.groups import Group, Structure, separate
+from lrserve.compression.groups import Group, Structure, allocated, separate
 from lrserve.compression.spectra import (
     Decompose,
     MergedRanks,
@@ -104,12 +104,17 @@ ROWS: Mapping[str, Row] = {
     "adam": Row("start + 25 Adam steps a block", "fisher", "loss_aware", after={"refine": "adam"}),
     "evolution": Row("start + evolutionary level switching", "fisher", "evolution"),
     "propagate": Row("start + error propagation", "fisher", "loss_aware", after={"propagate": True}),
+    "evolution-recover": Row("start + evolution + `--recover 10`", "fisher", "evolution", after={"recover_minutes": 10.0}),
     "evolution-propagate": Row("start + evolution + propagation", "fisher", "evolution", after={"propagate": True}),
-    "default": Row("**default**: start, propagated from ratio 0.3 on", "fisher", "loss_aware", after={"propagate": None}),
+    "identity-recover": Row("start + `--recover 10`", "fisher", "loss_aware", after={"recover_minutes": 10.0}),
+    "narrow-uniform": Row("two-sided, fewer neurons, uniform", "fisher", structure="narrow"),
+    "narrow-one-sided": Row("one-sided, fewer neurons, probed allocation", "features", "probed", "narrow"),
+    "default": Row("**default**: two-sided, fewer neurons, loss-aware allocation", "fisher", "loss_aware", "narrow"),
+    "narrow-propagate": Row("default + error propagation", "fisher", "loss_aware", "narrow", {"propagate": True}),
     "propagate-recover": Row(
         "start + propagation + `--recover 10`", "fisher", "loss_aware", after={"propagate": True, "recover_minutes": 10.0}
     ),
-    "recover": Row("default with `--recover 10`: start + recovery", "fisher", "loss_aware", after={"recover_minutes": 10.0}),
+    "recover": Row("default with `--recover 10`", "fisher", "loss_aware", "narrow", {"recover_minutes": 10.0}),
 }
 
 
@@ -161,13 +166,21 @@ class Bench:
         with self.timed("gradients"):
             return backpropagate(self.job, self.model, self.folder)
 
-    def groups(self, factors: str) -> list[Group]:
-        """The unit of allocation that goes with a factorization."""
-        return self.single if factors in BASELINES else self.fused
+    def groups(self, row: Row) -> list[Group]:
+        """What is allocated under a factorization and a structure."""
+        return self.single if row.factors in BASELINES else allocated(self.fused, row.structure)
+
+    def job_of(self, row: Row) -> Job:
+        """The job with a row's structure."""
+        settings = self.job.recipe.factorization.model_copy(update={"structure": row.structure})
+        return replace(self.job, recipe=self.job.recipe.model_copy(update={"factorization": settings}))
+
+    def spectra(self, row: Row) -> SpectrumStore:
+        """Factors of every rank."""
+        return self._spectra(row.factors, row.structure == "narrow")
 
     @cache  # noqa: B019
-    def spectra(self, factors: str) -> SpectrumStore:
-        """Factors of every rank, by the name of the factorization."""
+    def _spectra(self, factors: str, fewer_neurons: bool) -> SpectrumStore:
         statistics = self.statistics()
         decompose: Decompose
         if factors in BASELINES:
@@ -184,17 +197,20 @@ class Bench:
         inputs = {"calibration": statistics.name, "factors": factors}
         if factors.startswith("fisher"):
             inputs["gradients"] = self.gradients().folder.name
-        stage = self.folder.stage(f"spectra-{factors}", inputs)
-        groups = self.groups(factors)
-        with self.timed(f"spectra-{factors}"):
+        groups = self.single if factors in BASELINES else self.fused
+        name = f"spectra-{factors}"
+        if fewer_neurons:
+            name, groups, inputs["neurons"] = f"{name}-narrow", allocated(self.fused, "narrow"), "fewer"
+        stage = self.folder.stage(name, inputs)
+        with self.timed(name):
             write_spectra(self.model, groups, decompose, stage)
         return SpectrumStore(stage, groups)
 
     def plan(self, row: Row, ratio: float) -> tuple[RankPlan, list[str]]:
         """Allocate the ranks, or read the plan that another row left; returns it with the names of its timed stages."""
         name = f"plan-{row.factors}-{row.allocator}-{row.structure}-{ratio}"
-        stages = ["calibrate", f"spectra-{row.factors}", name]
-        store = self.spectra(row.factors)
+        stages = ["calibrate", f"spectra-{row.factors}" + "-narrow" * (row.structure == "narrow"), name]
+        store = self.spectra(row)
         inputs = {
             "spectra": store.folder.name,
             "validation": tensor_sha256(self.job.windows["validation"]),
@@ -204,7 +220,7 @@ class Bench:
         if row.factors.startswith("fisher"):
             stages.append("gradients")
         if row.allocator in PROBING:
-            self.probes(row.factors, row.structure)
+            self.probes(row)
             stages.append(f"probe-{row.factors}-{row.structure}")
         place = self.folder.stage(name, inputs)
         if not (place / "plan.json").is_file():
@@ -214,7 +230,7 @@ class Bench:
         return RankPlan.read(place / "plan.json"), stages
 
     def _allocate(self, row: Row, ratio: float, store: SpectrumStore, place: Path) -> RankPlan:
-        groups = self.groups(row.factors)
+        groups = self.groups(row)
         fit = BudgetFit(groups, STEP, row.structure)
         budget = (1 - ratio) * fit.dense_cost
         if row.allocator == "uniform":
@@ -233,7 +249,7 @@ class Bench:
             return allocate.least_loss(fit, allocate.fisher(errors), budget)
         without, two_sided = row.factors.removeprefix("fisher-but-"), row.factors.startswith("fisher")
         weighted = {group.name for group in groups if two_sided and group.kind != without}
-        losses = allocate.estimates(errors, self.probes(row.factors, row.structure), weighted)
+        losses = allocate.estimates(errors, self.probes(row), weighted)
         if row.allocator in losses:
             return allocate.least_loss(fit, losses[row.allocator], budget)
         if row.allocator == "searched":
@@ -268,32 +284,31 @@ class Bench:
         validation = first_tokens(self.job.windows["validation"], recipe.search.validation_tokens)
         speed: Any = _EqualSpeed()
         dense = perplexity(self.model, validation)
-        space = SearchSpace(self.fused, Target(ratio=ratio), recipe.search, losses, speed, dense, row.structure)
-        with self.judged(self.fused, store, lambda: perplexity(self.model, validation)) as evaluate:
+        space = SearchSpace(self.groups(row), Target(ratio=ratio), recipe.search, losses, speed, dense, row.structure)
+        with self.judged(self.groups(row), store, lambda: perplexity(self.model, validation)) as evaluate:
             trials = run_study(space, evaluate, recipe.search, place / "study.sqlite3", seed=recipe.seed)
         return min(trials, key=lambda trial: trial.perplexity).plan
 
-    @cache  # noqa: B019
-    def probes(self, factors: str, structure: Structure) -> dict[str, tuple[int | None, float]]:
+    def probes(self, row: Row) -> dict[str, tuple[int | None, float]]:
         """Divergences of the groups one by one."""
-        store = self.spectra(factors)
-        merged = MergedRanks(self.model, self.fused, store)
-        with self.timed(f"probe-{factors}-{structure}"):
-            found, _ = probe_groups(self.job, merged, store, self.folder, structure)
+        store = self.spectra(row)
+        merged = MergedRanks(self.model, self.groups(row), store)
+        with self.timed(f"probe-{row.factors}-{row.structure}"):
+            found, _ = probe_groups(self.job_of(row), merged, store, self.folder, row.structure)
         merged.apply({})
         return found
 
     def improved(self, row: Row, plan: RankPlan, ratio: float) -> tuple[FactorSource, list[str]]:
         """Improve the factors as the pipeline does, step by step; returns them with the names of the timed stages."""
-        store = self.spectra(row.factors)
+        store, own = self.spectra(row), self.job_of(row)
         factors: FactorSource = store
         steps: dict[str, Any] = {"propagate": False}
         stages = []
         for step, value in row.after.items():
             steps[step] = value
             stages.append("-".join(["after", *(f"{k}={v}" for k, v in steps.items()), row.allocator, str(ratio)]))
-            settings = self.job.recipe.factorization.model_copy(update=steps)
-            job = replace(self.job, recipe=self.job.recipe.model_copy(update={"factorization": settings}))
+            settings = own.recipe.factorization.model_copy(update=steps)
+            job = replace(own, recipe=own.recipe.model_copy(update={"factorization": settings}))
             with self.timed(stages[-1]):
                 factors = improve_factors(job, plan, store, gradient_reader(job, self.gradients()), self.folder)[0]
         return factors, stages
@@ -307,7 +322,8 @@ class Bench:
             "ratio": ratio,
             "texts": {name: tensor_sha256(windows) for name, windows in self.texts.items()},
             "validation": tensor_sha256(self.job.windows["validation"]),
-            "factorization": self.job.recipe.factorization.model_dump(mode="json", exclude={"propagate"}),
+            # the row has a structure of its own
+            "factorization": self.job.recipe.factorization.model_dump(mode="json", exclude={"propagate"}) | {"structure": None},
             "settings": [TRIALS, GENERATIONS, OFFSPRING, STEP, self.job.recipe.seed],
         }
         return self.folder.stage(f"row-{name}-{ratio}", inputs)
@@ -318,7 +334,7 @@ class Bench:
         if not path.is_file():
             plan, before = self.plan(row, ratio)
             source, after = self.improved(row, plan, ratio)
-            groups = self.groups(row.factors)
+            groups = self.groups(row)
             compressed = self.job.served_model(plan, source, groups)
             seconds = sum(self.times().get(stage, 0.0) for stage in before + after)
             result: dict[str, Any] = {"ratio": plan.ratio(groups), "seconds": seconds}
@@ -340,7 +356,7 @@ def rounding(bench: Bench, ratios: Sequence[float]) -> str:
             plan, _ = bench.plan(row, ratio)
             model = round_parameters(bench.job.source.load(torch.float32), bench.job.dtype)
             ranks = plan.factorized(bench.fused)
-            exact = compress_model(model, ranks, plan.structure, bench.spectra(row.factors), torch.float32)
+            exact = compress_model(model, ranks, plan.structure, bench.spectra(row), torch.float32)
             rounded = round_parameters(copy.deepcopy(exact), bench.job.dtype)
             for domain, windows in bench.texts.items():
                 reference = Reference(exact, windows)

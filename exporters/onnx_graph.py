@@ -258,6 +258,8 @@ class _Builder:
         """Multiply by a dense or a factorized linear; members of a fused group share one z."""
         if isinstance(module, LowRankLinear):
             first = module.first
+            if first is None:
+                return self.affine(x, module.B, f"{where}.B")
             key = (id(first), x.name)
             if key not in self.products:
                 name = self.parameters.get(id(first.weight), f"{where}.A.weight").removesuffix(".weight")

@@ -14,7 +14,7 @@ from torch import nn
 from exporters.base import Transcript
 from exporters.companions import copy_companions
 from exporters.transcript import transcribe_model
-from lrserve.compression.groups import family_of
+from lrserve.compression.groups import ORDERED, GroupNames, family_of
 from lrserve.compression.lowrank import GroupSpec, LowRankLinear, quantization_config
 from lrserve.errors import ArtifactError
 
@@ -70,7 +70,7 @@ class VllmExporter:
 
 
 def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
-    """Read off a causal LM which of its fused groups are factorized, as what and at which rank, in the artifact's terms.
+    """Read off a causal LM which of its fused groups are compressed, as what and to which rank, in the artifact's terms.
 
     Raises:
         ArtifactError: the members of a group are not all factorized, or not alike.
@@ -81,7 +81,7 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
     groups: dict[str, GroupSpec] = {}
     for index in range(sum(1 for _ in layers.children())):
         prefix = f"{family.layers}.{index}."
-        for names in family.groups.values():
+        for kind, names in family.groups.items():
             modules = [model.get_submodule(prefix + member) for member in names.members]
             kinds = {
                 (module.structure, module.rank, module.ordered) if isinstance(module, LowRankLinear) else None for module in modules
@@ -92,10 +92,17 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
                     f"{prefix}{names.fused}: its linears {', '.join(names.members)} must all be factorized alike and at one "
                     f"rank, or all be dense; found {found}"
                 )
-            if kind := kinds.pop():
-                members = tuple(member.rpartition(".")[2] for member in names.members)
-                groups[prefix + names.fused] = GroupSpec(rank=kind[1], members=members, structure=kind[0], ordered=kind[2])
+            if found_kind := kinds.pop():
+                stored, rank, ordered = found_kind
+                groups[prefix + names.fused] = GroupSpec(rank, _leaves(names), stored, ordered)
+                if stored == "narrow_in":
+                    feeding = family.groups[ORDERED[kind]]
+                    groups[prefix + feeding.fused] = GroupSpec(rank, _leaves(feeding), "narrow_out")
     return groups
+
+
+def _leaves(names: GroupNames) -> tuple[str, ...]:
+    return tuple(member.rpartition(".")[2] for member in names.members)
 
 
 def _own_tensors(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:

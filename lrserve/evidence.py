@@ -131,12 +131,12 @@ def collect_metrics(
         "plan": {
             "origin": tuned.chosen.candidate.origin,
             "structure": plan.structure,
-            "groups": len(job.groups),
-            "factorized": len(plan.factorized(job.groups)),
+            "groups": len(job.units),
+            "factorized": len(plan.factorized(job.units)),
         },
         "improved": improved,
         "sizes": card.sizes(
-            job.groups,
+            job.units,
             plan,
             total_parameters=sum(p.numel() for p in skeleton.parameters()),
             head_parameters=skeleton.get_output_embeddings().weight.numel(),

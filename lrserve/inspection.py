@@ -31,7 +31,7 @@ def _quantization(folder: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class _StoredPlan(RankPlan):
-    """The plan that a checkpoint amounts to. A plan has one structure; an artifact may have another for every group."""
+    """The plan that a checkpoint amounts to: it has one structure, an artifact may have another for every group."""
 
     specs: Mapping[str, GroupSpec] = field(default_factory=dict)
 
@@ -119,8 +119,16 @@ def _group_faults(
     group: Group, spec: GroupSpec, shapes: Mapping[str, tuple[int, ...]], orders: Mapping[str, torch.Tensor]
 ) -> list[str]:
     order = f"{group.name}.A.order"
-    columns = group.n - (spec.rank if spec.structure == "identity_block" else 0)
-    wanted: dict[str, tuple[int, ...]] = {f"{group.name}.A.weight": (spec.rank, columns)}
+    if spec.structure == "narrow_out":
+        expected = (spec.rank, group.n)
+        return [
+            f"{member}.weight has shape {found or 'none'}, expected {expected}"
+            for member in group.members
+            if (found := shapes.get(f"{member}.weight")) != expected
+        ]
+    wanted: dict[str, tuple[int, ...]] = {}
+    if spec.structure != "narrow_in":
+        wanted[f"{group.name}.A.weight"] = (spec.rank, group.n - (spec.rank if spec.structure == "identity_block" else 0))
     faults: list[str] = []
     if spec.gathers:
         wanted[order] = (group.n,)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lrserve.allocation.plan import RankPlan
 from lrserve.compression.factorize import FactorSource
-from lrserve.compression.groups import Group, family_of, find_groups
+from lrserve.compression.groups import Group, allocated, family_of, find_groups
 from lrserve.compression.spectra import compress_model
 from lrserve.inputs.source import Source, open_source
 from lrserve.inputs.text import Documents, load_texts, token_windows
@@ -30,8 +30,8 @@ WORK_VERSION = 3
 class Job:
     """A recipe with its model and texts opened.
 
-    `windows` holds int64 token windows by use: calibration, validation, report, prompts; `fingerprints` identify the content of
-    the model and of each text.
+    `groups` are the model's, in layer order; `units` what a plan of the recipe's structure decides on. `windows` holds int64 token
+    windows by use: calibration, validation, report, prompts; `fingerprints` identify the content of the model and of each text.
     """
 
     recipe: Recipe
@@ -42,6 +42,11 @@ class Job:
     fingerprints: dict[str, str]
     calibration_text: Documents
     say: Say
+
+    @property
+    def units(self) -> list[Group]:
+        """What a plan allocates (`groups.allocated`)."""
+        return allocated(self.groups, self.recipe.structure)
 
     @property
     def layers(self) -> int:
@@ -75,11 +80,11 @@ class Job:
     def compressed_model(self, plan: RankPlan, factors: FactorSource) -> Any:
         """Build the compressed model in float32 on the CPU, every value rounded to the dtype that it is stored in."""
         model = self.source.load(torch.float32).cpu()
-        return compress_model(model, plan.factorized(self.groups), plan.structure, factors, self.dtype)
+        return compress_model(model, plan.factorized(allocated(self.groups, plan.structure)), plan.structure, factors, self.dtype)
 
     def served_model(self, plan: RankPlan, factors: FactorSource, groups: Sequence[Group] | None = None) -> Any:
         """Build the compressed model as it is served, in its own dtype; `groups` are the plan's, if other than the fused ones."""
-        ranks = plan.factorized(self.groups if groups is None else groups)
+        ranks = plan.factorized(allocated(self.groups, plan.structure) if groups is None else groups)
         return compress_model(self.source.load(self.dtype), ranks, plan.structure, factors, self.dtype)
 
 

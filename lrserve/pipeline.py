@@ -34,7 +34,7 @@ from lrserve.serving.engine import engine_version
 from lrserve.tuning import tune
 
 _PROPAGATED_RATIO = 0.3
-"""Plans that remove this share of the linears' parameters get propagated factors unless the recipe says otherwise."""
+"""Plans of factors alone that remove this share of the linears' parameters get propagated ones unless the recipe says otherwise."""
 
 
 def compress_and_export(
@@ -87,7 +87,7 @@ def compress_and_export(
         _say_summary(finished, out, say)
         return finished
     if recipe.target.ratio:
-        fit = BudgetFit(job.groups, recipe.search.rank_step, recipe.structure)
+        fit = BudgetFit(job.units, recipe.search.rank_step, recipe.structure)
         fit.require((1 - recipe.target.ratio) * fit.dense_cost)
     weights = sum(parameter.numel() for parameter in skeleton.parameters()) * job.dtype.itemsize
     check_place(out, weights * (3 if "onnx" in recipe.export else 1))  # float32 is twice as large
@@ -161,7 +161,7 @@ def _work_bytes(job: Job, weights: int) -> int:
     """Estimate the work folder: hidden states twice, covariances, gradients and spectra in float32, one candidate checkpoint."""
     hidden = job.windows["calibration"].numel() * int(job.source.config().hidden_size) * job.dtype.itemsize
     covariances = sum(group.n**2 for group in job.groups)
-    spectra = sum(group.full_rank * (group.m + group.n) for group in job.groups)
+    spectra = sum(unit.full_rank * (unit.m + unit.n) for unit in job.units)
     settings = job.recipe.factorization
     gradients = sum(min(group.n, group.m) ** 2 for group in job.groups if group.kind in settings.fisher)
     trained = 3 * spectra if settings.recover_minutes else 0  # factors and Adam's two moments, at most
@@ -171,14 +171,14 @@ def _work_bytes(job: Job, weights: int) -> int:
 def _say_intent(job: Job) -> None:
     recipe = job.recipe
     if recipe.target.ratio:
-        fit = BudgetFit(job.groups, recipe.search.rank_step, recipe.structure)
+        fit = BudgetFit(job.units, recipe.search.rank_step, recipe.structure)
         plan = uniform(fit, (1 - recipe.target.ratio) * fit.dense_cost)
-        ranks = {group.kind: plan.ranks[group.name] for group in reversed(job.groups)}
+        ranks = {unit.kind: plan.ranks[unit.name] for unit in reversed(job.units)}
         shown = ", ".join(f"{kind} {rank or 'dense'}" for kind, rank in reversed(ranks.items()))
-        job.say(f"uniform ranks would be: {shown} (ratio {plan.ratio(job.groups):.3f})")
+        job.say(f"uniform ranks would be: {shown} (ratio {plan.ratio(job.units):.3f})")
     settings = recipe.factorization
     backwards = f" and backwards on {settings.fisher_tokens}" if settings.fisher else ""
-    may = {None: ["perhaps propagate errors"], True: ["propagate errors"], False: []}
+    may = {None: ["perhaps propagate errors"] * (recipe.structure != "narrow"), True: ["propagate errors"], False: []}
     after = may[settings.propagate] + [f"refine the factors ({settings.refine})"] * (settings.refine != "none")
     after += [f"recover for {settings.recover_minutes:g} minutes"] * bool(settings.recover_minutes)
     then = "".join(f"{step}, " for step in after)
@@ -243,13 +243,18 @@ def factorize_groups(job: Job, model: Any, statistics: Path, gradients: Gradient
     kinds = job.recipe.factorization.fisher
     stage = folder.stage(
         "spectra",
-        {"calibration": statistics.name, "fisher": kinds, "gradients": gradients.folder.name if gradients is not None else None},
+        {
+            "calibration": statistics.name,
+            "fisher": kinds,
+            "gradients": gradients.folder.name if gradients is not None else None,
+            "neurons": job.recipe.structure == "narrow",
+        },
     )
     before = len(list(stage.glob("*.safetensors")))
     with progress_bar(job.layers, "3/6 factorize") as progress:
-        write_spectra(model, job.groups, features(statistics, gradient_reader(job, gradients)), stage, progress=progress)
-    job.say(f"3/6 factorize: {len(job.groups)} groups at every rank{reused(before, job.layers)}")
-    return SpectrumStore(stage, job.groups)
+        write_spectra(model, job.units, features(statistics, gradient_reader(job, gradients)), stage, progress=progress)
+    job.say(f"3/6 factorize: {len(job.units)} groups at every rank{reused(before, job.layers)}")
+    return SpectrumStore(stage, job.units)
 
 
 def improve_factors(
@@ -260,12 +265,12 @@ def improve_factors(
     Returns:
         The factors, and what was done to them: the settings, and of a recovery its steps and divergences. Empty for nothing.
     """
-    settings, ranks = job.recipe.factorization, plan.factorized(job.groups)
+    settings, ranks = job.recipe.factorization, plan.factorized(job.units)
     factors: FactorSource = store
     done: dict[str, Any] = {}
     propagate = settings.propagate
     if propagate is None:
-        propagate = plan.ratio(job.groups) >= _PROPAGATED_RATIO and not settings.recover_minutes
+        propagate = plan.structure != "narrow" and plan.ratio(job.units) >= _PROPAGATED_RATIO and not settings.recover_minutes
     if not ranks or not (propagate or settings.refine != "none" or settings.recover_minutes):
         return factors, done
     calibration, seed = job.windows["calibration"], job.recipe.seed

@@ -73,10 +73,9 @@ class Calibration(_Frozen):
 class Factorization(_Frozen):
     """How the factors are made. Ranks are the search's; docs/methods.md says what each idea brings."""
 
-    structure: Structure | None = None
-    """What a factorized group is stored as: `identity_block` keeps more rank per parameter, `low_rank` is faster per parameter.
-
-    None takes the first under a ratio target, and the second where speed is what is asked for.
+    structure: Structure = "narrow"
+    """What becomes of the groups: `narrow` takes neurons out of the MLPs, which stay dense layers, and makes two factors of the
+    rest where that pays; `low_rank` makes two factors of all; `identity_block` keeps more rank per parameter, and is slower.
     """
     fisher: tuple[Kind, ...] = KINDS
     """Group kinds whose output errors are weighted by the loss gradient; none switches the backward passes off."""
@@ -85,8 +84,8 @@ class Factorization(_Frozen):
     propagate: bool | None = None
     """Find the chosen plan's factors anew, block by block, for the activations that the compressed blocks before them give.
 
-    None does so for plans that remove 30 % of the linears' parameters or more, where it pays on all text that we measured, but not
-    before a recovery, which gets further from the factors of the search.
+    None does so for plans that remove 30 % of the linears' parameters or more, where it pays on all text that we measured; but not
+    where MLPs lose neurons, where it does not pay, nor before a recovery, which gets further from the factors of the search.
     """
     refine: Literal["none", "closed_form", "adam"] = "none"
     """Refine each block's factors against the dense block's outputs: by least squares, or by `refine_steps` of Adam."""
@@ -185,8 +184,8 @@ class Recipe(_Frozen):
 
     @property
     def structure(self) -> Structure:
-        """The structure that is asked for, or that suits the target."""
-        return self.factorization.structure or ("identity_block" if self.target.ratio else "low_rank")
+        """What plans are made of."""
+        return self.factorization.structure
 
     def to_yaml(self) -> str:
         """Render with every default filled in; `Recipe.load` reads it back."""

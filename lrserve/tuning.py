@@ -66,7 +66,7 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder) -> Tune
         InfeasibleTargetError: no plan meets the target.
         EngineError: vLLM failed.
     """
-    merged = MergedRanks(model, job.groups, store)
+    merged = MergedRanks(model, job.units, store)
     device = next(model.parameters()).device
     losses, probe = _losses(job, merged, store, folder)
     merged.to("cpu")  # an engine takes the GPU
@@ -74,7 +74,7 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder) -> Tune
     merged.to(device)
     dense_perplexity = _validate(job, merged, None)
     structure = job.recipe.structure
-    space = study.SearchSpace(job.groups, job.recipe.target, job.recipe.search, losses, speed, dense_perplexity, structure)
+    space = study.SearchSpace(job.units, job.recipe.target, job.recipe.search, losses, speed, dense_perplexity, structure)
     trials, path = _search(job, merged, space, folder, {"probe": probe, "latency": latency})
     merged.to("cpu")
     measured = _measure(job, store, folder, trials, space)
@@ -82,14 +82,14 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder) -> Tune
     speedups = [m.comparison.undisturbed_speedup if by_ratio else m.comparison.speedup for m in measured]
     best = study.choose(list(zip([m.candidate for m in measured], speedups, strict=True)), job.recipe.target, space)
     chosen = next(m for m in measured if m.candidate is best)
-    job.say(f"4/6 chosen: {best.origin}, ratio {best.plan.ratio(job.groups):.3f}, {chosen.comparison.speedup:.2f}x of dense")
+    job.say(f"4/6 chosen: {best.origin}, ratio {best.plan.ratio(job.units):.3f}, {chosen.comparison.speedup:.2f}x of dense")
     return Tuned(chosen, measured, trials, dense_perplexity, path)
 
 
 def _losses(job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFolder) -> tuple[dict[str, allocate.Losses], str]:
     """Return `allocate.estimates`, and the name of the stage that holds the probes."""
     probes, stage = probe_groups(job, merged, store, folder, job.recipe.structure)
-    weighted = {group.name for group in job.groups if group.kind in job.recipe.factorization.fisher}
+    weighted = {group.name for group in job.units if group.kind in job.recipe.factorization.fisher}
     return allocate.estimates(store.errors(), probes, weighted), stage
 
 
@@ -118,11 +118,11 @@ def probe_groups(
     path = stage / "probes.json"
     found: dict[str, tuple[int | None, float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     before = len(found)
-    if before < len(job.groups):
+    if before < len(job.units):
         merged.apply({})
         divergence = Divergence(merged.model, windows)
-        with progress_bar(len(job.groups), "4/6 probe") as progress:
-            for index, group in enumerate(job.groups):
+        with progress_bar(len(job.units), "4/6 probe") as progress:
+            for index, group in enumerate(job.units):
                 if group.name not in found:
                     fit = BudgetFit([group], settings.rank_step, structure)
                     budget = max(_PROBE_SHARE * fit.dense_cost, fit.smallest_cost)
@@ -131,7 +131,7 @@ def probe_groups(
                     found[group.name] = rank, divergence(merged.model, group.layer)
                     write_json(path, found)
                 progress(index + 1)
-    job.say(f"4/6 probe: divergence of {len(job.groups)} groups one by one{reused(before, len(job.groups))}")
+    job.say(f"4/6 probe: divergence of {len(job.units)} groups one by one{reused(before, len(job.units))}")
     return found, stage.name
 
 
@@ -139,7 +139,7 @@ def _latencies(job: Job, folder: WorkFolder) -> tuple[SpeedModel, str]:
     """Measure the dense model's run and the latency of single layers, dense and at a dozen ranks, in one engine."""
     workload, settings = job.recipe.workload, job.recipe.engine
     structure = job.recipe.structure
-    shapes = shapes_to_measure(job.groups, job.recipe.search.rank_step, structure)
+    shapes = shapes_to_measure(job.units, job.recipe.search.rank_step, structure)
     tokens = token_counts(workload)
     stage = folder.stage(
         "latency",
@@ -173,7 +173,7 @@ def _latencies(job: Job, folder: WorkFolder) -> tuple[SpeedModel, str]:
         write_json(path, {"dense_seconds": min(run.seconds for run in runs[1:]), "tokens": tokens, "rows": rows})
     data = json.loads(path.read_text(encoding="utf-8"))
     latencies = {Shape(**row): (decode, prefill) for row in data["rows"] for decode, prefill in [row.pop("us")]}
-    speed = SpeedModel(job.groups, workload, data["dense_seconds"], latencies)
+    speed = SpeedModel(job.units, workload, data["dense_seconds"], latencies, job.recipe.search.rank_step, structure)
     rate = workload.concurrency * workload.output_tokens / speed.dense_seconds
     job.say(
         f"4/6 latency: {len(shapes)} layers at {tokens[0]} and {tokens[1]} tokens on {engine_version()}, "

@@ -22,13 +22,10 @@ def test_defaults_overrides_and_round_trip(tmp_path: Path) -> None:
     assert str(Recipe.load(path, {"target.min_speedup": 1.3}).target) == "min-speedup 1.3"
 
 
-def test_the_structure_follows_the_target_unless_it_is_asked_for() -> None:
-    def structure(**overrides: object) -> str:
-        return Recipe.load(None, {"model": "m", **{name.replace("__", "."): value for name, value in overrides.items()}}).structure
-
-    assert structure() == "identity_block"
-    assert structure(target__min_speedup=1.2) == structure(target__max_ppl_increase=0.1) == "low_rank"
-    assert structure(factorization__structure="low_rank") == "low_rank"
+def test_a_structure_is_one_that_plans_know() -> None:
+    assert Recipe.load(None, {"model": "m", "factorization.structure": "low_rank"}).structure == "low_rank"
+    with pytest.raises(InputError, match="factorization.structure: Input should be 'identity_block', 'low_rank' or 'narrow'"):
+        Recipe.load(None, {"model": "m", "factorization.structure": "narrow_in"})
 
 
 @pytest.mark.parametrize(

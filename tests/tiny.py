@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrserve.compression.groups import FAMILIES, STRUCTURES, Structure, find_groups
-from lrserve.compression.lowrank import IdentityBlock, install_low_rank, quantization_config, specs_of
+from lrserve.compression.groups import FAMILIES, STRUCTURES, Structure, allocated, find_groups
+from lrserve.compression.lowrank import GroupSpec, IdentityBlock, install_low_rank, quantization_config, specs_of
 
+FACTORED: Final = ("identity_block", "low_rank")
+"""What a group is stored as that has factors of its own; the structures in which every group has them."""
 FAMILIES_TESTED = sorted(FAMILIES)
 VOCABULARY = 256
 _MODEL_TYPES = {
@@ -55,16 +57,18 @@ def dense_model(architecture: str, *, layers: int = 2) -> Any:
 
 
 def factorized_model(architecture: str, *, layers: int = 2, structure: Structure | None = None) -> Any:
-    """In all layers but the second every group factorized (each at its own rank), in the second only some.
+    """In all layers but the second every group compressed (each to its own rank), in the second only some.
 
-    Of one structure, or by turns: identity blocks in the first layer, two factors in the second.
+    In one structure, or by turns: identity blocks in the first layer, two factors in the second, fewer neurons in the third.
     """
     model = dense_model(architecture, layers=layers)
     specs = {}
     for index, group in enumerate(find_groups(model)):
+        own = structure or STRUCTURES[group.layer % len(STRUCTURES)]
+        rank = 16 + 8 * (index % 4) + 4 * group.layer
         if group.layer != 1 or group.kind in ("qkv", "down"):
-            specs |= specs_of([(group, 16 + 8 * (index % 4) + 4 * group.layer)], structure or STRUCTURES[group.layer % 2])
-    install_low_rank(model, specs)
+            specs |= specs_of([(unit, rank) for unit in allocated(find_groups(model), own) if unit.name == group.name], own)
+    install(model, specs)
     torch.manual_seed(1)
     for module in model.modules():
         if isinstance(module, IdentityBlock) and module.order is not None:
@@ -76,6 +80,17 @@ def factorized_model(architecture: str, *, layers: int = 2, structure: Structure
             torch.nn.init.normal_(parameter, std=0.3)
     model.config.quantization_config = quantization_config(specs)
     return model
+
+
+def install(model: Any, specs: dict[str, GroupSpec]) -> None:
+    """`install_low_rank`, where MLPs with fewer neurons keep their first ones."""
+    install_low_rank(model, specs)
+    for name, spec in specs.items():
+        for member in spec.members if spec.structure == "narrow_out" else ():
+            linear = model.get_submodule(f"{name.rpartition('.')[0]}.{member}")
+            linear.out_features = spec.rank
+            for parameter, tensor in list(linear.named_parameters()):
+                setattr(linear, parameter, torch.nn.Parameter(tensor[: spec.rank].clone()))
 
 
 def write_artifact(model: Any, folder: Path) -> Path:

@@ -15,16 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import optuna
 
 from lrserve.allocation.allocate import uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.resumable import ask, gp_sampler, open_study
-from lrserve.compression.groups import Group, Structure
+from lrserve.compression.groups import Group
 from lrserve.errors import InfeasibleTargetError, InputError
 
-_STRUCTURE: Structure = "low_rank"
+_STRUCTURE: Final = "low_rank"
 _SEARCHED = {"q": "qk", "k": "qk", "o": "o", "gate": "gate", "up": "up", "down": "down"}  # kind of linear -> kind of share
 _SHARES = (0.2, 1.0)
 _ATTENTION_SHARE = 0.5  # of q, k and o in the first trial, and of q and k in LoRD's plan

@@ -23,7 +23,10 @@ _FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The one representation of a decision: each fused group's rank by name, None for dense, and what the factors are stored as."""
+    """The one representation of a decision: each allocated group's rank by name, None for dense, and the structure.
+
+    With the structure `narrow` the rank of a `down` group is the number of neurons that its MLP keeps (`groups.allocated`).
+    """
 
     ranks: Mapping[str, int | None]
     structure: Structure = "identity_block"
@@ -34,11 +37,12 @@ class RankPlan:
 
     def parameters(self, groups: Sequence[Group]) -> int:
         """Parameters of the decoder's linears under this plan."""
-        return sum(group.parameters(self.ranks[group.name], self.structure) for group in groups)
+        cost = parameter_cost(self.structure)
+        return int(sum(cost(group, self.ranks[group.name]) for group in groups))
 
     def order_entries(self, groups: Sequence[Group]) -> int:
         """Entries of the identity blocks' orders of the inputs: stored as int32 beside the parameters, where there is one."""
-        if self.structure == "low_rank":
+        if self.structure != "identity_block":
             return 0
         return sum(group.n for group, _ in self.factorized(groups) if not group.ordered)
 
@@ -83,7 +87,7 @@ class Cost(Protocol):
 
 def parameter_cost(structure: Structure) -> Cost:
     """Count parameters."""
-    return lambda group, rank: group.parameters(rank, structure)
+    return lambda group, rank: group.parameters(rank, group.stored_as(structure))
 
 
 def rank_choices(group: Group, step: int, structure: Structure) -> list[int]:
@@ -91,7 +95,8 @@ def rank_choices(group: Group, step: int, structure: Structure) -> list[int]:
 
     For a layer so small that not even `step` saves, the list is empty: the group stays dense.
     """
-    return [r for r in range(step, group.full_rank + 1, step) if group.parameters(r, structure) < group.dense_parameters]
+    cost = parameter_cost(structure)
+    return [r for r in range(step, group.full_rank + 1, step) if cost(group, r) < group.dense_parameters]
 
 
 class BudgetFit:

@@ -31,7 +31,7 @@ from lrserve.allocation import allocate
 from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.resumable import ask, gp_sampler, open_study
 from lrserve.allocation.speed import SpeedModel
-from lrserve.compression.groups import KINDS, Group, Structure
+from lrserve.compression.groups import Group, Structure
 from lrserve.errors import InfeasibleTargetError
 from lrserve.recipe import Search, Target
 
@@ -81,6 +81,7 @@ class SearchSpace:
         self.bases = (*losses, UNIFORM)
         self._speed = speed
         self.fit = BudgetFit(groups, search.rank_step, structure, speed.cost if target.min_speedup else None)
+        self._kinds = list(dict.fromkeys(group.kind for group in groups))
         layers = max(group.layer for group in groups) + 1
         self._runs = min(search.depth_groups, layers)
         self._run_of = {group.name: group.layer * self._runs // layers for group in groups}
@@ -95,7 +96,7 @@ class SearchSpace:
 
     def first_trials(self) -> list[dict[str, Any]]:
         """Return the parameters of the base plans themselves."""
-        multipliers = {self._name(kind, run): 1.0 for kind in KINDS for run in range(self._runs)}
+        multipliers = {self._name(kind, run): 1.0 for kind in self._kinds for run in range(self._runs)}
         rows: list[dict[str, Any]] = [{"base": base, **multipliers} for base in self.bases]
         if self._target.min_speedup:
             return [{**row, "speedup": self._target.min_speedup * 1.02} for row in rows]
@@ -116,7 +117,7 @@ class SearchSpace:
         base = trial.suggest_categorical("base", self.bases)
         multipliers: dict[tuple[str, int], float] = {
             (kind, run): trial.suggest_float(self._name(kind, run), *_MULTIPLIER, log=True)
-            for kind in KINDS
+            for kind in self._kinds
             for run in range(self._runs)
         }
         if self._target.min_speedup:

@@ -12,9 +12,10 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from lrserve.allocation.plan import RankPlan, rank_choices
-from lrserve.compression.groups import Group, Structure
+from lrserve.compression.groups import Group, Stored, Structure
 from lrserve.recipe import Workload
 
 _PREFILL_CHUNK = 4096
@@ -31,19 +32,35 @@ class Shape:
     n: int
     m: int
     rank: int | None
-    structure: Structure = "low_rank"
+    structure: Stored = "low_rank"
     ordered: bool = False
 
 
+def shapes_of(group: Group, rank: int | None, structure: Structure) -> list[Shape]:
+    """List the layers that multiply for a group: its own, and those of an MLP that is allocated as one.
+
+    An MLP with fewer neurons is dense layers of other sizes.
+    """
+    stored = group.stored_as(structure)
+    if group.fed_by:
+        kept = group.n if rank is None else rank
+        return [Shape(kept, group.m, None), Shape(group.fed_by.n, len(group.fed_by.members) * kept, None)]
+    return [Shape(group.n, group.m, rank, stored, group.ordered) if rank is not None else Shape(group.n, group.m, None)]
+
+
+def measured_ranks(group: Group, step: int, structure: Structure) -> list[int]:
+    """Return about a dozen ranks spread over the choices, the smallest and the largest among them."""
+    choices = rank_choices(group, step, structure)
+    stride = max(1, math.ceil(len(choices) / _TABLE_RANKS))
+    return list(dict.fromkeys([*choices[::stride], *choices[-1:]]))
+
+
 def shapes_to_measure(groups: Sequence[Group], step: int, structure: Structure) -> list[Shape]:
-    """List each distinct dense shape, and its factors of one structure at about a dozen ranks spread over the choices."""
+    """List each distinct layer of the dense model, and of its compressed groups at `measured_ranks`."""
     shapes: dict[Shape, None] = {}
     for group in groups:
-        choices = rank_choices(group, step, structure)
-        shapes[Shape(group.n, group.m, None)] = None
-        stride = max(1, math.ceil(len(choices) / _TABLE_RANKS))
-        for rank in [*choices[::stride], *choices[-1:]]:
-            shapes[Shape(group.n, group.m, rank, structure, group.ordered)] = None
+        for rank in [None, *measured_ranks(group, step, structure)]:
+            shapes |= dict.fromkeys(shapes_of(group, rank, structure))
     return list(shapes)
 
 
@@ -61,35 +78,40 @@ class SpeedModel:
         workload: Workload,
         dense_seconds: float,
         latencies: Mapping[Shape, tuple[float, float]],
+        step: int,
+        structure: Structure,
     ) -> None:
         """Take the measured dense run and, per shape, the microseconds of one decode step and of one prefill chunk.
 
-        All factors in the table have one structure: that of the plans to be predicted.
+        The table holds `shapes_to_measure` of the same groups, step and structure.
         """
         self.groups = list(groups)
         self.workload = workload
         self.dense_seconds = dense_seconds
-        self._ranks: dict[tuple[int, int, bool], list[int]] = {}
-        self._seconds: dict[tuple[int, int, bool], list[float]] = {}
-        self._dense: dict[tuple[int, int], float] = {}
         chunks = math.ceil(workload.concurrency * workload.prompt_tokens / _PREFILL_CHUNK)
-        for shape, (decode, prefill) in sorted(latencies.items(), key=lambda item: item[0].rank or 0):
-            seconds = 1e-6 * ((workload.output_tokens - 1) * decode + chunks * prefill)
-            if shape.rank is None:
-                self._dense[shape.n, shape.m] = seconds
-                continue
-            key = (shape.n, shape.m, shape.ordered)
-            self._ranks.setdefault(key, []).append(shape.rank)
-            column = self._seconds.setdefault(key, [])
-            # more rank is never faster: what the clock says against that is noise
-            column.append(max(seconds, column[-1]) if column else seconds)
+
+        def seconds(group: Group, rank: int | None) -> float:
+            rows = [latencies[shape] for shape in shapes_of(group, rank, structure)]
+            return sum(1e-6 * ((workload.output_tokens - 1) * decode + chunks * prefill) for decode, prefill in rows)
+
+        self._curves: dict[tuple[Shape, ...], tuple[list[int], list[float], float]] = {}
+        for group in self.groups:
+            key = self._key(group)
+            if key not in self._curves:
+                ranks = measured_ranks(group, step, structure)
+                # more rank is never faster: what the clock says against that is noise
+                column = list(accumulate((seconds(group, rank) for rank in ranks), max))
+                self._curves[key] = ranks, column, seconds(group, None)
+
+    @staticmethod
+    def _key(group: Group) -> tuple[Shape, ...]:
+        return (Shape(group.n, group.m, None, ordered=group.ordered), *(shapes_of(group, None, "narrow") if group.fed_by else ()))
 
     def cost(self, group: Group, rank: int | None) -> float:
-        """Predicted seconds that the group's layer takes over the whole run; a `Cost` for `BudgetFit`."""
+        """Predicted seconds that the group's layers take over the whole run; a `Cost` for `BudgetFit`."""
+        ranks, seconds, dense = self._curves[self._key(group)]
         if rank is None:
-            return self._dense[group.n, group.m]
-        key = (group.n, group.m, group.ordered)
-        ranks, seconds = self._ranks[key], self._seconds[key]
+            return dense
         i = bisect_left(ranks, rank)
         if i == len(ranks) or ranks[i] == rank or i == 0:
             return seconds[min(i, len(ranks) - 1)]

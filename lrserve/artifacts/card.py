@@ -17,7 +17,7 @@ def sizes(groups: Sequence[Group], plan: RankPlan, total_parameters: int, head_p
     the context, left out).
 
     Args:
-        groups: the fused groups.
+        groups: what the plan allocates.
         plan: their ranks.
         total_parameters: of the dense model, tied weights once.
         head_parameters: of the output layer.
@@ -25,8 +25,8 @@ def sizes(groups: Sequence[Group], plan: RankPlan, total_parameters: int, head_p
     """
     dense = sum(group.dense_parameters for group in groups)
     compressed = plan.parameters(groups)
-    biases = sum(group.biases for group in groups)
-    new_biases = sum(group.biases if plan.ranks[group.name] is None else group.m for group in groups)
+    biases = sum(group.bias_entries(None) for group in groups)
+    new_biases = sum(group.bias_entries(plan.ranks[group.name]) for group in groups)
     orders = 4 * plan.order_entries(groups)
     rows = {
         "linear_parameters": (dense, compressed),

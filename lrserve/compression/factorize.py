@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeGuard
 
 import torch
 
@@ -45,7 +45,8 @@ class Factors:
     """One group's low-rank factors, the map y' = B z + b with z (r,) the r coordinates that are kept of x.
 
     Two factors: z = A x, A (r, n), and `order` is None. Identity block: z = x_J + A x_Jc, A (r, n - r), with J the first r and Jc
-    the other entries of `order` (n,), a permutation of the inputs. B (m, r), b (m,).
+    the other entries of `order` (n,), a permutation of the inputs. Fewer inputs: z = x_J, A (r, 0), and `order` (r,) is J alone.
+    B (m, r), b (m,).
     """
 
     A: torch.Tensor
@@ -130,16 +131,13 @@ def factorize(
     Raises:
         CalibrationError: a weight or statistic that is not finite.
     """
-    W64, C64, mu64 = W.double(), C.double(), mu.double()
-    moment = gradient[1].double() if gradient is not None else W64.new_zeros(0)
-    if not all(torch.isfinite(tensor).all() for tensor in (W64, C64, mu64, moment)):
-        raise CalibrationError("a weight, covariance or gradient is not finite; check the checkpoint and the calibration text")
-    if gradient is None or not float(moment.trace()) > 0:
+    W64, C64, mu64 = checked(W, C, mu, gradient)
+    if not _weighs(gradient):
         U, V, values = _unweighted(W64, C64)
     elif gradient[0] == "output":
-        U, V, values = _output_side(W64, C64, moment)
+        U, V, values = _output_side(W64, C64, gradient[1].double())
     else:
-        U, V, values = _input_side(W64, C64, moment)
+        U, V, values = _input_side(W64, C64, gradient[1].double())
     return Spectrum(
         U=U,
         V=V,
@@ -148,6 +146,34 @@ def factorize(
         mean=V @ mu64,
         beta=torch.zeros(len(W64), dtype=torch.float64) if beta is None else beta.double(),
     )
+
+
+def checked(
+    W: torch.Tensor, C: torch.Tensor, mu: torch.Tensor, gradient: tuple[Side, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return W, C and mu in float64.
+
+    Raises:
+        CalibrationError: one of them, or the gradient's moment, is not finite.
+    """
+    W64, C64, mu64 = W.double(), C.double(), mu.double()
+    moments = () if gradient is None else (gradient[1],)
+    if not all(torch.isfinite(tensor).all() for tensor in (W64, C64, mu64, *moments)):
+        raise CalibrationError("a weight, covariance or gradient is not finite; check the checkpoint and the calibration text")
+    return W64, C64, mu64
+
+
+def sensitivity(W: torch.Tensor, gradient: tuple[Side, torch.Tensor] | None) -> torch.Tensor:
+    """Return F (p, n) such that |F (x - x')|^2 is the error of the outputs as `factorize` weighs it: Gamma W, K^1/2, or W."""
+    if not _weighs(gradient):
+        return W
+    if gradient[0] == "output":
+        return _roots(_damped_output(gradient[1].double()))[0] @ W
+    return _roots(_damped_input(gradient[1].double(), W))[0]
+
+
+def _weighs(gradient: tuple[Side, torch.Tensor] | None) -> TypeGuard[tuple[Side, torch.Tensor]]:
+    return gradient is not None and float(gradient[1].trace()) > 0
 
 
 _Decomposition = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -166,22 +192,27 @@ def _unweighted(W: torch.Tensor, C: torch.Tensor) -> _Decomposition:
 
 
 def _output_side(W: torch.Tensor, C: torch.Tensor, moment: torch.Tensor) -> _Decomposition:
-    m = len(W)
-    damped = moment + _DAMPING * moment.trace() / m * torch.eye(m, dtype=W.dtype)
-    root, inverse = _roots(damped)
+    root, inverse = _roots(_damped_output(moment))
     values, P = _eigh(root @ (W @ C @ W.T) @ root)
     k = min(W.shape)
     return inverse @ P[:, :k], P[:, :k].T @ (root @ W), values[:k]
 
 
 def _input_side(W: torch.Tensor, C: torch.Tensor, moment: torch.Tensor) -> _Decomposition:
-    gram = W.T @ W
-    scale = gram.trace()
-    damped = moment + _DAMPING * moment.trace() / scale * gram if scale > 0 else moment
-    root, inverse = _roots(damped)
+    root, inverse = _roots(_damped_input(moment, W))
     values, Q = _eigh(root @ C @ root)
     k = min(W.shape)
     return W @ (inverse @ Q[:, :k]), Q[:, :k].T @ root, values[:k]
+
+
+def _damped_output(moment: torch.Tensor) -> torch.Tensor:
+    return moment + _DAMPING * moment.trace() / len(moment) * torch.eye(len(moment), dtype=moment.dtype)
+
+
+def _damped_input(moment: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    gram = W.T @ W
+    scale = gram.trace()
+    return moment + _DAMPING * moment.trace() / scale * gram if scale > 0 else moment
 
 
 def _eigh(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ A (r, n) and one stacked B (m, r), of which each member owns its rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from lrserve.errors import UnsupportedModelError
@@ -19,13 +19,17 @@ if TYPE_CHECKING:  # recipes name kinds and structures, and are read without tor
 Kind = Literal["qkv", "o", "gate_up", "down"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
-Structure = Literal["identity_block", "low_rank"]
-"""What a factorized group is stored as (METHOD.md 4): B (x_J + T x_Jc) + b, or B (A x) + b."""
+Stored = Literal["identity_block", "low_rank", "narrow_in", "narrow_out"]
+"""What a compressed group is stored as: B (x_J + T x_Jc) + b or B (A x) + b (METHOD.md 4); fewer inputs, or fewer outputs."""
+STORED: Final = get_args(Stored)
+
+Structure = Literal["identity_block", "low_rank", "narrow"]
+"""What a plan makes of the groups: all of them factors of one kind, or MLPs with fewer neurons and two factors elsewhere."""
 STRUCTURES: Final = get_args(Structure)
 
 ORDERED: Final[Mapping[str, str]] = {"down": "gate_up"}
 """Kinds whose inputs may come in any order, and the kind that they come from: each of its members gives all of them, and only
-pointwise functions stand between. True of gated MLPs, and so of every family below."""
+pointwise functions stand between. True of gated MLPs, and so of every family below. Those inputs are the MLP's *neurons*."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
 }
 
 
-def factor_entries(m: int, n: int, rank: int, structure: Structure) -> int:
+def factor_entries(m: int, n: int, rank: int, structure: Stored) -> int:
     """Count the entries of the factors of an (m, n) matrix.
 
     Two factors have r (m + n), an identity block r (m + n - r): what a matrix of rank r has degrees of freedom.
@@ -78,6 +82,9 @@ class Group:
     `name` is the fused module's full name (`model.layers.0.self_attn.qkv_proj`), `members` the full names of its
     linears in stacking order, `out_features` their row counts; `biases` counts the biases that the dense linears
     already have (m or less).
+
+    `fed_by` is the group that gives its inputs where the two are allocated as one: an MLP whose neurons can be removed
+    (`allocated`). Its parameters then count here.
     """
 
     name: str
@@ -87,6 +94,7 @@ class Group:
     out_features: tuple[int, ...]
     in_features: int
     biases: int = 0
+    fed_by: Group | None = None
 
     @property
     def m(self) -> int:
@@ -101,11 +109,33 @@ class Group:
     @property
     def dense_parameters(self) -> int:
         """Parameters of the dense linears, biases included."""
-        return self.m * self.n + self.biases
+        return self.m * self.n + self.biases + (self.fed_by.dense_parameters if self.fed_by else 0)
 
-    def parameters(self, rank: int | None, structure: Structure) -> int:
-        """Parameters stored for this group: those of the factors plus m for the bias b; the dense linears' for `None`."""
-        return self.dense_parameters if rank is None else factor_entries(self.m, self.n, rank, structure) + self.m
+    def stored_as(self, structure: Structure) -> Stored:
+        """Return what a plan of that structure makes of this group."""
+        if structure == "narrow":
+            return "narrow_in" if self.fed_by else "low_rank"
+        return structure
+
+    def parameters(self, rank: int | None, stored: Stored) -> int:
+        """Parameters stored for this group; the dense linears' for `None`.
+
+        Those of the factors plus m for the bias b. `narrow_out`: of `rank` rows of each member. `narrow_in`: of `rank` columns
+        and b, and of `fed_by` with as many rows.
+        """
+        if rank is None:
+            return self.dense_parameters
+        if stored == "narrow_out":
+            return self.dense_parameters // self.out_features[0] * rank
+        if stored == "narrow_in":
+            return self.m * rank + self.m + (self.fed_by.parameters(rank, "narrow_out") if self.fed_by else 0)
+        return factor_entries(self.m, self.n, rank, stored) + self.m
+
+    def bias_entries(self, rank: int | None) -> int:
+        """Count those parameters that are added, not multiplied by."""
+        if rank is None:
+            return self.biases + (self.fed_by.biases if self.fed_by else 0)
+        return self.m + (self.fed_by.biases // self.n * rank if self.fed_by else 0)
 
     @property
     def ordered(self) -> bool:
@@ -114,8 +144,20 @@ class Group:
 
     @property
     def full_rank(self) -> int:
-        """Largest rank that the stacked weight can have."""
-        return min(self.m, self.n)
+        """Largest rank that the stacked weight can have; of an MLP whose neurons are removed, their number."""
+        return self.n if self.fed_by else min(self.m, self.n)
+
+
+def allocated(groups: Sequence[Group], structure: Structure) -> list[Group]:
+    """List what a plan of that structure decides on: the groups, or with `narrow` attention's groups and each MLP as one."""
+    if structure != "narrow":
+        return list(groups)
+    feeding = {(group.layer, group.kind): group for group in groups if group.kind in ORDERED.values()}
+    return [
+        replace(group, fed_by=feeding[group.layer, ORDERED[group.kind]]) if group.ordered else group
+        for group in groups
+        if (group.layer, group.kind) not in feeding
+    ]
 
 
 def separate(groups: Sequence[Group]) -> list[tuple[Group, Group]]:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lrserve.compression.factorize import Factors
-from lrserve.compression.groups import ORDERED, STRUCTURES, Group, Structure, family_of
+from lrserve.compression.groups import ORDERED, STORED, Group, Stored, Structure, family_of
 from lrserve.errors import ArtifactError, CalibrationError
 
 QUANT_METHOD = "lrserve"
@@ -27,15 +27,16 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """What an artifact's config.json says about one factorized group.
+    """What an artifact's config.json says about one compressed group.
 
-    `members` are the names of the linears relative to the group's parent module (`q_proj`, ...); a group of one linear
-    carries that linear's own name. `ordered`: an identity block whose inputs arrive as J and then Jc, so that it has no `order`.
+    `rank` is the number of neurons where the structure is `narrow_in` or `narrow_out`. `members` are the names of the linears
+    relative to the group's parent module (`q_proj`, ...); a group of one linear carries that linear's own name. `ordered`: an
+    identity block whose inputs arrive as J and then Jc, so that it has no `order`.
     """
 
     rank: int
     members: tuple[str, ...]
-    structure: Structure = "low_rank"
+    structure: Stored = "low_rank"
     ordered: bool = False
 
     @property
@@ -79,10 +80,8 @@ def parse_groups(config: Mapping[str, Any]) -> dict[str, GroupSpec]:
         rank = entry.get("rank") if isinstance(entry, Mapping) else None
         members = entry.get("members") if isinstance(entry, Mapping) else None
         ordered = entry.get("ordered", False) if isinstance(entry, Mapping) else False
-        if structure not in STRUCTURES:
-            raise ArtifactError(
-                f"{name}: unknown structure {structure!r} in config.json; this lrserve reads {', '.join(STRUCTURES)}"
-            )
+        if structure not in STORED:
+            raise ArtifactError(f"{name}: unknown structure {structure!r} in config.json; this lrserve reads {', '.join(STORED)}")
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ArtifactError(f"{name}: rank {rank!r} in config.json is not a positive integer")
         if not isinstance(members, (list, tuple)) or not members or not all(isinstance(x, str) for x in members):
@@ -90,7 +89,22 @@ def parse_groups(config: Mapping[str, Any]) -> dict[str, GroupSpec]:
         if not isinstance(ordered, bool) or (ordered and structure != "identity_block"):
             raise ArtifactError(f"{name}: ordered {ordered!r} in config.json does not fit the structure {structure}")
         specs[str(name)] = GroupSpec(rank=rank, members=tuple(members), structure=structure, ordered=ordered)
+    _check_neurons(specs)
     return specs
+
+
+def _check_neurons(specs: Mapping[str, GroupSpec]) -> None:
+    """Hold the two halves of every MLP with fewer neurons against each other."""
+    halves: dict[str, dict[str, int]] = {}
+    for name, spec in specs.items():
+        if spec.structure in ("narrow_in", "narrow_out"):
+            halves.setdefault(name.rpartition(".")[0], {})[spec.structure] = spec.rank
+    for name, ranks in halves.items():
+        if len(ranks) < 2 or len(set(ranks.values())) > 1:
+            found = ", ".join(f"{rank} in {structure}" for structure, rank in ranks.items())
+            raise ArtifactError(
+                f"{name}: config.json removes neurons from one half of it only ({found}). Export the artifact again"
+            )
 
 
 class IdentityBlock(nn.Module):
@@ -138,18 +152,18 @@ class FirstFactor(nn.Module):
 class LowRankLinear(nn.Module):
     """y = B z + b, x (..., n), y (..., m).
 
-    `A`, which makes z of x, may belong to a `FirstFactor` and only be borrowed here, so that it is stored, moved and counted
-    once; otherwise the layer owns it. Sharing is of the weight: each member computes z by itself, since the models' own
-    code calls q, k and v one by one. The serving engine computes it once.
+    `A`, which makes z of x, is None where x arrives as z: fewer inputs than the dense layer has. It may belong to a `FirstFactor`
+    and only be borrowed here, so that it is stored, moved and counted once; otherwise the layer owns it. Sharing is of the weight:
+    each member computes z by itself, since the models' own code calls q, k and v one by one. The serving engine computes it once.
     """
 
-    A: nn.Linear | IdentityBlock
+    A: nn.Linear | IdentityBlock | None
 
     def __init__(
         self,
         m: int,
         rank: int,
-        A: nn.Linear | IdentityBlock | FirstFactor,
+        A: nn.Linear | IdentityBlock | FirstFactor | None,
         dtype: torch.dtype | None = None,
         device: Any = None,
     ) -> None:
@@ -161,13 +175,15 @@ class LowRankLinear(nn.Module):
         self.B = nn.Linear(rank, m, bias=True, dtype=dtype, device=device)
 
     @property
-    def first(self) -> nn.Linear | IdentityBlock:
-        """What makes z of x, borrowed or owned."""
+    def first(self) -> nn.Linear | IdentityBlock | None:
+        """What makes z of x, borrowed or owned; None where nothing has to be made."""
         return self._shared[0].A if self._shared is not None else self.A
 
     @property
-    def structure(self) -> Structure:
+    def structure(self) -> Stored:
         """What the factors are stored as."""
+        if self.first is None:
+            return "narrow_in"
         return "identity_block" if isinstance(self.first, IdentityBlock) else "low_rank"
 
     @property
@@ -177,7 +193,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply by both factors: x (..., n) -> (..., m)."""
-        y: torch.Tensor = self.B(self.first(x))
+        y: torch.Tensor = self.B(x if self.first is None else self.first(x))
         return y
 
     def extra_repr(self) -> str:
@@ -186,20 +202,24 @@ class LowRankLinear(nn.Module):
 
 
 def specs_of(ranks: Iterable[tuple[Group, int]], structure: Structure) -> dict[str, GroupSpec]:
-    """Say in the artifact's terms which groups are factorized at which rank; inputs are ordered wherever they can be."""
-    return {
-        group.name: GroupSpec(
-            rank=rank,
-            members=tuple(name.rpartition(".")[2] for name in group.members),
-            structure=structure,
-            ordered=structure == "identity_block" and group.ordered,
-        )
-        for group, rank in ranks
-    }
+    """Say in the artifact's terms what is compressed and to which rank; inputs are ordered wherever they can be."""
+    specs: dict[str, GroupSpec] = {}
+    for group, rank in ranks:
+        ordered = structure == "identity_block" and group.ordered
+        specs[group.name] = GroupSpec(rank, _leaves(group), group.stored_as(structure), ordered)
+        if group.fed_by:
+            specs[group.fed_by.name] = GroupSpec(rank, _leaves(group.fed_by), "narrow_out")
+    return specs
+
+
+def _leaves(group: Group) -> tuple[str, ...]:
+    return tuple(name.rpartition(".")[2] for name in group.members)
 
 
 def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: str = "") -> None:
     """Replace the dense linears of every listed group by `LowRankLinear` layers with uninitialised factors.
+
+    Those that lose outputs are left to linears of their own kind: uninitialised on the meta device, else for `keep_outputs`.
 
     `prefix` is cut off the group names first: a base model loaded from a causal LM's checkpoint has no `model.` level.
 
@@ -219,10 +239,19 @@ def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: s
         except AttributeError as error:
             raise ArtifactError(f"{name}: config.json names a layer that the model does not have ({error})") from None
         weight = linears[0].weight
+        if spec.structure == "narrow_out":
+            for member, linear in zip(spec.members, linears, strict=True):
+                if spec.rank > linear.out_features:
+                    raise ArtifactError(f"{name}: {spec.rank} of {linear.out_features} neurons cannot be kept")
+                if weight.is_meta:
+                    setattr(parent, member, nn.Linear(linear.in_features, spec.rank, linear.bias is not None, dtype=weight.dtype))
+            continue
         if spec.structure == "identity_block" and spec.rank >= linears[0].in_features:
             raise ArtifactError(f"{name}: an identity block of rank {spec.rank} leaves nothing of {linears[0].in_features} inputs")
-        first = first_factor(spec, linears[0].in_features, weight.dtype, weight.device)
-        A = first if spec.members == (leaf,) else FirstFactor(first)
+        A: nn.Linear | IdentityBlock | FirstFactor | None = None
+        if spec.structure != "narrow_in":
+            first = first_factor(spec, linears[0].in_features, weight.dtype, weight.device)
+            A = first if spec.members == (leaf,) else FirstFactor(first)
         if isinstance(A, FirstFactor):
             parent.add_module(leaf, A)
         for member, linear in zip(spec.members, linears, strict=True):
@@ -248,7 +277,10 @@ def load_factors(model: nn.Module, group: Group, factors: Factors, dtype: torch.
         layer = model.get_submodule(member)
         if not isinstance(layer, LowRankLinear):
             raise TypeError(f"{member} is a {type(layer).__name__}, not a LowRankLinear")
-        for parameter, value in ((layer.first.weight, factors.A), (layer.B.weight, B), (layer.B.bias, b)):
+        parameters = [(layer.B.weight, B), (layer.B.bias, b)]
+        if layer.first is not None:
+            parameters.append((layer.first.weight, factors.A))
+        for parameter, value in parameters:
             rounded = value.to(dtype or parameter.dtype)
             if not torch.isfinite(rounded).all():
                 raise CalibrationError(f"{member}: a factor is not finite in {rounded.dtype}; keep this group dense")
@@ -258,6 +290,18 @@ def load_factors(model: nn.Module, group: Group, factors: Factors, dtype: torch.
                 raise TypeError(f"{member} is an identity block, the factors are not")
             if layer.first.order is not None:
                 layer.first.order.copy_(factors.order)
+
+
+@torch.no_grad()
+def keep_outputs(model: Any, group: Group, kept: torch.Tensor) -> None:
+    """Let each dense linear of a group give only the outputs `kept` (k,), in that order."""
+    for member in group.members:
+        linear = model.get_submodule(member)
+        rows = kept.long().to(linear.weight.device)
+        smaller = nn.Linear(linear.in_features, len(kept), linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+        for name, parameter in linear.named_parameters():
+            setattr(smaller, name, nn.Parameter(parameter[rows], requires_grad=parameter.requires_grad))
+        model.set_submodule(member, smaller)
 
 
 @torch.no_grad()

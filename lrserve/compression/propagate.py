@@ -20,12 +20,14 @@ the measurements.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from lrserve.compression.factorize import Factors, GradientOf, Side, Spectrum, factorize
 from lrserve.compression.groups import Group
+from lrserve.compression.narrow import narrow
 from lrserve.compression.sequential import PairedCovariance, Step, group_by_group
 
 STRENGTH = 0.75
@@ -50,6 +52,7 @@ def factorize_compensated(
     *,
     damping: float = 1e-2,
     strength: float = 1.0,
+    solve: Callable[..., Spectrum] = factorize,
 ) -> Spectrum:
     """Decompose a weight for its compressed inputs, for every rank at once, in float64.
 
@@ -60,6 +63,7 @@ def factorize_compensated(
         gradient: second moment of the dense model's loss gradient, as for `factorize`.
         damping: positive, in units of the mean variance of x^.
         strength: 1 compensates in full, 0 not at all.
+        solve: `factorize`, or `narrow`.
 
     Raises:
         CalibrationError: a weight or statistic that is not finite.
@@ -70,7 +74,7 @@ def factorize_compensated(
     R = compensation(pairs, damping, strength)
     if gradient is not None and gradient[0] == "input":
         gradient = "input", R.T @ gradient[1].double() @ R
-    spectrum = factorize(W.double() @ R, pairs.H, pairs.mu_hat, beta, gradient)
+    spectrum = solve(W.double() @ R, pairs.H, pairs.mu_hat, beta, gradient)
     return replace(spectrum, offset=W.double() @ pairs.mu)
 
 
@@ -88,6 +92,8 @@ def propagation(gradient: GradientOf = lambda group: None, *, damping: float = 1
     """
 
     def solve(group: Group, rank: int, W: torch.Tensor, beta: torch.Tensor, pairs: PairedCovariance) -> Factors:
-        return factorize_compensated(W, beta, pairs, gradient(group), damping=damping, strength=strength).cut(rank)
+        method = narrow if group.fed_by else factorize
+        spectrum = factorize_compensated(W, beta, pairs, gradient(group), damping=damping, strength=strength, solve=method)
+        return spectrum.cut(rank)
 
     return group_by_group(solve)

@@ -29,8 +29,7 @@ from lrserve.compression.calibrate import run_block
 from lrserve.compression.factorize import Factors, FactorSource
 from lrserve.compression.groups import Group
 from lrserve.compression.sequential import Block, PairedCovariance, Step, group_by_group
-from lrserve.compression.structure import structured
-from lrserve.compression.training import TrainableGroup
+from lrserve.compression.training import TrainableGroup, orthonormal
 from lrserve.errors import CalibrationError
 
 _WARM_UP = 0.1  # share of the steps: Adam's first ones are of full size whatever the gradient
@@ -73,7 +72,7 @@ def closed_form(source: FactorSource, *, damping: float = 1e-4) -> Step:
     """
 
     def solve(group: Group, rank: int, W: torch.Tensor, beta: torch.Tensor, pairs: PairedCovariance) -> Factors:
-        return refit(structured(source.cut(group.name, rank), "low_rank"), W, beta, pairs, damping)
+        return refit(orthonormal(group, source.cut(group.name, rank)), W, beta, pairs, damping)
 
     return group_by_group(solve)
 

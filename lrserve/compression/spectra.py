@@ -14,7 +14,8 @@ from lrserve.artifacts.store import write_tensors
 from lrserve.compression.calibrate import read_statistics
 from lrserve.compression.factorize import Factors, FactorSource, GradientOf, Spectrum, factorize
 from lrserve.compression.groups import Group, Structure
-from lrserve.compression.lowrank import install_low_rank, load_factors, reorder_outputs, specs_of
+from lrserve.compression.lowrank import install_low_rank, keep_outputs, load_factors, reorder_outputs, specs_of
+from lrserve.compression.narrow import narrow
 from lrserve.compression.structure import structured
 from lrserve.errors import CalibrationError
 
@@ -36,7 +37,7 @@ Decompose = Callable[[Group, torch.Tensor, torch.Tensor | None], Spectrum]
 
 
 def features(statistics: Path, gradient: GradientOf = lambda group: None) -> Decompose:
-    """Return the feature factorization on collected statistics.
+    """Return the feature factorization on collected statistics; neurons of MLPs that are allocated as one are removed instead.
 
     Args:
         statistics: folder that `calibrate` filled.
@@ -45,7 +46,8 @@ def features(statistics: Path, gradient: GradientOf = lambda group: None) -> Dec
 
     def decompose(group: Group, weight: torch.Tensor, bias: torch.Tensor | None) -> Spectrum:
         covariance = read_statistics(statistics, group)
-        return factorize(weight, covariance.C, covariance.mu, bias, gradient(group))
+        solve = narrow if group.fed_by else factorize
+        return solve(weight, covariance.C, covariance.mu, bias, gradient(group))
 
     return decompose
 
@@ -128,17 +130,19 @@ def compress_model(
     source: FactorSource,
     dtype: torch.dtype,
 ) -> Any:
-    """Put low-rank layers in the place of a dense model's linears and return the model.
+    """Put compressed layers in the place of a dense model's linears and return the model.
 
     Every parameter, dense ones included, is rounded to `dtype`, in which it will be stored; the model keeps its own, wider dtype.
     """
     specs, orders = specs_of(ranks, structure), []
     install_low_rank(model, specs)
     for group, rank in ranks:
-        factors = structured(source.cut(group.name, rank), structure)
+        factors = structured(source.cut(group.name, rank), group.stored_as(structure))
         load_factors(model, group, factors, dtype)
         if specs[group.name].ordered and factors.order is not None:
             orders.append((group, factors.order))
+        if group.fed_by and factors.order is not None:
+            keep_outputs(model, group.fed_by, factors.order)
     for group, order in orders:  # now that the factors of the layers before are in place
         reorder_outputs(model, group, order)
     return round_parameters(model, dtype)

@@ -18,22 +18,31 @@ import scipy.linalg
 import torch
 
 from lrserve.compression.factorize import Factors
-from lrserve.compression.groups import Structure
+from lrserve.compression.groups import Stored
 
 MAX_INTERPOLATION = 2.0
 """Largest |T_ij| of an identity block. Gu and Eisenstat (SIAM J. Sci. Comput. 17(4), 1996) show that any bound of 1 or more can be
 kept; exchanges to get there become many below 2."""
 
 
-def structured(factors: Factors, structure: Structure) -> Factors:
-    """Return two factors A (r, n), B (m, r) as the structure wants them, in float64.
+def structured(factors: Factors, stored: Stored) -> Factors:
+    """Return two factors A (r, n), B (m, r) as they are to be stored, in float64.
 
-    `low_rank`: A with orthonormal rows. `identity_block`: `order` (n,) int32 and T in the place of A.
+    `low_rank`: A with orthonormal rows. `identity_block`: `order` (n,) int32 and T in the place of A. `narrow_in`: `order` (r,)
+    int32, B for those inputs alone, and nothing in the place of A.
+
+    Raises:
+        ValueError: factors that read more than r inputs, for `narrow_in`.
     """
     A, B = factors.A.double(), factors.B.double()
+    if stored == "narrow_in":
+        J = A.count_nonzero(0).nonzero()[:, 0]
+        if len(J) != len(A):
+            raise ValueError(f"factors of rank {len(A)} read {len(J)} inputs; narrow ones read as many as their rank")
+        return Factors(A=A[:, :0], B=B @ A[:, J], b=factors.b.double(), order=J.int())
     Q, R = torch.linalg.qr(A.T)
     orthonormal = Factors(A=Q.T.contiguous(), B=B @ R.T, b=factors.b.double())
-    return orthonormal if structure == "low_rank" else _identity_block(orthonormal)
+    return orthonormal if stored == "low_rank" else _identity_block(orthonormal)
 
 
 def _identity_block(factors: Factors) -> Factors:

@@ -2,7 +2,8 @@
 
 The dense model stays in its own dtype and is frozen; in the place of each factorized group's linears stand layers that multiply by
 A (r, n) and by rows of B (m, r), both kept and updated in float32 and rounded to the activations' dtype for each product. Training
-two factors is training the map: afterwards they are stored in whatever structure the plan names (`structured`).
+two factors is training the map: afterwards they are stored in whatever structure the plan names (`structured`). Where an MLP
+loses neurons the linears before it give only those that are left.
 """
 
 from __future__ import annotations
@@ -15,21 +16,25 @@ from torch import nn
 
 from lrserve.compression.factorize import Factors, FactorSource
 from lrserve.compression.groups import Group
+from lrserve.compression.lowrank import keep_outputs
 from lrserve.compression.structure import structured
 
 
 class TrainableGroup(nn.Module):
-    """One group's factors in float32: A (r, n), B (m, r), b (m,)."""
+    """One group's factors in float32: A (r, n), B (m, r), b (m,). An A that only picks inputs stays: `picked`, they come alone."""
 
-    def __init__(self, factors: Factors, device: torch.device | str) -> None:
+    def __init__(self, factors: Factors, device: torch.device | str, *, picked: bool = False) -> None:
         super().__init__()
-        self.A = nn.Parameter(factors.A.to(device, torch.float32, copy=True))
+        self.picked = picked
+        self.A = nn.Parameter(factors.A.to(device, torch.float32, copy=True), requires_grad=not picked)
         self.B = nn.Parameter(factors.B.to(device, torch.float32, copy=True))
         self.b = nn.Parameter(factors.b.to(device, torch.float32, copy=True))
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
         """Return z = A x, (..., r); the members of a group, called one after the other, share it."""
+        if self.picked:
+            return x
         if self._last is None or self._last[0] is not x:
             self._last = x, nn.functional.linear(x, self.A.to(x.dtype))
         return self._last[1]
@@ -67,7 +72,10 @@ def install_trainable(model: Any, ranks: Iterable[tuple[Group, int]], source: Fa
     trainable = {}
     for group, rank in ranks:
         device = model.get_submodule(group.members[0]).weight.device
-        layer = TrainableGroup(structured(source.cut(group.name, rank), "low_rank"), device)
+        factors = orthonormal(group, source.cut(group.name, rank))
+        layer = TrainableGroup(factors, device, picked=group.fed_by is not None)
+        if group.fed_by:
+            keep_outputs(model, group.fed_by, factors.A.argmax(dim=1))
         start = 0
         for member, rows in zip(group.members, group.out_features, strict=True):
             parent, _, leaf = member.rpartition(".")
@@ -75,6 +83,16 @@ def install_trainable(model: Any, ranks: Iterable[tuple[Group, int]], source: Fa
             start += rows
         trainable[group.name] = layer
     return trainable
+
+
+def orthonormal(group: Group, factors: Factors) -> Factors:
+    """Return two factors with orthonormal rows of A, float64; ones and zeros where a group reads fewer inputs."""
+    if not group.fed_by:
+        return structured(factors, "low_rank")
+    narrow = structured(factors, "narrow_in")
+    assert narrow.order is not None
+    A = nn.functional.one_hot(narrow.order.long(), factors.A.shape[1]).to(narrow.B)
+    return Factors(A=A, B=narrow.B, b=narrow.b)
 
 
 class TrainedFactors:

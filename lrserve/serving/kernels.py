@@ -1,18 +1,67 @@
-"""The products of a factorized layer in the serving engine: vLLM's own unquantized kernel for the platform, weights packed.
+"""The products of a layer in the serving engine: vLLM's own kernel for the platform, weights packed or quantized. Imports vLLM.
 
-The low-rank layer multiplies with these, and so does the table of single-layer latencies, so the table measures what is
-served. Imports vLLM.
+The compressed layers multiply with these, and so does the table of single-layer latencies, so the table measures what is served.
+
+Quantized products are W8A8: each row of W has a scale of its own, found from its largest entry when the weight is loaded, and each
+token's activations are scaled when they come. That is what `compressed-tensors` calls channel-wise weights and dynamic per-token
+activations; the kernels are the same.
 """
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import nn
 from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.kernels.linear import init_fp8_linear_kernel, init_int8_linear_kernel
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kFp8StaticChannelSym
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm, dispatch_unquantized_gemm
 from vllm.platforms import current_platform
 
-from lrserve.compression.groups import Structure
+from lrserve.compression.groups import Stored
+
+Precision = Literal["int8", "fp8"]
+"""What the weights and activations of a quantized product are rounded to."""
+
+
+def quantized_kernel(layer: nn.Module, precision: Precision) -> Any:
+    """Quantize a module's loaded `weight` (m, n) in place and return vLLM's kernel that multiplies by it.
+
+    The kernel keeps what it needs on the module; its `bias`, if it has one, stays.
+
+    Raises:
+        ValueError: vLLM has no such kernel for this platform.
+    """
+    weight = layer.weight.data
+    assert isinstance(weight, torch.Tensor)
+    largest = weight.abs().amax(dim=1, keepdim=True).float().clamp_min(torch.finfo(torch.float16).tiny)
+    kernel: Any
+    if precision == "int8":
+        kernel = init_int8_linear_kernel(
+            is_channelwise=True, is_static_input_scheme=False, input_symmetric=True, module_name="lrserve"
+        )
+        scale = largest / torch.iinfo(torch.int8).max
+        rounded = (weight / scale).round().to(torch.int8)
+    else:
+        kernel = init_fp8_linear_kernel(
+            activation_quant_key=kFp8DynamicTokenSym,
+            weight_quant_key=kFp8StaticChannelSym,
+            weight_shape=(weight.shape[0], weight.shape[1]),
+            input_dtype=weight.dtype,
+            out_dtype=weight.dtype,
+            module_name="lrserve",
+        )
+        dtype = current_platform.fp8_dtype()
+        scale = largest / torch.finfo(dtype).max
+        rounded = (weight / scale).to(dtype).t()
+    module: Any = layer
+    module.logical_widths = [weight.shape[0]]
+    module.weight = nn.Parameter(rounded, requires_grad=False)
+    module.weight_scale = nn.Parameter(scale, requires_grad=False)
+    module.input_scale = module.input_zero_point = module.azp_adj = None
+    kernel.process_weights_after_loading(layer)
+    return kernel
 
 
 class Factor(nn.Module):
@@ -31,15 +80,18 @@ class Factor(nn.Module):
             self.bias = nn.Parameter(torch.empty(m, dtype=dtype), requires_grad=False)
         else:
             self.register_parameter("bias", None)
+        self._quantized: Any = None
         config = get_current_vllm_config_or_none()
         self._gemm = dispatch_unquantized_gemm(config.kernel_config.linear_backend if config is not None else "auto")
 
-    def pack(self) -> None:
-        """Bring the loaded weight into the layout that the CPU kernels want; without it they run at half the speed.
+    def pack(self, precision: Precision | None = None) -> None:
+        """Quantize the loaded weight, or bring it into the layout that the CPU kernels want: without it they run at half the speed.
 
-        Nothing to do elsewhere. Frees the unpacked weight.
+        Frees the weight as it was loaded. Unquantized, there is nothing to do on other platforms.
         """
-        if current_platform.is_cpu():
+        if precision is not None:
+            self._quantized = quantized_kernel(self, precision)
+        elif current_platform.is_cpu():
             dispatch_cpu_unquantized_gemm(self, remove_weight=True)
 
     def multiply(self, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
@@ -47,7 +99,11 @@ class Factor(nn.Module):
 
         Called by this name: at a few microseconds, `Module.__call__` would be a tenth of a small layer's multiplication.
         """
-        y: torch.Tensor = self._gemm(self, x, self.weight, self.bias if with_bias else None)
+        bias = self.bias if with_bias else None
+        if self._quantized is not None:
+            product: torch.Tensor = self._quantized.apply_weights(self, x, bias)
+            return product
+        y: torch.Tensor = self._gemm(self, x, self.weight, bias)
         return y
 
 
@@ -74,8 +130,8 @@ class IdentityBlock(Factor):
         return super().multiply(others).add_(pivots)
 
 
-def first_factor(structure: Structure, n: int, rank: int, *, ordered: bool, dtype: torch.dtype) -> Factor:
+def first_factor(stored: Stored, n: int, rank: int, *, ordered: bool, dtype: torch.dtype) -> Factor:
     """Build what makes z (..., r) of x (..., n), uninitialised; `ordered` says that x comes as an identity block wants it."""
-    if structure == "identity_block":
+    if stored == "identity_block":
         return IdentityBlock(n, rank, ordered=ordered, dtype=dtype)
     return Factor(n, rank, bias=False, dtype=dtype)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from lrserve.compression.lowrank import QUANT_METHOD, GroupSpec, parse_groups
-from lrserve.errors import ArtifactError
+from lrserve.errors import ArtifactError, EngineError
 from lrserve.serving.versions import require_vllm
+
+if TYPE_CHECKING:  # kernels, and what else the plugin need not load in every process
+    from lrserve.serving.kernels import Precision
 
 _DRAFT_PREFIX = "draft_model."  # vLLM builds the draft model of speculative decoding under this name
 
@@ -22,6 +25,8 @@ class LrserveConfig(QuantizationConfig):  # type: ignore[misc]
     def __init__(self, groups: Mapping[str, GroupSpec]) -> None:
         super().__init__()
         self.groups = dict(groups)
+        self._precision: Precision | None = None
+        self._ignored: list[str] = []
 
     @classmethod
     def get_name(cls) -> str:
@@ -53,6 +58,41 @@ class LrserveConfig(QuantizationConfig):  # type: ignore[misc]
         """
         require_vllm()
         return cls(parse_groups(config))
+
+    @property
+    def online_quantization_config(self) -> None:
+        """None: vLLM would put an online method in the place of whole layers, and knows no factors. See `precision_of`."""
+        return None
+
+    @online_quantization_config.setter
+    def online_quantization_config(self, online: Any) -> None:
+        """Take what `--quantization-config` asks for.
+
+        Raises:
+            EngineError: it asks for something else than int8 or fp8 by channels.
+        """
+        if online is None:
+            return
+        from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticChannelSym, kInt8StaticChannelSym
+
+        known: dict[Any, Precision] = {kInt8StaticChannelSym: "int8", kFp8StaticChannelSym: "fp8"}
+        spec = online.args.linear
+        self._precision = known.get(spec.weight) if spec is not None and spec.activation is None else None
+        if self._precision is None or online.args.targets is not None:
+            raise EngineError(
+                "lrserve quantizes factors to int8 or fp8 with one scale a row: --quantization-config takes "
+                '{"linear": "int8_per_channel_static"} or {"linear": "fp8_per_channel_static"}, and "ignore" with names of layers'
+            )
+        self._ignored = list(online.args.ignore)
+
+    def precision_of(self, prefix: str) -> Precision | None:
+        """Return what a layer's weights are quantized to when they are loaded; None for not at all."""
+        if self._precision is None:
+            return None
+        from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
+
+        ignored = should_ignore_layer(prefix, ignore=self._ignored, fused_mapping=self.packed_modules_mapping, use_fnmatch=True)
+        return None if ignored else self._precision
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the groups as vLLM renames the model's modules."""
@@ -87,9 +127,9 @@ class LrserveConfig(QuantizationConfig):  # type: ignore[misc]
 
         if not isinstance(layer, LinearBase):
             return None
-        spec = self.group_of(prefix)
-        if spec is None:
-            return UnquantizedLinearMethod()
-        from lrserve.serving.vllm_layer import LowRankLinearMethod
+        from lrserve.serving.vllm_layer import DenseMethod, FewerOutputsMethod, LowRankLinearMethod
 
-        return LowRankLinearMethod(prefix, spec)
+        spec, precision = self.group_of(prefix), self.precision_of(prefix)
+        if spec is None:
+            return UnquantizedLinearMethod() if precision is None else DenseMethod(precision)
+        return (FewerOutputsMethod if spec.structure == "narrow_out" else LowRankLinearMethod)(prefix, spec, precision)

@@ -1,8 +1,8 @@
-"""The factorized layer inside vLLM: y = B z + b, two matrix multiplications per fused group. Imports vLLM.
+"""The compressed layers inside vLLM: y = B z + b, two matrix multiplications per fused group. Imports vLLM.
 
-z = A x or, for an identity block, z = x_J + T x_Jc. For the members of a fused group (q, k, v; gate, up) z is shared and
-the rows of B are stacked, so the group costs two multiplications however many members it has, with the bias in the second
-one's epilogue.
+z = A x or, for an identity block, z = x_J + T x_Jc; where an MLP has lost neurons, z = x, and there is one multiplication. For the
+members of a fused group (q, k, v; gate, up) z is shared and the rows of B are stacked, so the group costs two multiplications
+however many members it has, with the bias in the second one's epilogue.
 
 Tensor parallel, following vLLM's slicing of the dense layer:
 - column-parallel: A (r, n), or T and `order`, on every rank; of B and b each rank takes its rows of each member (key and
@@ -11,6 +11,7 @@ Tensor parallel, following vLLM's slicing of the dense layer:
   With LoRA the sum has to come after the output, where LoRA adds its own partial product. A rank that sees a stretch of x
   sees only some of an identity block's J and Jc: there its columns of [I T], put back into the order of the inputs, are
   made into an A while loading. That is the same map, at the cost of two factors (r n of T's r (n - r) values and r^2 more).
+- MLPs with fewer neurons: each rank takes its share of those that are left, as vLLM does with all of them.
 
 vLLM does not notice a quantized parameter that no tensor was loaded into, so this file counts what arrives.
 """
@@ -30,11 +31,12 @@ from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     QKVParallelLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 
 from lrserve.compression.lowrank import GroupSpec, is_permutation
 from lrserve.errors import ArtifactError
-from lrserve.serving.kernels import Factor, first_factor
+from lrserve.serving.kernels import Factor, Precision, first_factor, quantized_kernel
 
 _QKV = {"q": 0, "k": 1, "v": 2}
 
@@ -63,10 +65,10 @@ class _Loading:
 
     prefix: str
     spec: GroupSpec
-    first: Factor
+    first: Factor | None
     second: Factor
     columns: _Slice
-    """Of A."""
+    """Of A; of B where there is no A."""
     rows: list[_Slice]
     """Of each member's B and b."""
     seen: set[str] = field(default_factory=set)
@@ -99,7 +101,7 @@ class _Loading:
 
     def _materialise(self) -> None:
         """Make this rank's columns of [I T] into A (r, n / ranks) as soon as T and `order` have both come."""
-        if self.T is None or self.order is None:
+        if self.T is None or self.order is None or self.first is None:
             return
         whole = torch.cat([torch.eye(len(self.T), dtype=self.T.dtype, device=self.T.device), self.T], dim=1)
         places = self.order.argsort()  # of the inputs in J and Jc
@@ -113,7 +115,8 @@ class _Loading:
         rows = self.rows[index]
         self._check(name, tensor, (rows.full,) if is_bias else (rows.full, self.spec.rank))
         offset = sum(earlier.length for earlier in self.rows[:index])
-        parameter.data.narrow(0, offset, rows.length).copy_(rows.of(tensor, 0))
+        part = rows.of(tensor, 0) if is_bias or self.first is not None else self.columns.of(tensor, 1)
+        parameter.data.narrow(0, offset, rows.length).copy_(part)
         self.seen.add(name)
 
     def refuse(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str | int | None = None) -> None:
@@ -124,17 +127,14 @@ class _Loading:
         )
 
     def check_complete(self) -> None:
-        names = [f"{self.prefix}.A.weight"]
+        names = [] if self.first is None else [f"{self.prefix}.A.weight"]
         if self.spec.gathers:
             names.append(f"{self.prefix}.A.order")
         for index in range(len(self.rows)):
             names += [f"{self._member(index)}.B.weight", f"{self._member(index)}.B.bias"]
         missing = [name for name in names if name not in self.seen]
         if missing:
-            raise ArtifactError(
-                f"{self.prefix}: missing from the checkpoint: {', '.join(missing)}. "
-                "The artifact is incomplete: run lrserve verify on it, or export it again"
-            )
+            raise _incomplete(self.prefix, missing)
 
     def _member(self, index: int) -> str:
         parent, _, _ = self.prefix.rpartition(".")
@@ -151,8 +151,8 @@ class _Loading:
 class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """What vLLM asks of one factorized layer: its parameters, what to do once they are loaded, and the product."""
 
-    def __init__(self, prefix: str, spec: GroupSpec) -> None:
-        self.prefix, self.spec = prefix, spec
+    def __init__(self, prefix: str, spec: GroupSpec, precision: Precision | None = None) -> None:
+        self.prefix, self.spec, self.precision = prefix, spec, precision
         self._loading: _Loading | None = None
         self._reduce_inside = False  # sum over the ranks between A and B
         self._first_rank_only = False  # the output is summed over the ranks later: b may be added once
@@ -179,19 +179,24 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             raise ArtifactError(
                 f"{self.prefix}: an identity block of rank {rank} leaves nothing of {input_size} inputs. Export the artifact again"
             )
+        split_input = isinstance(layer, RowParallelLinear)
+        if structure == "narrow_in":
+            input_size_per_partition, input_size = _share(self.prefix, rank, layer.tp_size if split_input else 1), rank
         self._materialised = structure == "identity_block" and input_size_per_partition < input_size
-        layer.A = first_factor(
-            "low_rank" if self._materialised else structure,
-            input_size_per_partition,
-            rank,
-            ordered=self.spec.ordered,
-            dtype=params_dtype,
-        )
+        layer.A = None
+        if structure != "narrow_in":
+            layer.A = first_factor(
+                "low_rank" if self._materialised else structure,
+                input_size_per_partition,
+                rank,
+                ordered=self.spec.ordered,
+                dtype=params_dtype,
+            )
         places = torch.arange(input_size)
         if self._materialised and self.spec.gathers:
             layer.A.order = nn.Parameter(places, requires_grad=False)
-        layer.B = Factor(rank, sum(output_partition_sizes), bias=True, dtype=params_dtype)
-        split_input = isinstance(layer, RowParallelLinear)
+        width = input_size_per_partition if layer.A is None else rank
+        layer.B = Factor(width, sum(output_partition_sizes), bias=True, dtype=params_dtype)
         position = layer.tp_rank if split_input else 0
         loading = _Loading(
             prefix=self.prefix,
@@ -202,7 +207,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             rows=[_rows(layer, index, size) for index, size in enumerate(output_partition_sizes)],
             order=places if self.spec.ordered else None,
         )
-        layer.A.weight.weight_loader = loading.load_first
+        if layer.A is not None:
+            layer.A.weight.weight_loader = loading.load_first
         if self.spec.gathers:
             layer.A.order.weight_loader = loading.load_order
         layer.B.weight.weight_loader = loading.load_second
@@ -217,10 +223,10 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         dummy = config is not None and config.load_config.load_format == "dummy"
         lora = config is not None and config.lora_config is not None
         self._loading = None if dummy else loading
-        if lora and self.spec.ordered:
+        if lora and (self.spec.ordered or structure == "narrow_in"):
             warnings.warn(_REORDERED, stacklevel=2)
         if split_input and layer.tp_size > 1:
-            self._reduce_inside = layer.reduce_results and not lora
+            self._reduce_inside = layer.reduce_results and not lora and layer.A is not None
             self._first_rank_only = not self._reduce_inside and layer.tp_rank > 0
             if self._reduce_inside:
                 layer.reduce_results = False  # vLLM's forward then does not sum the output again
@@ -240,16 +246,115 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             layer.bias.data.zero_()
         if self._materialised and self.spec.gathers:
             del layer.A.order
-        layer.A.pack()
-        layer.B.pack()
+        if layer.A is not None:
+            layer.A.pack(self.precision)
+        layer.B.pack(self.precision)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply x (..., n) -> (..., m); `bias`, the dense layer's own, is part of B's and ignored."""
-        z = layer.A.multiply(x)
+        z = x if layer.A is None else layer.A.multiply(x)
         if self._reduce_inside:
             z = tensor_model_parallel_all_reduce(z)
         y: torch.Tensor = layer.B.multiply(z, with_bias=not self._first_rank_only)
         return y
+
+
+class DenseMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+    """vLLM's own dense layer, quantized when its weight has been loaded if that is asked for."""
+
+    def __init__(self, precision: Precision | None) -> None:
+        super().__init__()
+        self.precision = precision
+        self._quantized: Any = None
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Quantize the weight, or bring it into the kernels' layout."""
+        if self.precision is None:
+            super().process_weights_after_loading(layer)
+        else:
+            self._quantized = quantized_kernel(layer, self.precision)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Multiply x (..., n) -> (..., m)."""
+        y: torch.Tensor = (
+            super().apply(layer, x, bias) if self._quantized is None else self._quantized.apply_weights(layer, x, bias)
+        )
+        return y
+
+
+class FewerOutputsMethod(DenseMethod):
+    """vLLM's own dense layer with fewer outputs than the model's config says: gate and up of an MLP that has lost neurons."""
+
+    def __init__(self, prefix: str, spec: GroupSpec, precision: Precision | None = None) -> None:
+        super().__init__(precision)
+        self.prefix, self.spec = prefix, spec
+        self._missing: set[int] = set()
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Give the layer its real sizes, which its loaders go by, and then its weight."""
+        members, width = len(output_partition_sizes), _share(self.prefix, self.spec.rank, layer.tp_size)
+        layer.output_sizes = [self.spec.rank] * members
+        layer.output_partition_sizes = [width] * members
+        layer.output_size, layer.output_size_per_partition = members * self.spec.rank, members * width
+        load = extra_weight_attrs["weight_loader"]
+
+        def checked(parameter: nn.Parameter, tensor: torch.Tensor, shard: int = 0) -> None:
+            if tuple(tensor.shape) != (self.spec.rank, input_size):
+                raise ArtifactError(
+                    f"{self.prefix}: {self.spec.members[shard]} is {tuple(tensor.shape)} in the checkpoint; config.json makes it "
+                    f"{(self.spec.rank, input_size)}. Export the artifact again"
+                )
+            load(parameter, tensor, shard)
+            self._missing.discard(shard)
+
+        config = get_current_vllm_config_or_none()
+        if config is None or config.load_config.load_format != "dummy":
+            self._missing = set(range(members))
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            layer.output_partition_sizes,
+            input_size,
+            layer.output_size,
+            params_dtype,
+            **{**extra_weight_attrs, "weight_loader": checked},
+        )
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check that every linear has come, and bring the weight into the kernels' layout.
+
+        Raises:
+            ArtifactError: a linear is missing from the checkpoint, by name.
+        """
+        if self._missing:
+            raise _incomplete(self.prefix, [self.spec.members[index] for index in sorted(self._missing)])
+        super().process_weights_after_loading(layer)
+
+
+def _incomplete(prefix: str, missing: list[str]) -> ArtifactError:
+    return ArtifactError(
+        f"{prefix}: missing from the checkpoint: {', '.join(missing)}. "
+        "The artifact is incomplete: run lrserve verify on it, or export it again"
+    )
+
+
+def _share(prefix: str, neurons: int, ranks: int) -> int:
+    """Return how many of an MLP's neurons each of the tensor-parallel ranks has."""
+    if neurons % ranks:
+        raise ArtifactError(
+            f"{prefix}: {neurons} neurons cannot be divided among {ranks} ranks; serve with another tensor_parallel_size, or "
+            f"compress with search.rank_step a multiple of {ranks}"
+        )
+    return neurons // ranks
 
 
 def _rows(layer: Any, index: int, size: int) -> _Slice:

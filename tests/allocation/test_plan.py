@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import FACTORED
 
 from lrserve.allocation.allocate import estimates, fisher, greedy, least_loss, loss_aware, probed, uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan, rank_choices
-from lrserve.compression.groups import STRUCTURES, Group, Structure, separate
+from lrserve.compression.groups import Group, Structure, allocated, separate
 from lrserve.errors import InfeasibleTargetError, InputError
 
 
@@ -20,7 +21,7 @@ def group(name: str, m: int, n: int) -> Group:
 
 
 GROUPS = [group("a", 96, 64), group("b", 64, 64), group("c", 64, 160), group("tiny", 4, 4)]
-FITS: dict[Structure, BudgetFit] = {structure: BudgetFit(GROUPS, 8, structure) for structure in STRUCTURES}
+FITS: dict[Structure, BudgetFit] = {structure: BudgetFit(GROUPS, 8, structure) for structure in FACTORED}
 FIT = FITS["low_rank"]
 
 
@@ -28,7 +29,7 @@ FIT = FITS["low_rank"]
 @given(
     shares=st.lists(st.floats(0.01, 100), min_size=4, max_size=4),
     keep=st.floats(0.4, 1.0),
-    structure=st.sampled_from(STRUCTURES),
+    structure=st.sampled_from(FACTORED),
 )
 def test_a_fit_stays_in_the_budget_and_uses_it(shares: list[float], keep: float, structure: Structure) -> None:
     fit = FITS[structure]
@@ -55,8 +56,27 @@ def test_uniform_gives_equal_shares() -> None:
     assert max(ranks) - min(ranks) <= 1  # what rounding left over goes to some
 
 
+def test_an_mlp_that_loses_neurons_is_one_unit() -> None:
+    gate_up = Group("mlp.gate_up", "gate_up", 0, ("mlp.gate", "mlp.up"), out_features=(96, 96), in_features=32, biases=192)
+    down = Group("mlp.down", "down", 0, ("mlp.down",), out_features=(32,), in_features=96)
+    groups = [group("o", 64, 64), gate_up, down]
+    assert allocated(groups, "low_rank") == groups
+    units = allocated(groups, "narrow")
+    assert [unit.name for unit in units] == ["o", "mlp.down"]
+    assert sum(unit.dense_parameters for unit in units) == sum(unit.dense_parameters for unit in groups)
+    # 40 rows of gate and up with their biases, 40 columns of down, and its new bias
+    assert units[1].parameters(40, "narrow_in") == 40 * (2 * 32 + 2) + 40 * 32 + 32
+    assert units[1].bias_entries(40) == 80 + 32
+    assert units[1].full_rank == 96
+    assert rank_choices(units[1], 16, "narrow") == [16, 32, 48, 64, 80]
+    assert rank_choices(units[0], 16, "narrow") == rank_choices(groups[0], 16, "low_rank")
+    plan = uniform(BudgetFit(units, 1, "narrow"), 0.5 * sum(unit.dense_parameters for unit in units))
+    assert plan.ratio(units) == pytest.approx(0.5, abs=0.01)
+    assert plan.key()[0] == ("structure", "narrow")
+
+
 def test_a_group_too_small_to_save_stays_dense() -> None:
-    assert all(rank_choices(GROUPS[3], 8, structure) == [] for structure in STRUCTURES)
+    assert all(rank_choices(GROUPS[3], 8, structure) == [] for structure in FACTORED)
     assert uniform(FIT, 0.5 * FIT.dense_cost).ranks["tiny"] is None
 
 
@@ -85,7 +105,7 @@ def brute_force(losses: dict[str, list[float]], groups: list[Group], fit: Budget
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 999), keep=st.floats(0.4, 0.95), structure=st.sampled_from(STRUCTURES))
+@given(seed=st.integers(0, 999), keep=st.floats(0.4, 0.95), structure=st.sampled_from(FACTORED))
 def test_the_lagrangian_comes_close_to_the_exhaustive_optimum(seed: int, keep: float, structure: Structure) -> None:
     generator = torch.Generator().manual_seed(seed)
     groups = GROUPS[:3]

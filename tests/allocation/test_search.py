@@ -29,7 +29,7 @@ LOSSES = {
 LATENCIES = {Shape(256, 256, None): (100.0, 3000.0)} | {
     Shape(256, 256, r, ordered=ordered): (10.0 + r, 100.0 + 20 * r) for r in range(16, 128, 16) for ordered in (False, True)
 }
-SPEED = SpeedModel(GROUPS, Workload(prompt_tokens=64, output_tokens=101, concurrency=4), 0.5, LATENCIES)
+SPEED = SpeedModel(GROUPS, Workload(prompt_tokens=64, output_tokens=101, concurrency=4), 0.5, LATENCIES, 16, "low_rank")
 SETTINGS = Search(trials=9, depth_groups=2)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tiny import FACTORED
 
 from lrserve.allocation.plan import BudgetFit, RankPlan
-from lrserve.allocation.speed import Shape, SpeedModel, shapes_to_measure, token_counts
-from lrserve.compression.groups import STRUCTURES, Group, Structure
+from lrserve.allocation.speed import Shape, SpeedModel, shapes_of, shapes_to_measure, token_counts
+from lrserve.compression.groups import Group, Structure, allocated
 from lrserve.recipe import Workload
 
 GROUPS = [Group(name=f"{i}", kind="o", layer=i, members=(f"{i}",), out_features=(128,), in_features=128) for i in range(2)]
@@ -22,7 +23,7 @@ LATENCIES = {
 
 
 def test_prediction_by_hand() -> None:
-    speed = SpeedModel(GROUPS, WORKLOAD, dense_seconds=0.1, latencies=LATENCIES)
+    speed = SpeedModel(GROUPS, WORKLOAD, 0.1, LATENCIES, 16, "low_rank")
     dense = RankPlan({"0": None, "1": None})
     assert speed.tokens_per_second(dense) == pytest.approx(2 * 11 / 0.1)
     # 10 decode steps and one prefill chunk: one layer saves 10 x 60 us + 4000 us
@@ -35,25 +36,25 @@ def test_a_layer_that_reorders_its_inputs_is_another_shape() -> None:
     down = replace(GROUPS[0], name="2", kind="down")
     assert [shape.ordered for shape in shapes_to_measure([GROUPS[0], down], 64, "identity_block")] == [False, False, True]
     faster = {replace(shape, ordered=True): (us[0] / 2, us[1] / 2) for shape, us in LATENCIES.items() if shape.rank}
-    speed = SpeedModel([*GROUPS, down], WORKLOAD, 0.1, LATENCIES | faster)
+    speed = SpeedModel([*GROUPS, down], WORKLOAD, 0.1, LATENCIES | faster, 16, "low_rank")
     assert speed.cost(down, None) == speed.cost(GROUPS[0], None)
     assert speed.cost(down, 24) == speed.cost(GROUPS[0], 24) / 2
 
 
 def test_noise_never_makes_more_rank_cheaper() -> None:
     latencies = {**LATENCIES, Shape(128, 128, 48): (1.0, 1.0)}
-    speed = SpeedModel(GROUPS, WORKLOAD, 0.1, latencies)
+    speed = SpeedModel(GROUPS, WORKLOAD, 0.1, latencies, 16, "low_rank")
     assert speed.cost(GROUPS[0], 48) == speed.cost(GROUPS[0], 32)
 
 
 def test_a_speed_budget_is_met_by_construction() -> None:
-    speed = SpeedModel(GROUPS, WORKLOAD, 0.1, LATENCIES)
+    speed = SpeedModel(GROUPS, WORKLOAD, 0.1, LATENCIES, 16, "low_rank")
     fit = BudgetFit(GROUPS, 16, "low_rank", speed.cost)
     plan = fit.fit({"0": 1.0, "1": 1.0}, speed.budget(1.05))
     assert speed.speedup(plan) >= 1.05
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FACTORED)
 def test_the_table_covers_dense_and_the_range_of_ranks_once_per_shape(structure: Structure) -> None:
     shapes = shapes_to_measure(GROUPS, 8, structure)
     assert len(shapes) == len(set(shapes)) <= 14
@@ -61,6 +62,18 @@ def test_the_table_covers_dense_and_the_range_of_ranks_once_per_shape(structure:
     assert {None, 8, 56 if structure == "low_rank" else 112} <= {shape.rank for shape in shapes}
     assert max(shape.rank or 0 for shape in shapes) == (56 if structure == "low_rank" else 112)
     assert {shape.structure for shape in shapes if shape.rank is not None} == {structure}
+
+
+def test_an_mlp_with_fewer_neurons_is_timed_as_smaller_dense_layers() -> None:
+    gate_up = Group("mlp.gate_up", "gate_up", 0, ("mlp.gate", "mlp.up"), out_features=(96, 96), in_features=32)
+    down = Group("mlp.down", "down", 0, ("mlp.down",), out_features=(32,), in_features=96)
+    [mlp] = allocated([gate_up, down], "narrow")
+    assert shapes_of(mlp, None, "narrow") == [Shape(96, 32, None), Shape(32, 192, None)]
+    assert shapes_of(mlp, 48, "narrow") == [Shape(48, 32, None), Shape(32, 96, None)]
+    latencies = {shape: (float(shape.n * shape.m), 0.0) for shape in shapes_to_measure([mlp], 16, "narrow")}
+    speed = SpeedModel([mlp], WORKLOAD, 0.1, latencies, 16, "narrow")
+    assert speed.cost(mlp, None) == pytest.approx(10e-6 * 3 * 96 * 32)
+    assert speed.cost(mlp, 40) == pytest.approx(10e-6 * 3 * 40 * 32)
 
 
 def test_what_a_prefill_chunk_sees() -> None:

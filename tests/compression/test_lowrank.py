@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES_TESTED, VOCABULARY, dense_model, factorized_model
+from tiny import FACTORED, FAMILIES_TESTED, VOCABULARY, dense_model, factorized_model
 
+from lrserve.allocation.plan import RankPlan
 from lrserve.compression.calibrate import calibrate
 from lrserve.compression.factorize import Factors, factorize
-from lrserve.compression.groups import KINDS, STRUCTURES, Group, Structure, family_of, find_groups
+from lrserve.compression.groups import KINDS, STRUCTURES, Group, Structure, allocated, family_of, find_groups
 from lrserve.compression.lowrank import (
     GroupSpec,
     IdentityBlock,
@@ -37,12 +38,13 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def make_store(architecture: str, folder: Path) -> SpectrumStore:
+def make_store(architecture: str, folder: Path, structure: Structure = "low_rank") -> SpectrumStore:
     model = dense_model(architecture)
     groups = find_groups(model)
     calibrate(model, groups, tokens(), folder / "statistics", pool_sequences=8, batch_tokens=48)
-    write_spectra(model, groups, features(folder / "statistics"), folder / "spectra")
-    return SpectrumStore(folder / "spectra", groups)
+    units = allocated(groups, structure)
+    write_spectra(model, units, features(folder / "statistics"), folder / "spectra")
+    return SpectrumStore(folder / "spectra", units)
 
 
 def test_groups_count_the_linears_parameters(architecture: str) -> None:
@@ -54,18 +56,19 @@ def test_groups_count_the_linears_parameters(architecture: str) -> None:
     assert sum(group.dense_parameters for group in groups) == sum(p.numel() for linear in linears for p in linear.parameters())
 
 
-def test_full_rank_changes_nothing(architecture: str, tmp_path: Path) -> None:
-    store = make_store(architecture, tmp_path)
+@pytest.mark.parametrize("structure", ["low_rank", "narrow"])
+def test_full_rank_changes_nothing(structure: Structure, architecture: str, tmp_path: Path) -> None:
+    store = make_store(architecture, tmp_path, structure)
     ranks = [(group, group.full_rank) for group in store.groups.values()]
     dense = dense_model(architecture)
-    compressed = compress_model(dense_model(architecture), ranks, "low_rank", store, torch.float32)
+    compressed = compress_model(dense_model(architecture), ranks, structure, store, torch.float32)
     with torch.inference_mode():
         torch.testing.assert_close(compressed(tokens()).logits, dense(tokens()).logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_merged_ranks_equal_the_installed_factors_and_restore(structure: Structure, architecture: str, tmp_path: Path) -> None:
-    store = make_store(architecture, tmp_path)
+    store = make_store(architecture, tmp_path, structure)
     groups = list(store.groups.values())
     ranks = {group.name: 16 if group.kind in ("qkv", "down") else None for group in groups}
     chosen = [(group, rank) for group in groups if (rank := ranks[group.name]) is not None]
@@ -101,7 +104,7 @@ def test_features_beat_the_weights_own_svd_on_the_outputs(tmp_path: Path) -> Non
     assert error(store.cut(group.name, 8)) < 0.9 * error(plain)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FACTORED)
 def test_the_shared_factor_is_stored_once_in_the_promised_number_of_parameters(structure: Structure) -> None:
     model = dense_model("LlamaForCausalLM")
     groups = [group for group in find_groups(model) if group.layer == 0]
@@ -115,11 +118,31 @@ def test_the_shared_factor_is_stored_once_in_the_promised_number_of_parameters(s
         for tensor in ("A.order", "A.weight")
         if tensor == "A.weight" or (block and group != "mlp.down_proj")  # whose inputs come in order
     ]
-    change = sum(group.parameters(4, structure) - group.dense_parameters for group in groups)
+    change = sum(group.parameters(4, group.stored_as(structure)) - group.dense_parameters for group in groups)
     assert sum(parameter.numel() for parameter in model.parameters()) == dense + change
     attention = model.get_submodule("model.layers.0.self_attn")
     assert attention.q_proj.first is attention.v_proj.first
     assert isinstance(attention.q_proj, LowRankLinear)
+
+
+def test_an_mlp_with_fewer_neurons_is_smaller_dense_layers(architecture: str, tmp_path: Path) -> None:
+    store = make_store(architecture, tmp_path, "narrow")
+    units = list(store.groups.values())
+    ranks = [(unit, 24) for unit in units if unit.kind == "down" and unit.layer == 1]
+    dense = dense_model(architecture)
+    compressed = compress_model(dense_model(architecture), ranks, "narrow", store, torch.float32)
+    mlp, before = compressed.model.layers[1].mlp, dense.model.layers[1].mlp
+    assert {name: tuple(tensor.shape) for name, tensor in mlp.named_parameters()} == {
+        "gate_proj.weight": (24, before.gate_proj.in_features),
+        "up_proj.weight": (24, before.up_proj.in_features),
+        "down_proj.B.weight": (before.down_proj.out_features, 24),
+        "down_proj.B.bias": (before.down_proj.out_features,),
+    }
+    rows = {tuple(row.tolist()) for row in before.gate_proj.weight}
+    assert all(tuple(row.tolist()) in rows for row in mlp.gate_proj.weight)
+    plan = RankPlan({unit.name: 24 if unit.name == ranks[0][0].name else None for unit in units}, "narrow")
+    change = plan.parameters(units) - sum(unit.dense_parameters for unit in units)
+    assert sum(p.numel() for p in compressed.parameters()) - sum(p.numel() for p in dense.parameters()) == change
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -154,7 +177,7 @@ def test_reordered_neurons_compute_what_the_dense_ones_do(architecture: str, kin
     ranks = [(group, 16) for group in groups]
     inputs = torch.arange(24)[None]
     logits, models = [], []
-    for structure in STRUCTURES:
+    for structure in FACTORED:
         models.append(compress_model(dense_model(architecture).double(), ranks, structure, source, torch.float64))
         assert [layer.mlp.down_proj.ordered for layer in models[-1].model.layers] == [structure == "identity_block"] * 2
         with torch.inference_mode():
@@ -212,6 +235,16 @@ def test_config_round_trip_and_what_is_refused() -> None:
     ]:
         with pytest.raises(ArtifactError, match=message):
             parse_groups(broken)
+    mlp = allocated(groups, "narrow")[2]
+    halves = specs_of([(mlp, 8)], "narrow")
+    assert parse_groups(quantization_config(halves)) == halves
+    for name, spec in halves.items():
+        with pytest.raises(
+            ArtifactError, match=rf"mlp: config.json removes neurons from one half of it only \(8 in {spec.structure}"
+        ):
+            parse_groups(quantization_config({name: spec}))
+    with pytest.raises(ArtifactError, match="97 of 96 neurons cannot be kept"):
+        install_low_rank(dense_model("LlamaForCausalLM"), specs_of([(mlp, 97)], "narrow"))
     with pytest.raises(ArtifactError, match="does not have"):
         install_low_rank(dense_model("LlamaForCausalLM"), specs_of([(groups[0], 8)], "low_rank"), prefix="model.layers.")
     with pytest.raises(ArtifactError, match="an identity block of rank 64 leaves nothing of 64 inputs"):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import FACTORED
 
 from lrserve.compression.factorize import Factors, factorize
-from lrserve.compression.groups import STRUCTURES, Structure
+from lrserve.compression.groups import Stored
 from lrserve.compression.structure import MAX_INTERPOLATION, structured
 
 U = 2.0**-8  # unit roundoff of bfloat16
@@ -39,10 +40,10 @@ def rounded(factors: Factors) -> torch.Tensor:
     seed=st.integers(0, 999),
     kind=st.sampled_from(["full", "one token", "outlier", "tiny", "zero"]),
     two_sided=st.booleans(),
-    structure=st.sampled_from(STRUCTURES),
+    structure=st.sampled_from(FACTORED),
 )
 def test_every_rank_is_finite_and_within_the_stated_bound_in_bfloat16(
-    m: int, n: int, seed: int, kind: str, two_sided: bool, structure: Structure
+    m: int, n: int, seed: int, kind: str, two_sided: bool, structure: Stored
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(m, n, generator=generator, dtype=torch.float64)
@@ -93,8 +94,8 @@ def test_pivots_that_column_pivoting_leaves_too_weak_are_exchanged() -> None:
     torch.testing.assert_close(block.merged(), A)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_a_weight_of_lower_rank_than_asked_is_kept(structure: Structure) -> None:
+@pytest.mark.parametrize("structure", FACTORED)
+def test_a_weight_of_lower_rank_than_asked_is_kept(structure: Stored) -> None:
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(9, 2, generator=generator).double() @ torch.randn(2, 7, generator=generator).double()
     factors = structured(factorize(W, torch.eye(7), torch.zeros(7)).cut(5), structure)

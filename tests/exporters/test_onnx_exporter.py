@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import FACTORED, install
 from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
@@ -29,8 +30,8 @@ from transformers import (
 
 from exporters.base import Transcript
 from exporters.onnx import OnnxDecoder, OnnxExporter
-from lrserve.compression.groups import STRUCTURES, Structure, find_groups
-from lrserve.compression.lowrank import IdentityBlock, install_low_rank, specs_of
+from lrserve.compression.groups import STRUCTURES, Structure, allocated, find_groups
+from lrserve.compression.lowrank import IdentityBlock, specs_of
 from lrserve.errors import ArtifactError, EngineError, InputError, UnsupportedModelError
 
 WINDOW = 8
@@ -134,9 +135,9 @@ def make(name: str, structure: Structure | None = None) -> Any:
     model.config.architectures = [type(model).__name__]
     model.set_attn_implementation("eager")
     if structure is not None:
-        # Two groups of three, so that every kind stands factorized in one layer and dense in another.
-        groups = [group for index, group in enumerate(find_groups(model)) if index % 3 != 1]
-        install_low_rank(model, specs_of(((group, 8 + 8 * (index % 2)) for index, group in enumerate(groups)), structure))
+        # Two groups of three, so that every kind stands compressed in one layer and dense in another.
+        groups = [group for index, group in enumerate(allocated(find_groups(model), structure)) if index % 3 != 1]
+        install(model, specs_of(((group, 8 + 8 * (index % 2)) for index, group in enumerate(groups)), structure))
     return randomize(model)
 
 
@@ -246,7 +247,7 @@ def test_a_batch_decodes_like_its_sequences_alone(source: Path, out: Path) -> No
             np.testing.assert_allclose(one[0], all_rows[row], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FACTORED)
 def test_factors_stand_once_under_the_names_of_the_artifact(structure: Structure, source: Path, out: Path) -> None:
     model = make("qwen2-sliding-tied", structure)
     OnnxExporter().export(model, source, out, torch.float32)
@@ -267,7 +268,7 @@ def test_factors_stand_once_under_the_names_of_the_artifact(structure: Structure
     assert "lm_head.weight" not in found  # tied
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FACTORED)
 def test_product_by_a_shared_first_factor_is_computed_once(structure: Structure, source: Path, out: Path) -> None:
     import onnx
 

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.engine
 SMALL: dict[str, Any] = {
     "calibration": {"sequences": 8, "length": 32, "pool_sequences": 4, "batch_tokens": 64},
     "factorization": {
-        "structure": "identity_block",
+        "structure": "narrow",
         "fisher_tokens": 128,
         "propagate": True,
         "refine": "adam",
@@ -120,7 +120,7 @@ def test_the_job_leaves_a_whole_artifact(made: tuple[Path, dict[str, Any], list[
     assert metrics["perplexity"]["validation"]["compressed"] == pytest.approx(min(searched, found), abs=0.01)
     assert ("the searched factors are kept" in judged) == (found > searched)
     assert set(metrics["improved"]) == (set() if found > searched else {"propagate", "refine", "recover"})
-    assert metrics["plan"]["structure"] == "identity_block"
+    assert metrics["plan"]["structure"] == "narrow"
     assert any(line.startswith("4/6 evolution") for line in lines)
     assert "perplexity, report text" in (out / "README.md").read_text()
     assert not [p.name for p in out.parent.iterdir() if "staging" in p.name]

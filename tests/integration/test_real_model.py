@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import FACTORED
 
 from exporters.onnx import OnnxExporter
 from exporters.transcript import transcribe_model
@@ -17,7 +18,7 @@ from lrserve.allocation.quality import Reference
 from lrserve.compression.baselines import svd
 from lrserve.compression.calibrate import calibrate, read_statistics
 from lrserve.compression.gradients import GradientStore, collect_gradients
-from lrserve.compression.groups import STRUCTURES, Structure
+from lrserve.compression.groups import Structure
 from lrserve.compression.spectra import SpectrumStore, compress_model, features, round_parameters, write_spectra
 from lrserve.evidence import agree
 from lrserve.inputs.demo import demo_recipe
@@ -73,7 +74,7 @@ def test_two_sided_features_keep_more_than_features_and_those_far_more_than_the_
     assert excess["features"] < 0.5 * excess["svd"]
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FACTORED)
 def test_rounding_the_factors_to_bfloat16_adds_little(
     job: Job, plan: RankPlan, stores: dict[str, SpectrumStore], structure: Structure
 ) -> None:

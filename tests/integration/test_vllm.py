@@ -45,8 +45,8 @@ def assert_agree(reference: Transcript, other: Transcript) -> None:
 
 @pytest.mark.parametrize("architecture", FAMILIES_TESTED)
 def test_vllm_computes_what_transformers_does(architecture: str, tmp_path: Path) -> None:
-    # four layers: every kind of group as either structure
-    folder = write_artifact(factorized_model(architecture, layers=4), tmp_path / "model")
+    # five layers: every kind of group in every structure, and some that are dense
+    folder = write_artifact(factorized_model(architecture, layers=5), tmp_path / "model")
     reference = transcribe_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), PROMPTS, NEW_TOKENS)
     with engine_for(folder) as engine:
         for expected, found in zip(reference, engine.transcribe(PROMPTS, NEW_TOKENS), strict=True):
@@ -81,6 +81,18 @@ def check_measurements(engine: Engine) -> None:
     with pytest.raises(EngineError, match="last lines of"):
         engine.latency_table(shapes, [1], dtype="no_such_dtype")
     assert len(engine.transcribe([[5, 6]], 1)) == 1  # still serving after the errors
+
+
+def test_factors_and_dense_layers_are_served_in_int8(tmp_path: Path) -> None:
+    folder = write_artifact(factorized_model("LlamaForCausalLM", layers=5), tmp_path / "model")
+    reference = transcribe_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), PROMPTS, NEW_TOKENS)
+    settings = {"max_model_len": 64, "max_num_seqs": 4, "threads": 1, "kv_cache_gib": 0.05}
+    with Engine(folder, dtype="float32", quantization="int8", **settings) as engine:  # type: ignore[arg-type]
+        found = engine.transcribe(PROMPTS, NEW_TOKENS)
+    differences = [
+        abs(a - b) for one, other in zip(reference, found, strict=True) for a, b in zip(one.logprobs, other.logprobs, strict=True)
+    ]
+    assert TOLERANCE < sum(differences) / len(differences) < 0.3  # log probabilities of these models spread over 20 nats
 
 
 def test_missing_factor_fails_the_load_by_name(tmp_path: Path) -> None:

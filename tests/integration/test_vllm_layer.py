@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import FACTORED
 from torch import nn
 
 from lrserve.allocation.speed import Shape
 from lrserve.compression.factorize import Factors
-from lrserve.compression.groups import STRUCTURES, Group, Structure
+from lrserve.compression.groups import Group, Stored
 from lrserve.compression.lowrank import GroupSpec
 from lrserve.errors import ArtifactError, EngineError
 
@@ -42,7 +43,7 @@ def bare(layer_class: str, **attributes: Any) -> Any:
 class Checkpoint:
     """The tensors of one group as they stand in an artifact, and what they compute; an ordered identity block has no `order`."""
 
-    structure: Structure
+    structure: Stored
     a: torch.Tensor
     order: torch.Tensor | None
     b: list[torch.Tensor]
@@ -72,7 +73,7 @@ class Checkpoint:
             layer.B.bias.weight_loader(layer.B.bias, offsets, shard)
 
 
-def checkpoint(structure: Structure, sizes: list[int], *, ordered: bool = False) -> Checkpoint:
+def checkpoint(structure: Stored, sizes: list[int], *, ordered: bool = False) -> Checkpoint:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -88,7 +89,7 @@ def checkpoint(structure: Structure, sizes: list[int], *, ordered: bool = False)
     )
 
 
-def qkv_layer(structure: Structure, tp_size: int, tp_rank: int, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def qkv_layer(structure: Stored, tp_size: int, tp_rank: int, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     from lrserve.serving.vllm_layer import LowRankLinearMethod
 
     replicas = max(1, tp_size // KV_HEADS)
@@ -99,7 +100,7 @@ def qkv_layer(structure: Structure, tp_size: int, tp_rank: int, dtype: torch.dty
     return layer, method
 
 
-def down_layer(structure: Structure, tp_size: int, tp_rank: int, *, ordered: bool = False, **attributes: Any) -> tuple[Any, Any]:
+def down_layer(structure: Stored, tp_size: int, tp_rank: int, *, ordered: bool = False, **attributes: Any) -> tuple[Any, Any]:
     from lrserve.serving.vllm_layer import LowRankLinearMethod
 
     layer = bare("RowParallelLinear", tp_size=tp_size, tp_rank=tp_rank, **{"reduce_results": True, **attributes})
@@ -108,13 +109,13 @@ def down_layer(structure: Structure, tp_size: int, tp_rank: int, *, ordered: boo
     return layer, method
 
 
-@pytest.fixture(params=STRUCTURES)
-def structure(request: pytest.FixtureRequest) -> Structure:
+@pytest.fixture(params=FACTORED)
+def structure(request: pytest.FixtureRequest) -> Stored:
     return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture
-def qkv(structure: Structure) -> Checkpoint:
+def qkv(structure: Stored) -> Checkpoint:
     return checkpoint(structure, [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD])
 
 
@@ -143,7 +144,7 @@ INPUTS_OF_DOWN = [("low_rank", False), ("identity_block", False), ("identity_blo
 @pytest.mark.parametrize("reduce_results", [True, False])
 @pytest.mark.parametrize(("structure", "ordered"), INPUTS_OF_DOWN)
 def test_row_parallel_parts_sum_to_the_whole(
-    structure: Structure, ordered: bool, reduce_results: bool, order_first: bool, monkeypatch: pytest.MonkeyPatch
+    structure: Stored, ordered: bool, reduce_results: bool, order_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import lrserve.serving.vllm_layer as module
 
@@ -183,6 +184,69 @@ def test_row_parallel_alone_reorders_its_input_where_it_must(ordered: bool, orde
     assert torch.allclose(method.apply(layer, x), *down.compute(x), atol=1e-4)
 
 
+def narrow_down(tp_size: int, tp_rank: int) -> tuple[Any, Any]:
+    from lrserve.serving.vllm_layer import LowRankLinearMethod
+
+    layer = bare("RowParallelLinear", tp_size=tp_size, tp_rank=tp_rank, reduce_results=True)
+    method = LowRankLinearMethod("layers.0.down_proj", replace(DOWN, structure="narrow_in"))
+    method.create_weights(layer, N // tp_size, [24], N, 24, torch.float32)
+    return layer, method
+
+
+def narrow_gate_up(tp_size: int, tp_rank: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    from vllm.model_executor import parameter
+
+    from lrserve.serving.vllm_layer import FewerOutputsMethod
+
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: tp_rank)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: tp_size)
+    layer = bare("MergedColumnParallelLinear", tp_size=tp_size, tp_rank=tp_rank, output_sizes=[N, N])
+    spec = GroupSpec(RANK, ("gate_proj", "up_proj"), "narrow_out")
+    method = FewerOutputsMethod("layers.0.gate_up_proj", spec)
+    sizes = [N // tp_size] * 2
+    method.create_weights(layer, 24, sizes, 24, 2 * N, torch.float32, weight_loader=layer.weight_loader)
+    return layer, method
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_an_mlp_with_fewer_neurons_is_divided_among_the_ranks(tp_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate, up, B = (torch.randn(shape, generator=generator) for shape in ((RANK, 24), (RANK, 24), (24, RANK)))
+    b, x = torch.randn(24, generator=generator), torch.randn(5, 24, generator=generator)
+    parts = []
+    for rank in range(tp_size):
+        first, first_method = narrow_gate_up(tp_size, rank, monkeypatch)
+        second, second_method = narrow_down(tp_size, rank)
+        first.weight.weight_loader(first.weight, gate, 0)
+        first.weight.weight_loader(first.weight, up, 1)
+        second.B.weight.weight_loader(second.B.weight, B)
+        second.B.bias.weight_loader(second.B.bias, b)
+        for layer, method in ((first, first_method), (second, second_method)):
+            method.process_weights_after_loading(layer)
+        assert second.reduce_results  # the outputs are summed, as of a dense layer
+        g, u = first_method.apply(first, x).chunk(2, dim=-1)
+        assert g.shape == (5, RANK // tp_size)
+        parts.append(second_method.apply(second, (g.relu() * u).contiguous()))
+    assert torch.allclose(sum(parts), ((x @ gate.T).relu() * (x @ up.T)) @ B.T + b, atol=1e-3)
+
+
+def test_what_is_missing_of_a_narrow_mlp_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, first_method = narrow_gate_up(1, 0, monkeypatch)
+    with pytest.raises(ArtifactError, match=r"up_proj is \(7, 24\) in the checkpoint; config.json makes it \(8, 24\)"):
+        first.weight.weight_loader(first.weight, torch.zeros(7, 24), 1)
+    first.weight.weight_loader(first.weight, torch.zeros(RANK, 24), 1)
+    with pytest.raises(ArtifactError, match=r"missing from the checkpoint: gate_proj\."):
+        first_method.process_weights_after_loading(first)
+    second, second_method = narrow_down(1, 0)
+    second.B.weight.weight_loader(second.B.weight, torch.zeros(24, RANK))
+    with pytest.raises(ArtifactError, match=r"missing from the checkpoint: layers\.0\.down_proj\.B\.bias\."):
+        second_method.process_weights_after_loading(second)
+    with pytest.raises(ArtifactError, match=r"down_proj\.B\.weight is \(24, 9\) in the checkpoint"):
+        second.B.weight.weight_loader(second.B.weight, torch.zeros(24, RANK + 1))
+    with pytest.raises(ArtifactError, match="8 neurons cannot be divided among 3 ranks"):
+        narrow_down(3, 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, N), (7, N), (2, 3, N), (0, N)])
 def test_any_leading_shape_in_every_dtype(shape: tuple[int, ...], dtype: torch.dtype, qkv: Checkpoint) -> None:
@@ -196,6 +260,49 @@ def test_any_leading_shape_in_every_dtype(shape: tuple[int, ...], dtype: torch.d
     assert found.shape == expected.shape
     bound = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     assert (found.float() - expected).norm() <= bound * expected.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_int8_factors_are_within_what_rounding_allows(tokens: int, qkv: Checkpoint) -> None:
+    from lrserve.serving.vllm_layer import LowRankLinearMethod
+
+    layer, method = qkv_layer(qkv.structure, 1, 0)
+    assert isinstance(method, LowRankLinearMethod)
+    method.precision = "int8"
+    qkv.load(layer)
+    method.process_weights_after_loading(layer)
+    x = torch.randn(tokens, N)
+    found, expected = method.apply(layer, x), torch.cat(qkv.compute(x), dim=-1)
+    assert layer.A.weight is None or layer.A.weight.dtype == torch.int8  # the kernel keeps it, packed
+    assert 1e-4 < float((found - expected).norm() / expected.norm()) < 0.03
+    row = method.apply(layer, x[:1])
+    torch.testing.assert_close(row, found[:1], atol=1e-4, rtol=1e-4)  # every token has a scale of its own
+
+
+def test_int8_dense_layers_and_what_else_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config.quantization import QuantizationConfigArgs
+    from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
+
+    from lrserve.serving.vllm_config import LrserveConfig
+    from lrserve.serving.vllm_layer import DenseMethod
+
+    config = LrserveConfig({})
+    layer = bare("RowParallelLinear", prefix="model.layers.0.mlp.down_proj")
+    assert not isinstance(config.get_quant_method(layer, layer.prefix), DenseMethod)
+    ignored = {"linear": "int8_per_channel_static", "ignore": ["*.o_proj"]}
+    config.online_quantization_config = OnlineQuantizationConfig(QuantizationConfigArgs(**ignored))
+    assert config.online_quantization_config is None  # or vLLM would replace our layers by its own
+    assert config.precision_of("model.layers.0.self_attn.o_proj") is None
+    method = config.get_quant_method(layer, layer.prefix)
+    assert isinstance(method, DenseMethod)
+    W, x = torch.randn(24, N), torch.randn(5, N)
+    layer.weight = nn.Parameter(W.clone(), requires_grad=False)
+    method.process_weights_after_loading(layer)
+    found = method.apply(layer, x)
+    assert 1e-4 < float((found - x @ W.T).norm() / (x @ W.T).norm()) < 0.03
+    for refused in ({"linear": "fp8_per_block_static"}, {"targets": {"re:.*": "fp8_per_tensor"}}):
+        with pytest.raises(EngineError, match="lrserve quantizes factors to int8 or fp8 with one scale a row"):
+            config.online_quantization_config = OnlineQuantizationConfig(QuantizationConfigArgs(**refused))
 
 
 def test_the_layer_can_be_compiled_whole(qkv: Checkpoint) -> None:
@@ -214,7 +321,7 @@ def test_the_layer_can_be_compiled_whole(qkv: Checkpoint) -> None:
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize(("structure", "ordered"), INPUTS_OF_DOWN)
 def test_dummy_weights_leave_an_order_that_is_a_permutation(
-    structure: Structure, ordered: bool, tp_size: int, monkeypatch: pytest.MonkeyPatch
+    structure: Stored, ordered: bool, tp_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 
@@ -300,7 +407,7 @@ def test_identity_block_that_leaves_nothing_is_refused() -> None:
         method.create_weights(layer, N, [24], N, 24, torch.float32)
 
 
-def test_a_timed_layer_weighs_what_the_group_stores(structure: Structure) -> None:
+def test_a_timed_layer_weighs_what_the_group_stores(structure: Stored) -> None:
     from lrserve.serving.latency import _elements
 
     group = Group(name="g", kind="o", layer=0, members=("g",), out_features=(24,), in_features=N)
@@ -325,7 +432,7 @@ def test_a_timed_layer_weighs_what_the_group_stores(structure: Structure) -> Non
         (lambda layer: layer.weight_loader(layer.weight, torch.zeros(4), "q"), "also has a dense tensor"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(load: Callable[[Any], None], message: str, structure: Structure) -> None:
+def test_tensors_that_do_not_fit_are_refused(load: Callable[[Any], None], message: str, structure: Stored) -> None:
     layer, _ = qkv_layer(structure, 1, 0)
     with pytest.raises(ArtifactError, match=message):
         load(layer)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES_TESTED, VOCABULARY, dense_model, factorized_model, write_artifact
+from tiny import FACTORED, FAMILIES_TESTED, VOCABULARY, dense_model, factorized_model, write_artifact
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import lrserve
 from exporters.vllm import VllmExporter, low_rank_groups
-from lrserve.compression.groups import STRUCTURES, Structure, find_groups
+from lrserve.compression.groups import Structure, find_groups
 from lrserve.compression.lowrank import FirstFactor, IdentityBlock, LowRankLinear, install_low_rank, specs_of
 from lrserve.errors import ArtifactError
 
@@ -63,7 +63,7 @@ def test_saving_a_loaded_model_writes_the_same_artifact(architecture: str, tmp_p
     assert all(tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FACTORED)
 def test_tensors_are_those_of_the_format(structure: Structure, tmp_path: Path) -> None:
     folder = write_artifact(factorized_model("LlamaForCausalLM", structure=structure), tmp_path / "model")
     attention = "model.layers.0.self_attn."

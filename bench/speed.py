@@ -1,0 +1,253 @@
+"""What factors do to speed: dense against ratios 0.2, 0.4 and 0.6 in vLLM, and where the time goes.
+
+    python bench/speed.py                                    SmolLM2 and a 1.1B shape, every structure
+    python bench/speed.py --model 1b --structure narrow --ratio 0.2
+    python bench/speed.py --model smollm2 --plan demo/lrserve/plan.json
+
+Weights are random: the clock does not see values. Plans are uniform, but for `--plan`. For each structure one dense engine and one
+for each ratio are up at once and measured in turns: decode steps with 1, 8 and 32 requests at once, and the prefill of one prompt.
+
+    step      milliseconds of one decode step: (time of 33 output tokens - time of 1) / 32; median of the rounds
+    speedup   the dense step over this one, round by round: median (lowest to highest)
+    bound     share of what the machine can do: for decode the time in which the model's weights can be read, for prefill the time
+              of its multiplications, both at the rate that vLLM's own kernel reaches on one large matrix in the same process, over
+              the measured time
+    GEMM      share of the step that its matrix products take, by the table of single layers (`lrserve/serving/latency.py`)
+
+With `--quantized` the plans are served in int8 (W8A8, `--quantization-config` of `vllm serve`), beside the dense model in bfloat16,
+in int8 the same way, and in int4 (GPTQ's format, groups of 32, activations in bfloat16) by vLLM's own kernel.
+
+What is finished is kept in the work folder. Run it with nothing else on the machine. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import __version__ as transformers_version
+
+from lrserve.allocation.allocate import uniform
+from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.speed import Shape, shapes_of
+from lrserve.artifacts.card import table
+from lrserve.artifacts.store import fingerprint, write_json
+from lrserve.compression.groups import STRUCTURES, Group, Structure, allocated, find_groups
+from lrserve.compression.lowrank import quantization_config, specs_of
+from lrserve.serving.engine import Engine, engine_version, in_turns
+
+RATIOS = (0.2, 0.4, 0.6)
+CONCURRENCIES = (1, 8, 32)
+PROMPT, STEPS = 16, 32  # of a decode measurement
+PREFILL = 512  # tokens of one prompt
+LARGE = Shape(8192, 8192, None)  # whose rates are the bounds
+STEP = 64
+
+MODELS: Mapping[str, Mapping[str, Any]] = {
+    "smollm2": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+}
+"""SmolLM2-135M, and TinyLlama-1.1B."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One round of one engine: seconds of a decode step by concurrency, and of the prefill."""
+
+    decode: dict[int, float]
+    prefill: float
+
+
+def measure(engine: Engine, seed: int) -> Timed:
+    """Measure one round."""
+    decode = {}
+    for concurrency in CONCURRENCIES:
+        short, long = (engine.throughput(PROMPT, tokens, concurrency, seed=seed).seconds for tokens in (1, 1 + STEPS))
+        decode[concurrency] = (long - short) / STEPS
+    return Timed(decode, engine.throughput(PREFILL, 1, 1, seed=seed).seconds)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What one engine serves: a plan (None: dense), in bfloat16, int8 or int4."""
+
+    plan: RankPlan | None = None
+    precision: str = "bfloat16"
+
+    def write(self, folder: Path, config: LlamaConfig, groups: Sequence[Group]) -> Path:
+        """Write what vLLM needs to make up the weights."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.precision == "int4":
+            config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+        elif self.plan is not None or self.precision == "int8":
+            ranks = self.plan.factorized(allocated(groups, self.plan.structure)) if self.plan is not None else []
+            structure = self.plan.structure if self.plan is not None else "low_rank"
+            config.quantization_config = quantization_config(specs_of(ranks, structure))
+        config.save_pretrained(folder)
+        return folder
+
+    def calls(self, config: LlamaConfig, groups: Sequence[Group]) -> dict[Shape, int]:
+        """Count the single layers of the latency table that one pass through the model takes, the output layer included."""
+        calls: dict[Shape, int] = {Shape(config.hidden_size, config.vocab_size, None): 1}
+        structure: Structure = self.plan.structure if self.plan is not None else "low_rank"
+        for unit in allocated(groups, structure):
+            for shape in shapes_of(unit, self.plan.ranks[unit.name] if self.plan is not None else None, structure):
+                calls[shape] = calls.get(shape, 0) + 1
+        return calls
+
+    def linear_parameters(self, groups: Sequence[Group]) -> int:
+        """Parameters of the decoder's linears."""
+        if self.plan is None:
+            return sum(group.dense_parameters for group in groups)
+        return self.plan.parameters(allocated(groups, self.plan.structure))
+
+    def read_bytes(self, config: LlamaConfig, groups: Sequence[Group]) -> float:
+        """Bytes of weights that a token reads: linears with the scales of int4's groups, and the output layer in bfloat16."""
+        size = {"bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}[self.precision]
+        return size * self.linear_parameters(groups) + 2 * config.hidden_size * config.vocab_size
+
+
+def model_config(name: str) -> LlamaConfig:
+    """Return the config of one of `MODELS`."""
+    config = LlamaConfig(**MODELS[name], max_position_embeddings=2048, architectures=["LlamaForCausalLM"])
+    config.dtype = "bfloat16"
+    return config
+
+
+def run(name: str, contenders: Mapping[str, Contender], groups: Sequence[Group], work: Path, rounds: int, eager: bool) -> Any:
+    """Measure the dense model and the contenders in turns, or read what an earlier run measured."""
+    every = {"dense": Contender(), **contenders}
+    keys = {label: [c.plan.key() if c.plan is not None else None, c.precision] for label, c in every.items()}
+    path = work / f"{name}-{fingerprint([name, keys, rounds, eager, engine_version(), transformers_version])[:16]}.json"
+    if not path.is_file():
+        with ExitStack() as stack:
+            engines = {
+                label: stack.enter_context(
+                    Engine(
+                        contender.write(work / name / label, model_config(name), groups),
+                        max_model_len=1024,
+                        max_num_seqs=max(CONCURRENCIES),
+                        enforce_eager=eager,
+                        quantization="int8" if contender.precision == "int8" else None,
+                        load_format="dummy",
+                        kv_cache_gib=0.5,
+                    )
+                )
+                for label, contender in every.items()
+            }
+            for engine in engines.values():
+                measure(engine, 0)
+            found = in_turns(engines, measure, rounds, seed=1, progress=lambda label, turn, _: print(f"{name} {turn}: {label}"))
+            calls = {label: c.calls(model_config(name), groups) for label, c in every.items() if c.precision == "bfloat16"}
+            shapes = list(dict.fromkeys([LARGE, *(shape for of_plan in calls.values() for shape in of_plan)]))
+            tokens = [*CONCURRENCIES, PREFILL]
+            rows = dict(zip(shapes, engines["dense"].latency_table(shapes, tokens), strict=True))
+        gemm = {
+            label: {n: 1e-6 * sum(number * rows[shape][i] for shape, number in of_plan.items()) for i, n in enumerate(tokens)}
+            for label, of_plan in calls.items()
+        }
+        result = {
+            "rounds": {label: [asdict(timed) for timed in timeds] for label, timeds in found.items()},
+            "gemm_seconds": gemm,
+            "read_bytes_per_second": 2 * LARGE.n * LARGE.m / (1e-6 * rows[LARGE][0]),
+            "flops_per_second": 2 * LARGE.n * LARGE.m * PREFILL / (1e-6 * rows[LARGE][-1]),
+        }
+        write_json(path, result)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def speedup(own: Sequence[float], dense: Sequence[float]) -> str:
+    """Median and spread of the rounds' ratios."""
+    ratios = [theirs / mine for mine, theirs in zip(own, dense, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def render(name: str, contenders: Mapping[str, Contender], groups: Sequence[Group], result: Mapping[str, Any]) -> str:
+    """One line per contender; three columns for each number of requests, and for the prefill."""
+    config = model_config(name)
+    header = ["", "MB read", "products a layer"]
+    for concurrency in CONCURRENCIES:
+        header += [f"{concurrency}: step, ms", "speedup", "GEMM"] + ["bound"] * (concurrency == 1)
+    header += [f"prefill {PREFILL}, ms", "speedup", "bound"]
+    lines = []
+    for label, contender in {"dense": Contender(), **contenders}.items():
+        read, calls = contender.read_bytes(config, groups), contender.calls(config, groups)
+        products = sum(number * (2 if shape.rank is not None else 1) for shape, number in calls.items()) - 1
+        cells = [label, f"{read / 1e6:.0f}", f"{products / config.num_hidden_layers:.1f}"]
+        rounds, dense = result["rounds"][label], result["rounds"]["dense"]
+        for concurrency in map(str, CONCURRENCIES):
+            own, other = ([timed["decode"][concurrency] for timed in side] for side in (rounds, dense))
+            step, gemm = statistics.median(own), result["gemm_seconds"].get(label)
+            cells += [f"{1e3 * step:.1f}", speedup(own, other), f"{gemm[concurrency] / step:.0%}" if gemm else ""]
+            if concurrency == "1":
+                cells.append(f"{read / result['read_bytes_per_second'] / step:.0%}")
+        own, other = ([timed["prefill"] for timed in side] for side in (rounds, dense))
+        bound = 2 * contender.linear_parameters(groups) * PREFILL / result["flops_per_second"] / statistics.median(own)
+        cells += [f"{1e3 * statistics.median(own):.0f}", speedup(own, other), f"{bound:.0%}" if gemm else ""]
+        lines.append(cells)
+    rates = f"{result['read_bytes_per_second'] / 1e9:.1f} GB/s read, {result['flops_per_second'] / 1e9:.0f} GFLOP/s"
+    return f"{name}, {engine_version()}; the bounds' rates: {rates}\n\n{table(header, lines)}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", choices=MODELS, help="repeatable [default: all]")
+    parser.add_argument("--structure", action="append", choices=STRUCTURES, help="repeatable [default: all]")
+    parser.add_argument("--ratio", action="append", type=float, help="repeatable [default: 0.2, 0.4 and 0.6]")
+    parser.add_argument("--plan", action="append", type=Path, help="measure this plan.json instead of uniform ones; repeatable")
+    parser.add_argument("--quantized", action="store_true", help="in int8, beside dense in bfloat16, int8 and int4")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--work", type=Path, default=Path("speed.work"), help="folder for what is finished [default: speed.work]")
+    arguments = parser.parse_args()
+    results = {}
+    for name in arguments.model or MODELS:
+        with torch.device("meta"):
+            groups = find_groups(AutoModelForCausalLM.from_config(model_config(name)))
+        series: list[dict[str, Contender]] = []
+        if arguments.plan:
+            series.append({path.stem: Contender(RankPlan.read(path)) for path in arguments.plan})
+        else:
+            for structure in arguments.structure or STRUCTURES:
+                fit = BudgetFit(allocated(groups, structure), STEP, structure)
+                plans = {ratio: uniform(fit, (1 - ratio) * fit.dense_cost) for ratio in arguments.ratio or RATIOS}
+                if arguments.quantized:
+                    series.append(
+                        {"dense int8": Contender(precision="int8"), "dense int4": Contender(precision="int4")}
+                        | {f"{structure} {ratio:g} int8": Contender(plan, "int8") for ratio, plan in plans.items()}
+                    )
+                else:
+                    series.append({f"{structure} {ratio:g}": Contender(plan) for ratio, plan in plans.items()})
+        for contenders in series:
+            result = run(name, contenders, groups, arguments.work, arguments.rounds, arguments.eager)
+            results[", ".join([name, *contenders])] = result
+            print(render(name, contenders, groups, result), flush=True)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Removing neurons of an MLP in closed form: its `down` projection reads fewer inputs, and makes up for the others.
+
+Notation, besides that of factorize.py (W, C, mu, beta, Gamma; x (n,) are the MLP's neurons)
+    J            the k neurons that stay, in the order in which they were chosen
+    F (p, n)     what a change of x costs: the loss grows by E|F (x - x')|^2 / 2;  F = Gamma W, or W where outputs count alike
+    S (n, n)     covariance of what the chosen neurons do not predict of x
+
+Given x_J the best linear guess of x is mu + C_.J C_JJ^-1 (x_J - mu_J), so the layer becomes y' = B x_J + b with
+B = W C_.J C_JJ^-1 (m, k) and b = beta + W mu - B mu_J: a dense layer of k inputs, after k rows of `gate` and `up`. That is the
+compensation of MoDeGPT's MLPs (arXiv 2408.09632, section 3.2) with a bias, which a centred C needs. They choose J by ridge leverage
+scores of C; here J grows by the neuron that lowers E|F (x - x')|^2 most, |F S_.j|^2 / S_jj, so that one order serves every width.
+
+With C = L L^T in that order, B = (W L)_.k (L_kk)^-1 for the first k columns: a `Spectrum` with U = W L and V = L^-1, whose first k
+rows know J alone.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lrserve.compression.factorize import Side, Spectrum, checked, sensitivity
+
+_RIDGE = 1e-3  # of each neuron's own variance: the guess of x is fitted on the calibration tokens, and has to hold on others
+_BLOCK = 32  # neurons chosen between two updates of S
+_CANDIDATES = 8  # times the block: neurons that are looked at more closely
+
+
+def narrow(
+    W: torch.Tensor,
+    C: torch.Tensor,
+    mu: torch.Tensor,
+    beta: torch.Tensor | None = None,
+    gradient: tuple[Side, torch.Tensor] | None = None,
+) -> Spectrum:
+    """Order the inputs of a weight by what they are worth, and find the weight of every number of them; in float64.
+
+    Args:
+        W: (m, n).
+        C: (n, n), symmetric positive semidefinite.
+        mu: (n,).
+        beta: (m,), the layer's own bias.
+        gradient: second moment of the loss gradient, as for `factorize`.
+
+    Raises:
+        CalibrationError: a weight or statistic that is not finite.
+    """
+    W, C, mu = checked(W, C, mu, gradient)
+    scale = float(C.diagonal().mean())
+    scale = scale if scale > 0 else 1.0
+    C = C / scale  # so that V is of the order of 1, whatever the units of x
+    C = C + _RIDGE * torch.diag(C.diagonal() + _RIDGE)
+    F = sensitivity(W, gradient)
+    order = _order(F, C)
+    L = torch.linalg.cholesky(C[order][:, order])
+    V = torch.zeros_like(C)
+    V[:, order] = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype), upper=False)
+    return Spectrum(
+        U=W[:, order] @ L,
+        V=V,
+        eigenvalues=scale * (F[:, order] @ L).square().sum(0),
+        offset=W @ mu,
+        mean=V @ mu,
+        beta=torch.zeros(len(W), dtype=W.dtype) if beta is None else beta.to(W),
+    )
+
+
+def _order(F: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+    """Return the inputs (n,) in the order in which they are chosen.
+
+    A block of them at a time: the most promising candidates are chosen among one by one, and then taken out of S together.
+    """
+    S, G = C.clone(), F @ C
+    left = torch.ones(len(C), dtype=torch.bool)
+    order: list[torch.Tensor] = []
+    while left.any():
+        worth = (G.square().sum(0) / S.diagonal()).masked_fill(~left, -1.0)
+        block = min(_BLOCK, int(left.sum()))
+        candidates = worth.topk(min(_CANDIDATES * block, int(left.sum()))).indices
+        chosen = candidates[_greedy(G[:, candidates], S[candidates][:, candidates], block)]
+        L = torch.linalg.cholesky(S[chosen][:, chosen])
+        known = torch.linalg.solve_triangular(L, S[chosen], upper=False)
+        G -= torch.linalg.solve_triangular(L, G[:, chosen].T, upper=False).T @ known
+        S -= known.T @ known
+        left[chosen] = False
+        order.append(chosen)
+    return torch.cat(order)
+
+
+def _greedy(G: torch.Tensor, S: torch.Tensor, count: int) -> torch.Tensor:
+    """Choose `count` of a few inputs one by one, given F S (p, c) and S (c, c)."""
+    gram = G.T @ G
+    worth = gram.diagonal().clone()
+    S = S.clone()
+    variance = S.diagonal().clone()
+    left = torch.ones(len(S), dtype=torch.bool)
+    chosen = []
+    for _ in range(count):
+        j = int((worth / variance).masked_fill(~left, -1.0).argmax())
+        chosen.append(j)
+        left[j] = False
+        s, g = S[:, j] / variance[j].sqrt(), gram[:, j] / variance[j].sqrt()
+        # G_.i loses g_j s_i: its inner products follow from those of G
+        gram = gram - torch.outer(g, s) - torch.outer(s, g) + (worth[j] / variance[j]) * torch.outer(s, s)
+        S = S - torch.outer(s, s)
+        worth, variance = gram.diagonal(), S.diagonal().clamp_min(0)
+        variance = torch.where(left, variance, 1.0)
+    return torch.tensor(chosen)
