@@ -7,7 +7,7 @@
 Weights are random: the clock does not see values. Plans are uniform, but for `--plan`. For each structure one dense engine and one
 for each ratio are up at once and measured in turns: decode steps with 1, 8 and 32 requests at once, and the prefill of one prompt.
 
-    step      milliseconds of one decode step: (time of 33 output tokens - time of 1) / 32; median of the rounds
+    step      milliseconds of one decode step: (time of 65 output tokens - time of 1) / 64; median of the rounds
     speedup   the dense step over this one, round by round: median (lowest to highest)
     bound     share of what the machine can do: for decode the time in which the model's weights can be read, for prefill the time
               of its multiplications, both at the rate that vLLM's own kernel reaches on one large matrix in the same process, over
@@ -46,7 +46,7 @@ from lrserve.serving.engine import Engine, engine_version, in_turns
 
 RATIOS = (0.2, 0.4, 0.6)
 CONCURRENCIES = (1, 8, 32)
-PROMPT, STEPS = 16, 32  # of a decode measurement
+PROMPT, STEPS = 16, 64  # of a decode measurement
 PREFILL = 512  # tokens of one prompt
 LARGE = Shape(8192, 8192, None)  # whose rates are the bounds
 STEP = 64

@@ -76,7 +76,7 @@ def inspect(model: str) -> str:
         parameters = f"{plan.parameters(members) / 1e6:.1f} M"
         first = members[0]
         rows.append([kind, str(len(members)), f"{first.m} x {first.n}", str(len(ranks)), structures, shown, parameters])
-    lines.append(table(["group", "layers", "outputs x inputs", "low-rank", "structure", "ranks", "parameters"], rows))
+    lines.append(table(["group", "layers", "outputs x inputs", "compressed", "structure", "ranks", "parameters"], rows))
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     head = skeleton.get_output_embeddings().weight.numel()
     dtype = getattr(skeleton.config, "dtype", None)

@@ -34,7 +34,7 @@ def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
 def test_inspect_tells_structures_and_counts_what_is_stored(artifact: Path) -> None:
     text = inspect(str(artifact))
     rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in text.splitlines() if "|" in row}
-    assert rows["group"] == ["layers", "outputs x inputs", "low-rank", "structure", "ranks", "parameters"]
+    assert rows["group"] == ["layers", "outputs x inputs", "compressed", "structure", "ranks", "parameters"]
     assert rows["qkv"][2:5] == ["2", "identity_block, low_rank", "16 to 20"]
     assert rows["o"][2:5] == ["1", "identity_block", "24 to 24"]
     stored = sum(t.numel() for name, t in load_file(artifact / "model.safetensors").items() if not name.endswith(".A.order"))

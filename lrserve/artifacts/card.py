@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from lrserve.allocation.plan import RankPlan
-from lrserve.compression.groups import Group
+from lrserve.compression.groups import Group, Structure
 
 
 def sizes(groups: Sequence[Group], plan: RankPlan, total_parameters: int, head_parameters: int, dtype_bytes: int) -> dict[str, Any]:
@@ -35,6 +35,13 @@ def sizes(groups: Sequence[Group], plan: RankPlan, total_parameters: int, head_p
         "flops_per_token": (2 * (dense - biases + head_parameters), 2 * (compressed - new_biases + head_parameters)),
     }
     return {name: {"dense": d, "compressed": c, "ratio": 1 - c / d} for name, (d, c) in rows.items()}
+
+
+_STRUCTURES: Final[Mapping[Structure, str]] = {
+    "identity_block": "low-rank factors (identity blocks)",
+    "low_rank": "low-rank factors",
+    "narrow": "compressed: MLPs have fewer neurons, other linears are low-rank factors",
+}
 
 
 def _count(value: float) -> str:
@@ -105,7 +112,7 @@ def model_card(metrics: Mapping[str, Any]) -> str:
     report = metrics["perplexity"]["report"]
     improved = metrics.get("improved", {})
     after = f" After the search the factors were improved: {', '.join(improved)}." if improved else ""
-    structure = plan["structure"].replace("_", " ")
+    made = _STRUCTURES[plan["structure"]]
     compiled = "without" if metrics["enforce_eager"] else "with"
     serving = ""
     if "vllm" in metrics["exports"]:
@@ -125,7 +132,7 @@ tags: [lrserve, low-rank, compressed]
 # {model["name"]}, low-rank, {metrics["target"]}
 
 Made by lrserve {metrics["versions"]["lrserve"]} from {model["name"]} ({model["architecture"]}):
-{plan["factorized"]} of its {plan["groups"]} fused linear groups are low-rank factors ({structure}), the others are dense.{after}
+of its {plan["groups"]} groups of linears {plan["factorized"]} are {made}; the others are as they were.{after}
 
 {summary(metrics)}
 

@@ -41,8 +41,8 @@ from lrserve.serving.kernels import Factor, Precision, first_factor, quantized_k
 _QKV = {"q": 0, "k": 1, "v": 2}
 
 _REORDERED = (
-    "this lrserve artifact keeps the neurons of its MLPs in another order than the dense model: LoRA adapters of gate_proj, "
-    "up_proj or down_proj give wrong results unless they were trained on the artifact; those of the attention are not concerned. "
+    "this lrserve artifact has fewer neurons in its MLPs than the dense model, or keeps them in another order: LoRA adapters of "
+    "gate_proj, up_proj or down_proj do not fit unless they were trained on the artifact; those of the attention are not affected. "
     "To serve such adapters, compress with factorization.structure: low_rank"
 )
 

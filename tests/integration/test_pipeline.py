@@ -104,7 +104,7 @@ def test_the_job_leaves_a_whole_artifact(made: tuple[Path, dict[str, Any], list[
         "lrserve/study.sqlite3",
     } <= files
     assert "match the manifest" in verify(out)
-    assert "low-rank" in inspect(str(out))
+    assert "narrow_in" in inspect(str(out))
     assert set(metrics["agreement"]) == {"transformers", "vllm", "onnxruntime"}
     for engine in metrics["agreement"].values():
         assert engine["max_logprob_difference"] <= engine["tolerance"]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FACTORED
 
 from exporters.onnx import OnnxExporter
 from exporters.transcript import transcribe_model
@@ -18,7 +17,7 @@ from lrserve.allocation.quality import Reference
 from lrserve.compression.baselines import svd
 from lrserve.compression.calibrate import calibrate, read_statistics
 from lrserve.compression.gradients import GradientStore, collect_gradients
-from lrserve.compression.groups import Structure
+from lrserve.compression.groups import STRUCTURES, Structure, allocated
 from lrserve.compression.spectra import SpectrumStore, compress_model, features, round_parameters, write_spectra
 from lrserve.evidence import agree
 from lrserve.inputs.demo import demo_recipe
@@ -40,10 +39,14 @@ def job() -> Job:
     return open_job(Recipe.load(demo_recipe(), settings), say=lambda line: None)
 
 
+def uniform_plan(job: Job, structure: Structure) -> RankPlan:
+    fit = BudgetFit(allocated(job.groups, structure), 16, structure)
+    return uniform(fit, 0.8 * fit.dense_cost)
+
+
 @pytest.fixture(scope="module")
 def plan(job: Job) -> RankPlan:
-    fit = BudgetFit(job.groups, 16)
-    return uniform(fit, 0.8 * fit.dense_cost)
+    return uniform_plan(job, "identity_block")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,10 @@ def stores(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Spec
     write_spectra(model, job.groups, features(statistics), folder / "features")
     write_spectra(model, job.groups, features(statistics, gradients.read), folder / "fisher")
     write_spectra(model, job.groups, lambda group, W, beta: svd(W, read_statistics(statistics, group), beta), folder / "svd")
-    return {name: SpectrumStore(folder / name, job.groups) for name in ("features", "fisher", "svd")}
+    units = allocated(job.groups, "narrow")
+    write_spectra(model, units, features(statistics, gradients.read), folder / "narrow")
+    stores = {name: SpectrumStore(folder / name, job.groups) for name in ("features", "fisher", "svd")}
+    return stores | {"narrow": SpectrumStore(folder / "narrow", units)}
 
 
 def test_two_sided_features_keep_more_than_features_and_those_far_more_than_the_svd(
@@ -67,26 +73,43 @@ def test_two_sided_features_keep_more_than_features_and_those_far_more_than_the_
     reference = Reference(job.source.load(job.dtype), windows)
     assert 10 < math.exp(reference.nll) < 60
     excess = {}
-    for name, store in stores.items():
-        model = compress_model(job.source.load(job.dtype), plan.factorized(job.groups), "low_rank", store, job.dtype)
+    for name in ("features", "fisher", "svd"):
+        model = compress_model(job.source.load(job.dtype), plan.factorized(job.groups), "low_rank", stores[name], job.dtype)
         excess[name] = reference(model)["nll"] - reference.nll
     assert 0 < excess["fisher"] < excess["features"]  # by little: 4,096 tokens of gradients are few
     assert excess["features"] < 0.5 * excess["svd"]
 
 
-@pytest.mark.parametrize("structure", FACTORED)
+def test_fewer_neurons_keep_more_than_two_factors_at_the_same_size(job: Job, stores: dict[str, SpectrumStore]) -> None:
+    windows = job.windows["validation"][:4]
+    reference = Reference(job.source.load(job.dtype), windows)
+    excess = {}
+    compared: dict[str, Structure] = {"narrow": "narrow", "fisher": "low_rank"}
+    for name, structure in compared.items():
+        model = job.served_model(uniform_plan(job, structure), stores[name])
+        excess[name] = reference(model)["nll"] - reference.nll
+    assert 0 < excess["narrow"] < 0.8 * excess["fisher"]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_rounding_the_factors_to_bfloat16_adds_little(
     job: Job, plan: RankPlan, stores: dict[str, SpectrumStore], structure: Structure
 ) -> None:
     """Against the very same factors in float32: what storing them costs, identity blocks with their bounded T included."""
-    ranks = plan.factorized(job.groups)
-    model = compress_model(job.source.load(torch.float32), ranks, structure, stores["fisher"], torch.float32)
+    if structure == "narrow":
+        plan = uniform_plan(job, structure)
+    ranks = plan.factorized(allocated(job.groups, structure))
+    store = stores["narrow" if structure == "narrow" else "fisher"]
+    model = compress_model(job.source.load(torch.float32), ranks, structure, store, torch.float32)
     reference = Reference(model, job.windows["validation"][:1])
     assert reference(round_parameters(model, torch.bfloat16))["divergence"] < 0.01
 
 
-def test_every_engine_agrees_on_real_weights(job: Job, plan: RankPlan, stores: dict[str, SpectrumStore], tmp_path: Path) -> None:
-    model = job.compressed_model(plan, stores["fisher"])
+@pytest.mark.parametrize("structure", ["identity_block", "narrow"])
+def test_every_engine_agrees_on_real_weights(
+    job: Job, stores: dict[str, SpectrumStore], structure: Structure, tmp_path: Path
+) -> None:
+    model = job.compressed_model(uniform_plan(job, structure), stores["narrow" if structure == "narrow" else "fisher"])
     prompts = job.windows["prompts"].tolist()
     reference = transcribe_model(model, prompts, 32)
     for exporter in (VllmExporter(), OnnxExporter()):
