@@ -63,7 +63,7 @@ RATIOS = (0.2, 0.4, 0.6)
 TRIALS = 50  # of Bolaco's search, as in the paper
 GENERATIONS, OFFSPRING = 25, 4  # of the evolutionary allocator
 STEP = 16
-PROBING = ("probed", "loss_aware", "searched", "evolution")  # allocators that look at the probes
+PROBING = ("probed", "loss_aware", "loss_aware_mlp", "searched", "evolution")  # allocators that look at the probes
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ ROWS: Mapping[str, Row] = {
     "narrow-uniform": Row("two-sided, fewer neurons, uniform", "fisher", structure="narrow"),
     "narrow-one-sided": Row("one-sided, fewer neurons, probed allocation", "features", "probed", "narrow"),
     "default": Row("**default**: two-sided, fewer neurons, loss-aware allocation", "fisher", "loss_aware", "narrow"),
+    "narrow-mlp": Row("default, attention left dense", "fisher", "loss_aware_mlp", "narrow"),
     "narrow-propagate": Row("default + error propagation", "fisher", "loss_aware", "narrow", {"propagate": True}),
     "propagate-recover": Row(
         "start + propagation + `--recover 10`", "fisher", "loss_aware", after={"propagate": True, "recover_minutes": 10.0}
@@ -126,6 +127,11 @@ class _EqualSpeed:
 
     def tokens_per_second(self, plan: RankPlan) -> float:
         return 1.0
+
+    def cost(self, group: Group, rank: int | None) -> float:
+        return 0.0
+
+    dense_seconds = 1.0
 
 
 class Bench:
@@ -250,6 +256,9 @@ class Bench:
         without, two_sided = row.factors.removeprefix("fisher-but-"), row.factors.startswith("fisher")
         weighted = {group.name for group in groups if two_sided and group.kind != without}
         losses = allocate.estimates(errors, self.probes(row), weighted)
+        if row.allocator == "loss_aware_mlp":  # what factors of attention lose is set beyond any price
+            kept = {group.name for group in groups if not group.fed_by}
+            losses = {"loss_aware_mlp": {n: x + 1e6 if n in kept else x for n, x in losses["loss_aware"].items()}}
         if row.allocator in losses:
             return allocate.least_loss(fit, losses[row.allocator], budget)
         if row.allocator == "searched":

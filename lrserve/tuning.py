@@ -29,6 +29,7 @@ from lrserve.job import Job, first_tokens, progress_bar, reused, tensor_sha256
 from lrserve.serving.engine import engine_version
 from lrserve.serving.loadtest import Comparison, compare, open_engine, read_comparison
 
+_STUDY_VERSION = 2  # raised when the same suggestions make other plans
 _OFFSPRING = 4  # plans in one generation of the evolutionary allocator
 _PROBE_SHARE = 0.5  # share of its dense parameters that a group keeps while it is probed
 
@@ -196,6 +197,7 @@ def _search(
         "study",
         {
             **stages,
+            "version": _STUDY_VERSION,
             "windows": tensor_sha256(job.windows["validation"]),
             # the number of trials is no part of the identity: more of them go on from where fewer ended
             "search": settings.model_dump(mode="json", exclude={"trials", "measured_plans", "generations"}),

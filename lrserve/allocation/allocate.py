@@ -12,6 +12,7 @@ expected to cause at every rank 0..k. What that loss is, is what tells them apar
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Final
 
 import torch
 
@@ -19,6 +20,9 @@ from lrserve.allocation.plan import BudgetFit, RankPlan
 
 Losses = Mapping[str, torch.Tensor]
 """For each group name the expected loss at every rank, float64 (k + 1,)."""
+
+GREEDY: Final = "greedy"
+"""The one of `estimates` that is not in nats."""
 
 _SMALLEST = 1e-6  # an error of nothing at the probed rank does not make lower ones harmless
 
@@ -78,9 +82,9 @@ def estimates(errors: Losses, probes: Mapping[str, tuple[int | None, float]], we
     """
     by_probe, by_error = probed(errors, probes), greedy(errors)
     if not weighted:
-        return {"probed": by_probe, "greedy": by_error}
+        return {"probed": by_probe, GREEDY: by_error}
     by_gradient = fisher(errors, {name: loss for name, loss in by_probe.items() if name not in weighted})
-    return {"loss_aware": loss_aware(by_probe, by_gradient), "probed": by_probe, "fisher": by_gradient, "greedy": by_error}
+    return {"loss_aware": loss_aware(by_probe, by_gradient), "probed": by_probe, "fisher": by_gradient, GREEDY: by_error}
 
 
 def loss_aware(first: Losses, second: Losses) -> dict[str, torch.Tensor]:

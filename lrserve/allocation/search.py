@@ -2,8 +2,10 @@
 
 A trial suggests how to divide the budget: a base allocator, and a multiplier for each group kind in each run of layers. For the
 allocators that minimise an additive loss the multipliers scale what a cell's losses count, and the loss is minimised again; for
-`uniform` they scale its share. Either way the plan meets the budget by construction. What the user fixed decides the budget's unit,
-and the one number that the study minimises:
+`uniform` they scale its share. Either way the plan meets the budget by construction. Where the budget counts parameters, allocators
+whose loss is in nats add what the objective says of time: w times the predicted share of the dense run that a group's factors take
+more than its dense linears, or less. So factors that are slower than dense have to be worth it. What the user fixed decides the
+budget's unit, and the one number that the study minimises:
 
     target             budget                                        objective
     ratio              parameters                                    log(ppl / dense ppl) - w log(speedup)
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 
 from lrserve.allocation import allocate
 from lrserve.allocation.plan import BudgetFit, RankPlan
@@ -82,6 +85,7 @@ class SearchSpace:
         self._speed = speed
         self.fit = BudgetFit(groups, search.rank_step, structure, speed.cost if target.min_speedup else None)
         self._kinds = list(dict.fromkeys(group.kind for group in groups))
+        self._slower = self._predicted_seconds(search.speed_weight if target.ratio else 1.0)
         layers = max(group.layer for group in groups) + 1
         self._runs = min(search.depth_groups, layers)
         self._run_of = {group.name: group.layer * self._runs // layers for group in groups}
@@ -93,6 +97,17 @@ class SearchSpace:
             )
         if target.ratio:
             self.fit.require(self.parameter_budget())
+
+    def _predicted_seconds(self, weight: float) -> dict[str, torch.Tensor]:
+        """For each group at every rank the time that its factors take beyond its dense linears, over the dense run's; weighted."""
+        found = {}
+        for group in self._groups:
+            extra = torch.zeros(group.full_rank + 1, dtype=torch.float64)
+            if not self._target.min_speedup:  # whose budget counts the time
+                for _, rank in self.fit.levels(group.name)[:-1]:
+                    extra[rank] = self._speed.cost(group, rank) - self._speed.cost(group, None)
+            found[group.name] = weight * extra / self._speed.dense_seconds
+        return found
 
     def first_trials(self) -> list[dict[str, Any]]:
         """Return the parameters of the base plans themselves."""
@@ -133,6 +148,8 @@ class SearchSpace:
         if base == UNIFORM:
             return self.fit.fit(weights, budget)
         losses = {name: loss * weights[name] for name, loss in self._losses[base].items()}
+        if base != allocate.GREEDY:
+            losses = {name: loss + self._slower[name] for name, loss in losses.items()}
         return allocate.least_loss(self.fit, losses, budget)
 
     def speedup(self, plan: RankPlan) -> float:

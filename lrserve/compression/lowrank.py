@@ -244,7 +244,9 @@ def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: s
                 if spec.rank > linear.out_features:
                     raise ArtifactError(f"{name}: {spec.rank} of {linear.out_features} neurons cannot be kept")
                 if weight.is_meta:
-                    setattr(parent, member, nn.Linear(linear.in_features, spec.rank, linear.bias is not None, dtype=weight.dtype))
+                    biased = linear.bias is not None
+                    fewer = nn.Linear(linear.in_features, spec.rank, biased, dtype=weight.dtype, device=weight.device)
+                    setattr(parent, member, fewer)
             continue
         if spec.structure == "identity_block" and spec.rank >= linears[0].in_features:
             raise ArtifactError(f"{name}: an identity block of rank {spec.rank} leaves nothing of {linears[0].in_features} inputs")

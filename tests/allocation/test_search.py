@@ -54,6 +54,26 @@ def test_every_trial_meets_the_ratio_and_the_base_plans_come_first(tmp_path: Pat
     assert len({trial.plan.key() for trial in trials}) >= 6
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_factors_that_are_slower_than_dense_have_to_be_worth_it(weight: float) -> None:
+    groups = [
+        Group(name=name, kind="o", layer=0, members=(name,), out_features=(256,), in_features=n)
+        for name, n in (("slow", 256), ("fast", 320))
+    ]
+    latencies = {Shape(n, 256, None): (100.0, 0.0) for n in (256, 320)}
+    for rank in range(16, 256, 16):
+        latencies |= {Shape(256, 256, rank): (200.0, 0.0), Shape(320, 256, rank): (50.0, 0.0)}
+    speed = SpeedModel(groups, Workload(prompt_tokens=1, output_tokens=101, concurrency=1), 0.1, latencies, 16, "low_rank")
+    losses = {base: {"slow": 0.001 * TAILS, "fast": 0.002 * TAILS} for base in ("loss_aware", "greedy")}
+    search = Search(speed_weight=weight)
+    trial = optuna.trial.FixedTrial({"base": "loss_aware", **{f"o.{run}": 1.0 for run in range(3)}})
+    plan = SearchSpace(groups, Target(ratio=0.2), search, losses, speed, 10.0, "low_rank").suggest(trial)
+    assert (plan.ranks["slow"] is None) == (weight > 0)
+    trial = optuna.trial.FixedTrial({"base": "greedy", **{f"o.{run}": 1.0 for run in range(3)}})
+    plan = SearchSpace(groups, Target(ratio=0.2), search, losses, speed, 10.0, "low_rank").suggest(trial)
+    assert plan.ranks["slow"] is not None  # its losses are in no unit that seconds could be added to
+
+
 def test_every_trial_meets_a_speedup(tmp_path: Path) -> None:
     trials = run_study(space(Target(min_speedup=1.2)), evaluate, SETTINGS, tmp_path / "s.sqlite3", seed=0)
     assert all(SPEED.speedup(trial.plan) >= 1.2 for trial in trials)
