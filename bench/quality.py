@@ -176,10 +176,10 @@ class Bench:
         """What is allocated under a factorization and a structure."""
         return self.single if row.factors in BASELINES else allocated(self.fused, row.structure)
 
-    def job_of(self, row: Row) -> Job:
-        """The job with a row's structure."""
-        settings = self.job.recipe.factorization.model_copy(update={"structure": row.structure})
-        return replace(self.job, recipe=self.job.recipe.model_copy(update={"factorization": settings}))
+    def job_of(self, row: Row, **settings: Any) -> Job:
+        """The job with a row's structure, and other settings of the factorization."""
+        factorization = self.job.recipe.factorization.model_copy(update={"structure": row.structure, **settings})
+        return replace(self.job, recipe=self.job.recipe.model_copy(update={"factorization": factorization}))
 
     def spectra(self, row: Row) -> SpectrumStore:
         """Factors of every rank."""
@@ -309,15 +309,14 @@ class Bench:
 
     def improved(self, row: Row, plan: RankPlan, ratio: float) -> tuple[FactorSource, list[str]]:
         """Improve the factors as the pipeline does, step by step; returns them with the names of the timed stages."""
-        store, own = self.spectra(row), self.job_of(row)
+        store = self.spectra(row)
         factors: FactorSource = store
         steps: dict[str, Any] = {"propagate": False}
         stages = []
         for step, value in row.after.items():
             steps[step] = value
             stages.append("-".join(["after", *(f"{k}={v}" for k, v in steps.items()), row.allocator, str(ratio)]))
-            settings = own.recipe.factorization.model_copy(update=steps)
-            job = replace(own, recipe=own.recipe.model_copy(update={"factorization": settings}))
+            job = self.job_of(row, **steps)
             with self.timed(stages[-1]):
                 factors = improve_factors(job, plan, store, gradient_reader(job, self.gradients()), self.folder)[0]
         return factors, stages
@@ -331,7 +330,7 @@ class Bench:
             "ratio": ratio,
             "texts": {name: tensor_sha256(windows) for name, windows in self.texts.items()},
             "validation": tensor_sha256(self.job.windows["validation"]),
-            # the row has a structure of its own
+            # the row has a structure of its own; None keeps the cells that were measured when the recipe's had no default
             "factorization": self.job.recipe.factorization.model_dump(mode="json", exclude={"propagate"}) | {"structure": None},
             "settings": [TRIALS, GENERATIONS, OFFSPRING, STEP, self.job.recipe.seed],
         }

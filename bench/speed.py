@@ -23,11 +23,15 @@ What is finished is kept in the work folder. Run it with nothing else on the mac
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +44,9 @@ from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.speed import Shape, shapes_of
 from lrserve.artifacts.card import table
 from lrserve.artifacts.store import fingerprint, write_json
-from lrserve.compression.groups import STRUCTURES, Group, Structure, allocated, find_groups
+from lrserve.compression.groups import STRUCTURES, Group, allocated, find_groups
 from lrserve.compression.lowrank import quantization_config, specs_of
+from lrserve.job import progress_bar
 from lrserve.serving.engine import Engine, engine_version, in_turns
 
 RATIOS = (0.2, 0.4, 0.6)
@@ -93,42 +98,50 @@ def measure(engine: Engine, seed: int) -> Timed:
 
 @dataclass(frozen=True)
 class Contender:
-    """What one engine serves: a plan (None: dense), in bfloat16, int8 or int4."""
+    """What one engine serves: a plan for a model of this config and these groups, in bfloat16, int8 or int4."""
 
-    plan: RankPlan | None = None
+    config: LlamaConfig
+    groups: Sequence[Group]
+    plan: RankPlan
     precision: str = "bfloat16"
 
-    def write(self, folder: Path, config: LlamaConfig, groups: Sequence[Group]) -> Path:
+    @property
+    def units(self) -> list[Group]:
+        """What the plan allocates."""
+        return allocated(self.groups, self.plan.structure)
+
+    @property
+    def output_layer(self) -> Shape:
+        """The output layer, which no plan touches."""
+        return Shape(self.config.hidden_size, self.config.vocab_size, None)
+
+    def write(self, folder: Path) -> Path:
         """Write what vLLM needs to make up the weights."""
         folder.mkdir(parents=True, exist_ok=True)
+        config = copy.deepcopy(self.config)
+        ranks = self.plan.factorized(self.units)
         if self.precision == "int4":
             config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
-        elif self.plan is not None or self.precision == "int8":
-            ranks = self.plan.factorized(allocated(groups, self.plan.structure)) if self.plan is not None else []
-            structure = self.plan.structure if self.plan is not None else "low_rank"
-            config.quantization_config = quantization_config(specs_of(ranks, structure))
+        elif ranks or self.precision == "int8":
+            config.quantization_config = quantization_config(specs_of(ranks, self.plan.structure))
         config.save_pretrained(folder)
         return folder
 
-    def calls(self, config: LlamaConfig, groups: Sequence[Group]) -> dict[Shape, int]:
+    def calls(self) -> Counter[Shape]:
         """Count the single layers of the latency table that one pass through the model takes, the output layer included."""
-        calls: dict[Shape, int] = {Shape(config.hidden_size, config.vocab_size, None): 1}
-        structure: Structure = self.plan.structure if self.plan is not None else "low_rank"
-        for unit in allocated(groups, structure):
-            for shape in shapes_of(unit, self.plan.ranks[unit.name] if self.plan is not None else None, structure):
-                calls[shape] = calls.get(shape, 0) + 1
-        return calls
+        linears = (shape for unit in self.units for shape in shapes_of(unit, self.plan.ranks[unit.name], self.plan.structure))
+        return Counter([self.output_layer, *linears])
 
-    def linear_parameters(self, groups: Sequence[Group]) -> int:
+    @property
+    def linear_parameters(self) -> int:
         """Parameters of the decoder's linears."""
-        if self.plan is None:
-            return sum(group.dense_parameters for group in groups)
-        return self.plan.parameters(allocated(groups, self.plan.structure))
+        return self.plan.parameters(self.units)
 
-    def read_bytes(self, config: LlamaConfig, groups: Sequence[Group]) -> float:
+    @property
+    def read_bytes(self) -> float:
         """Bytes of weights that a token reads: linears with the scales of int4's groups, and the output layer in bfloat16."""
         size = {"bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}[self.precision]
-        return size * self.linear_parameters(groups) + 2 * config.hidden_size * config.vocab_size
+        return size * self.linear_parameters + 2 * self.output_layer.n * self.output_layer.m
 
 
 def model_config(name: str) -> LlamaConfig:
@@ -138,17 +151,16 @@ def model_config(name: str) -> LlamaConfig:
     return config
 
 
-def run(name: str, contenders: Mapping[str, Contender], groups: Sequence[Group], work: Path, rounds: int, eager: bool) -> Any:
-    """Measure the dense model and the contenders in turns, or read what an earlier run measured."""
-    every = {"dense": Contender(), **contenders}
-    keys = {label: [c.plan.key() if c.plan is not None else None, c.precision] for label, c in every.items()}
+def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int, eager: bool) -> Any:
+    """Measure the contenders, one of which is `dense`, in turns, or read what an earlier run measured."""
+    keys = {label: [contender.plan.key(), contender.precision] for label, contender in contenders.items()}
     path = work / f"{name}-{fingerprint([name, keys, rounds, eager, engine_version(), transformers_version])[:16]}.json"
     if not path.is_file():
-        with ExitStack() as stack:
+        with progress_bar(rounds * len(contenders), name) as progress, ExitStack() as stack:
             engines = {
                 label: stack.enter_context(
                     Engine(
-                        contender.write(work / name / label, model_config(name), groups),
+                        contender.write(work / name / label),
                         max_model_len=1024,
                         max_num_seqs=max(CONCURRENCIES),
                         enforce_eager=eager,
@@ -157,12 +169,13 @@ def run(name: str, contenders: Mapping[str, Contender], groups: Sequence[Group],
                         kv_cache_gib=0.5,
                     )
                 )
-                for label, contender in every.items()
+                for label, contender in contenders.items()
             }
             for engine in engines.values():
                 measure(engine, 0)
-            found = in_turns(engines, measure, rounds, seed=1, progress=lambda label, turn, _: print(f"{name} {turn}: {label}"))
-            calls = {label: c.calls(model_config(name), groups) for label, c in every.items() if c.precision == "bfloat16"}
+            done = count(1)
+            found = in_turns(engines, measure, rounds, seed=1, progress=lambda *_: progress(next(done)))
+            calls = {label: contender.calls() for label, contender in contenders.items() if contender.precision == "bfloat16"}
             shapes = list(dict.fromkeys([LARGE, *(shape for of_plan in calls.values() for shape in of_plan)]))
             tokens = [*CONCURRENCIES, PREFILL]
             rows = dict(zip(shapes, engines["dense"].latency_table(shapes, tokens), strict=True))
@@ -186,27 +199,25 @@ def speedup(own: Sequence[float], dense: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def render(name: str, contenders: Mapping[str, Contender], groups: Sequence[Group], result: Mapping[str, Any]) -> str:
+def render(name: str, contenders: Mapping[str, Contender], result: Mapping[str, Any]) -> str:
     """One line per contender; three columns for each number of requests, and for the prefill."""
-    config = model_config(name)
     header = ["", "MB read", "products a layer"]
     for concurrency in CONCURRENCIES:
         header += [f"{concurrency}: step, ms", "speedup", "GEMM"] + ["bound"] * (concurrency == 1)
     header += [f"prefill {PREFILL}, ms", "speedup", "bound"]
     lines = []
-    for label, contender in {"dense": Contender(), **contenders}.items():
-        read, calls = contender.read_bytes(config, groups), contender.calls(config, groups)
-        products = sum(number * (2 if shape.rank is not None else 1) for shape, number in calls.items()) - 1
-        cells = [label, f"{read / 1e6:.0f}", f"{products / config.num_hidden_layers:.1f}"]
+    for label, contender in contenders.items():
+        products = sum(number * (2 if shape.rank is not None else 1) for shape, number in contender.calls().items()) - 1
+        cells = [label, f"{contender.read_bytes / 1e6:.0f}", f"{products / contender.config.num_hidden_layers:.1f}"]
         rounds, dense = result["rounds"][label], result["rounds"]["dense"]
         for concurrency in map(str, CONCURRENCIES):
             own, other = ([timed["decode"][concurrency] for timed in side] for side in (rounds, dense))
             step, gemm = statistics.median(own), result["gemm_seconds"].get(label)
             cells += [f"{1e3 * step:.1f}", speedup(own, other), f"{gemm[concurrency] / step:.0%}" if gemm else ""]
             if concurrency == "1":
-                cells.append(f"{read / result['read_bytes_per_second'] / step:.0%}")
+                cells.append(f"{contender.read_bytes / result['read_bytes_per_second'] / step:.0%}")
         own, other = ([timed["prefill"] for timed in side] for side in (rounds, dense))
-        bound = 2 * contender.linear_parameters(groups) * PREFILL / result["flops_per_second"] / statistics.median(own)
+        bound = 2 * contender.linear_parameters * PREFILL / result["flops_per_second"] / statistics.median(own)
         cells += [f"{1e3 * statistics.median(own):.0f}", speedup(own, other), f"{bound:.0%}" if gemm else ""]
         lines.append(cells)
     rates = f"{result['read_bytes_per_second'] / 1e9:.1f} GB/s read, {result['flops_per_second'] / 1e9:.0f} GFLOP/s"
@@ -228,24 +239,26 @@ def main() -> None:
     for name in arguments.model or MODELS:
         with torch.device("meta"):
             groups = find_groups(AutoModelForCausalLM.from_config(model_config(name)))
+        contender = partial(Contender, model_config(name), groups)
+        nothing = RankPlan(dict.fromkeys((group.name for group in groups), None), "low_rank")
+        dense = {"dense": contender(nothing)}
         series: list[dict[str, Contender]] = []
         if arguments.plan:
-            series.append({path.stem: Contender(RankPlan.read(path)) for path in arguments.plan})
+            series.append(dense | {path.stem: contender(RankPlan.read(path)) for path in arguments.plan})
         else:
             for structure in arguments.structure or STRUCTURES:
                 fit = BudgetFit(allocated(groups, structure), STEP, structure)
                 plans = {ratio: uniform(fit, (1 - ratio) * fit.dense_cost) for ratio in arguments.ratio or RATIOS}
                 if arguments.quantized:
-                    series.append(
-                        {"dense int8": Contender(precision="int8"), "dense int4": Contender(precision="int4")}
-                        | {f"{structure} {ratio:g} int8": Contender(plan, "int8") for ratio, plan in plans.items()}
-                    )
+                    others = {f"dense {precision}": contender(nothing, precision) for precision in ("int8", "int4")}
+                    others |= {f"{structure} {ratio:g} int8": contender(plan, "int8") for ratio, plan in plans.items()}
                 else:
-                    series.append({f"{structure} {ratio:g}": Contender(plan) for ratio, plan in plans.items()})
+                    others = {f"{structure} {ratio:g}": contender(plan) for ratio, plan in plans.items()}
+                series.append(dense | others)
         for contenders in series:
-            result = run(name, contenders, groups, arguments.work, arguments.rounds, arguments.eager)
+            result = run(name, contenders, arguments.work, arguments.rounds, arguments.eager)
             results[", ".join([name, *contenders])] = result
-            print(render(name, contenders, groups, result), flush=True)
+            print(render(name, contenders, result), flush=True)
     print(json.dumps(results))
 
 

@@ -14,8 +14,8 @@ from torch import nn
 from exporters.base import Transcript
 from exporters.companions import copy_companions
 from exporters.transcript import transcribe_model
-from lrserve.compression.groups import ORDERED, GroupNames, family_of
-from lrserve.compression.lowrank import GroupSpec, LowRankLinear, quantization_config
+from lrserve.compression.groups import ORDERED, family_of
+from lrserve.compression.lowrank import GroupSpec, LowRankLinear, leaves, quantization_config
 from lrserve.errors import ArtifactError
 
 _MAX_SHARD_SIZE: Final = "5GB"
@@ -94,15 +94,11 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
                 )
             if found_kind := kinds.pop():
                 stored, rank, ordered = found_kind
-                groups[prefix + names.fused] = GroupSpec(rank, _leaves(names), stored, ordered)
+                groups[prefix + names.fused] = GroupSpec(rank, leaves(names.members), stored, ordered)
                 if stored == "narrow_in":
                     feeding = family.groups[ORDERED[kind]]
-                    groups[prefix + feeding.fused] = GroupSpec(rank, _leaves(feeding), "narrow_out")
+                    groups[prefix + feeding.fused] = GroupSpec(rank, leaves(feeding.members), "narrow_out")
     return groups
-
-
-def _leaves(names: GroupNames) -> tuple[str, ...]:
-    return tuple(member.rpartition(".")[2] for member in names.members)
 
 
 def _own_tensors(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:

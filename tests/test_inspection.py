@@ -45,6 +45,18 @@ def test_verify_passes_both_structures(artifact: Path) -> None:
     assert "the factors of 6 groups have the right shapes" in verify(artifact)
 
 
+def test_verify_names_a_half_of_an_mlp_that_has_other_neurons(tmp_path: Path) -> None:
+    folder = write_artifact(factorized_model("LlamaForCausalLM", structure="narrow"), tmp_path / "model")
+    write_manifest(folder, {"lrserve": "0"}, {})
+    assert "the factors of 7 groups have the right shapes" in verify(folder)
+    rewrite(folder, **{"model.layers.0.mlp.up_proj.weight": torch.zeros(39, 64)})
+    with pytest.raises(ArtifactError, match=r"mlp.up_proj.weight has shape \(39, 64\), expected \(40, 64\)"):
+        verify(folder)
+    rewrite(folder, **{"model.layers.0.mlp.up_proj.weight": None})
+    with pytest.raises(ArtifactError, match=r"mlp.up_proj.weight has shape none, expected \(40, 64\)"):
+        verify(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

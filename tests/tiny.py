@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrserve.compression.groups import FAMILIES, STRUCTURES, Structure, allocated, find_groups
-from lrserve.compression.lowrank import GroupSpec, IdentityBlock, install_low_rank, quantization_config, specs_of
+from lrserve.compression.lowrank import GroupSpec, IdentityBlock, install_low_rank, keep_outputs, quantization_config, specs_of
 
 FACTORED: Final = ("identity_block", "low_rank")
 """What a group is stored as that has factors of its own; the structures in which every group has them."""
@@ -62,12 +62,14 @@ def factorized_model(architecture: str, *, layers: int = 2, structure: Structure
     In one structure, or by turns: identity blocks in the first layer, two factors in the second, fewer neurons in the third.
     """
     model = dense_model(architecture, layers=layers)
+    groups = find_groups(model)
+    units = {own: {unit.name: unit for unit in allocated(groups, own)} for own in STRUCTURES}
     specs = {}
-    for index, group in enumerate(find_groups(model)):
+    for index, group in enumerate(groups):
         own = structure or STRUCTURES[group.layer % len(STRUCTURES)]
-        rank = 16 + 8 * (index % 4) + 4 * group.layer
-        if group.layer != 1 or group.kind in ("qkv", "down"):
-            specs |= specs_of([(unit, rank) for unit in allocated(find_groups(model), own) if unit.name == group.name], own)
+        unit = units[own].get(group.name)
+        if unit is not None and (group.layer != 1 or group.kind in ("qkv", "down")):
+            specs |= specs_of([(unit, 16 + 8 * (index % 4) + 4 * group.layer)], own)
     install(model, specs)
     torch.manual_seed(1)
     for module in model.modules():
@@ -84,13 +86,11 @@ def factorized_model(architecture: str, *, layers: int = 2, structure: Structure
 
 def install(model: Any, specs: dict[str, GroupSpec]) -> None:
     """`install_low_rank`, where MLPs with fewer neurons keep their first ones."""
+    groups = {group.name: group for group in find_groups(model)}
     install_low_rank(model, specs)
     for name, spec in specs.items():
-        for member in spec.members if spec.structure == "narrow_out" else ():
-            linear = model.get_submodule(f"{name.rpartition('.')[0]}.{member}")
-            linear.out_features = spec.rank
-            for parameter, tensor in list(linear.named_parameters()):
-                setattr(linear, parameter, torch.nn.Parameter(tensor[: spec.rank].clone()))
+        if spec.structure == "narrow_out":
+            keep_outputs(model, groups[name], torch.arange(spec.rank))
 
 
 def write_artifact(model: Any, folder: Path) -> Path:

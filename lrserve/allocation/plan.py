@@ -37,8 +37,7 @@ class RankPlan:
 
     def parameters(self, groups: Sequence[Group]) -> int:
         """Parameters of the decoder's linears under this plan."""
-        cost = parameter_cost(self.structure)
-        return int(sum(cost(group, self.ranks[group.name]) for group in groups))
+        return sum(group.parameters(self.ranks[group.name], group.stored_as(self.structure)) for group in groups)
 
     def order_entries(self, groups: Sequence[Group]) -> int:
         """Entries of the identity blocks' orders of the inputs: stored as int32 beside the parameters, where there is one."""

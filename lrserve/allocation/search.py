@@ -85,7 +85,7 @@ class SearchSpace:
         self._speed = speed
         self.fit = BudgetFit(groups, search.rank_step, structure, speed.cost if target.min_speedup else None)
         self._kinds = list(dict.fromkeys(group.kind for group in groups))
-        self._slower = self._predicted_seconds(search.speed_weight if target.ratio else 1.0)
+        self._time_losses = self._time_as_loss(search.speed_weight if target.ratio else 1.0)
         layers = max(group.layer for group in groups) + 1
         self._runs = min(search.depth_groups, layers)
         self._run_of = {group.name: group.layer * self._runs // layers for group in groups}
@@ -98,16 +98,15 @@ class SearchSpace:
         if target.ratio:
             self.fit.require(self.parameter_budget())
 
-    def _predicted_seconds(self, weight: float) -> dict[str, torch.Tensor]:
-        """For each group at every rank the time that its factors take beyond its dense linears, over the dense run's; weighted."""
-        found = {}
+    def _time_as_loss(self, weight: float) -> dict[str, torch.Tensor]:
+        """Return for each group at every rank the time that it takes beyond its dense linears, over the dense run's; weighted."""
+        losses = {}
         for group in self._groups:
             extra = torch.zeros(group.full_rank + 1, dtype=torch.float64)
-            if not self._target.min_speedup:  # whose budget counts the time
-                for _, rank in self.fit.levels(group.name)[:-1]:
-                    extra[rank] = self._speed.cost(group, rank) - self._speed.cost(group, None)
-            found[group.name] = weight * extra / self._speed.dense_seconds
-        return found
+            for _, rank in self.fit.levels(group.name)[:-1]:
+                extra[rank] = self._speed.cost(group, rank) - self._speed.cost(group, None)
+            losses[group.name] = weight * extra / self._speed.dense_seconds
+        return losses
 
     def first_trials(self) -> list[dict[str, Any]]:
         """Return the parameters of the base plans themselves."""
@@ -148,8 +147,8 @@ class SearchSpace:
         if base == UNIFORM:
             return self.fit.fit(weights, budget)
         losses = {name: loss * weights[name] for name, loss in self._losses[base].items()}
-        if base != allocate.GREEDY:
-            losses = {name: loss + self._slower[name] for name, loss in losses.items()}
+        if base != allocate.GREEDY and not self._target.min_speedup:  # whose budget counts the time
+            losses = {name: loss + self._time_losses[name] for name, loss in losses.items()}
         return allocate.least_loss(self.fit, losses, budget)
 
     def speedup(self, plan: RankPlan) -> float:

@@ -41,11 +41,12 @@ def shapes_of(group: Group, rank: int | None, structure: Structure) -> list[Shap
 
     An MLP with fewer neurons is dense layers of other sizes.
     """
-    stored = group.stored_as(structure)
     if group.fed_by:
         kept = group.n if rank is None else rank
         return [Shape(kept, group.m, None), Shape(group.fed_by.n, len(group.fed_by.members) * kept, None)]
-    return [Shape(group.n, group.m, rank, stored, group.ordered) if rank is not None else Shape(group.n, group.m, None)]
+    if rank is None:
+        return [Shape(group.n, group.m, None)]
+    return [Shape(group.n, group.m, rank, group.stored_as(structure), group.ordered)]
 
 
 def measured_ranks(group: Group, step: int, structure: Structure) -> list[int]:
@@ -94,7 +95,8 @@ class SpeedModel:
             rows = [latencies[shape] for shape in shapes_of(group, rank, structure)]
             return sum(1e-6 * ((workload.output_tokens - 1) * decode + chunks * prefill) for decode, prefill in rows)
 
-        self._curves: dict[tuple[Shape, ...], tuple[list[int], list[float], float]] = {}
+        self._structure: Structure = structure
+        self._curves: dict[tuple[bool, tuple[Shape, ...]], tuple[list[int], list[float], float]] = {}
         for group in self.groups:
             key = self._key(group)
             if key not in self._curves:
@@ -103,9 +105,8 @@ class SpeedModel:
                 column = list(accumulate((seconds(group, rank) for rank in ranks), max))
                 self._curves[key] = ranks, column, seconds(group, None)
 
-    @staticmethod
-    def _key(group: Group) -> tuple[Shape, ...]:
-        return (Shape(group.n, group.m, None, ordered=group.ordered), *(shapes_of(group, None, "narrow") if group.fed_by else ()))
+    def _key(self, group: Group) -> tuple[bool, tuple[Shape, ...]]:
+        return group.ordered, tuple(shapes_of(group, None, self._structure))
 
     def cost(self, group: Group, rank: int | None) -> float:
         """Predicted seconds that the group's layers take over the whole run; a `Cost` for `BudgetFit`."""

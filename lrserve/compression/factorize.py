@@ -83,6 +83,19 @@ class Spectrum:
     mean: torch.Tensor
     beta: torch.Tensor
 
+    @classmethod
+    def of(
+        cls,
+        U: torch.Tensor,
+        V: torch.Tensor,
+        eigenvalues: torch.Tensor,
+        W: torch.Tensor,
+        mu: torch.Tensor,
+        beta: torch.Tensor | None,
+    ) -> Spectrum:
+        """Add to a decomposition of W (m, n) what makes up for the mean mu (n,) and the layer's own bias beta (m,) or None."""
+        return cls(U, V, eigenvalues, offset=W @ mu, mean=V @ mu, beta=W.new_zeros(len(W)) if beta is None else beta.to(W))
+
     def cut(self, rank: int) -> Factors:
         """Return the optimal two factors of a rank from 1 to k.
 
@@ -138,14 +151,7 @@ def factorize(
         U, V, values = _output_side(W64, C64, gradient[1].double())
     else:
         U, V, values = _input_side(W64, C64, gradient[1].double())
-    return Spectrum(
-        U=U,
-        V=V,
-        eigenvalues=values,
-        offset=W64 @ mu64,
-        mean=V @ mu64,
-        beta=torch.zeros(len(W64), dtype=torch.float64) if beta is None else beta.double(),
-    )
+    return Spectrum.of(U, V, values, W64, mu64, beta)
 
 
 def checked(

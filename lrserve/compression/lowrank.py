@@ -206,14 +206,15 @@ def specs_of(ranks: Iterable[tuple[Group, int]], structure: Structure) -> dict[s
     specs: dict[str, GroupSpec] = {}
     for group, rank in ranks:
         ordered = structure == "identity_block" and group.ordered
-        specs[group.name] = GroupSpec(rank, _leaves(group), group.stored_as(structure), ordered)
+        specs[group.name] = GroupSpec(rank, leaves(group.members), group.stored_as(structure), ordered)
         if group.fed_by:
-            specs[group.fed_by.name] = GroupSpec(rank, _leaves(group.fed_by), "narrow_out")
+            specs[group.fed_by.name] = GroupSpec(rank, leaves(group.fed_by.members), "narrow_out")
     return specs
 
 
-def _leaves(group: Group) -> tuple[str, ...]:
-    return tuple(name.rpartition(".")[2] for name in group.members)
+def leaves(members: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of linears relative to their parent, as a `GroupSpec` has them."""
+    return tuple(name.rpartition(".")[2] for name in members)
 
 
 def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: str = "") -> None:

@@ -54,14 +54,7 @@ def narrow(
     L = torch.linalg.cholesky(C[order][:, order])
     V = torch.zeros_like(C)
     V[:, order] = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype), upper=False)
-    return Spectrum(
-        U=W[:, order] @ L,
-        V=V,
-        eigenvalues=scale * (F[:, order] @ L).square().sum(0),
-        offset=W @ mu,
-        mean=V @ mu,
-        beta=torch.zeros(len(W), dtype=W.dtype) if beta is None else beta.to(W),
-    )
+    return Spectrum.of(W[:, order] @ L, V, scale * (F[:, order] @ L).square().sum(0), W, mu, beta)
 
 
 def _order(F: torch.Tensor, C: torch.Tensor) -> torch.Tensor:

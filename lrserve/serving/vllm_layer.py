@@ -220,9 +220,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         layer.weight_loader = loading.refuse
 
         config = get_current_vllm_config_or_none()
-        dummy = config is not None and config.load_config.load_format == "dummy"
         lora = config is not None and config.lora_config is not None
-        self._loading = None if dummy else loading
+        self._loading = None if _is_dummy(config) else loading
         if lora and (self.spec.ordered or structure == "narrow_in"):
             warnings.warn(_REORDERED, stacklevel=2)
         if split_input and layer.tp_size > 1:
@@ -316,8 +315,7 @@ class FewerOutputsMethod(DenseMethod):
             load(parameter, tensor, shard)
             self._missing.discard(shard)
 
-        config = get_current_vllm_config_or_none()
-        if config is None or config.load_config.load_format != "dummy":
+        if not _is_dummy(get_current_vllm_config_or_none()):
             self._missing = set(range(members))
         super().create_weights(
             layer,
@@ -338,6 +336,11 @@ class FewerOutputsMethod(DenseMethod):
         if self._missing:
             raise _incomplete(self.prefix, [self.spec.members[index] for index in sorted(self._missing)])
         super().process_weights_after_loading(layer)
+
+
+def _is_dummy(config: Any) -> bool:
+    """Say whether vLLM makes the weights up, so that none will be loaded."""
+    return config is not None and config.load_config.load_format == "dummy"
 
 
 def _incomplete(prefix: str, missing: list[str]) -> ArtifactError:
