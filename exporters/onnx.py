@@ -25,6 +25,16 @@ Tokens = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 
 
+def require_packages() -> None:
+    """Raise EngineError, with the pip command, if a package that writes or runs graphs is missing."""
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise EngineError(
+            f"ONNX graphs need {', '.join(missing)}, not installed in this environment: "
+            "run pip install 'lrserve[onnx]', or export for vLLM only"
+        )
+
+
 class OnnxExporter:
     """Renders the compressed model as one float32 ONNX graph with a KV cache.
 
@@ -43,16 +53,8 @@ class OnnxExporter:
             EngineError: a package that writes or runs the graph is not installed.
             UnsupportedModelError: the graph would not render this model faithfully.
         """
-        self._require_packages()
+        require_packages()
         check_renderable(skeleton)
-
-    def _require_packages(self) -> None:
-        missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-        if missing:
-            raise EngineError(
-                f"the ONNX exporter needs {', '.join(missing)}, not installed in this environment: "
-                "run pip install 'lrserve[onnx]', or export for vLLM only"
-            )
 
     def export(self, model: Any, source: Path, out: Path, dtype: torch.dtype) -> None:
         """Write `out`/onnx: graph and weights, and the configs and tokenizer files that its loaders want.
@@ -64,7 +66,7 @@ class OnnxExporter:
             EngineError: a package is missing.
             UnsupportedModelError: the graph would not render this model faithfully.
         """
-        self._require_packages()
+        require_packages()
         import onnx
 
         folder = out / FOLDER
@@ -89,7 +91,7 @@ class OnnxExporter:
             ArtifactError: there is no exported graph in `out`.
             InputError: an empty prompt.
         """
-        self._require_packages()
+        require_packages()
         for number, prompt in enumerate(prompts):
             if not prompt:
                 raise InputError(f"prompt {number} has no tokens; a prompt needs at least one")
@@ -97,11 +99,32 @@ class OnnxExporter:
         return {"onnxruntime": [_transcript(decoder, prompt, new_tokens) for prompt in prompts]}
 
 
-class OnnxDecoder:
-    """One ONNX Runtime session over an exported graph, and the KV cache of the batch that it is decoding.
+def open_session(path: Path, threads: int | None = None, entries: Mapping[str, str] | None = None) -> Any:
+    """Open an `onnxruntime.InferenceSession` over a saved graph, on the CPU: CUDA has no float32 kernel of GroupQueryAttention.
 
-    It runs on the CPU: CUDA has no float32 kernel of GroupQueryAttention. `threads` defaults to torch's number, so that
-    the two can be compared.
+    `threads` defaults to torch's number, so that the two can be compared; `entries` are further session config entries.
+
+    Raises:
+        EngineError: ONNX Runtime cannot load the graph.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would burn shared cores
+    options.log_severity_level = 4  # failures arrive as exceptions; printing them too is noise
+    for name, value in (entries or {}).items():
+        options.add_session_config_entry(name, value)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+        raise EngineError(f"ONNX Runtime cannot load {path}; export the model again: {error}") from error
+
+
+class OnnxDecoder:
+    """One ONNX Runtime session (`open_session`) over an exported graph, and the KV cache of the batch that it is decoding.
+
+    `vocabulary` is V.
     """
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
@@ -114,15 +137,10 @@ class OnnxDecoder:
                 "export the model with the onnx exporter first"
             )
         self._runtime: Any = onnxruntime
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would burn shared cores
-        options.log_severity_level = 4  # failures arrive as exceptions; printing them too is noise
-        try:
-            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
-            raise EngineError(f"ONNX Runtime cannot load {path}; export the model again: {error}") from error
-        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._session = open_session(path, threads)
+        outputs = self._session.get_outputs()
+        self._outputs = [output.name for output in outputs]
+        self.vocabulary = int(outputs[0].shape[-1])
         # (name, key/value heads, head width) of every cache input; its values never leave the runtime.
         caches = [cache for cache in self._session.get_inputs() if cache.name.startswith("past_key_values.")]
         self._caches = [(cache.name, cache.shape[1], cache.shape[3]) for cache in caches]
@@ -157,8 +175,16 @@ class OnnxDecoder:
             ) from error
         self._past = {name: value for (name, _, _), value in zip(self._caches, present, strict=True)}
         self._length += new
-        array: Logits = logits.numpy()
-        return array
+        return np.asarray(_Borrowed(logits))
+
+
+class _Borrowed:
+    """A float32 OrtValue as numpy reads it: not copied (a prefill's logits are hundreds of megabytes), and kept alive."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        data = (value.data_ptr(), True)  # read-only
+        self.__array_interface__ = {"version": 3, "typestr": "<f4", "shape": tuple(value.shape()), "data": data}
 
 
 def genai_config(config: Any, generation: Mapping[str, Any]) -> dict[str, Any]:

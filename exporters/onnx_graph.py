@@ -75,6 +75,19 @@ def build_graph(model: Any) -> Any:
     return _Builder(model).build()
 
 
+def build_layer(layer: nn.Module, n: int) -> Any:
+    """Render one dense or factorized linear as an `onnx_ir.Model` of its own, x (B, S, n) -> y (B, S, m), both float32.
+
+    Raises:
+        UnsupportedModelError: a layer that `build_graph` would not render either.
+    """
+    nodes = _Nodes(layer)
+    x = nodes.value("x", ["batch", "sequence_length", n])
+    y = nodes.linear(x, layer, "layer")
+    y.name, y.type = "y", x.type
+    return nodes.finish([x], [y])
+
+
 def save_graph(graph: Any, path: Path) -> None:
     """Write `graph` to `path`, and its weights to `<name>_data` beside it: the name that transformers.js looks for."""
     import onnx_ir as ir
@@ -160,23 +173,28 @@ def _plus_one(weight: torch.Tensor) -> torch.Tensor:
     return weight.float() + 1.0
 
 
-class _Builder:
-    """Nodes and initializers of one graph in the making; values are float32 unless said otherwise."""
+class _Nodes:
+    """Nodes and initializers of one graph in the making, and linear layers; values are float32 unless said otherwise."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, module: nn.Module) -> None:
         import onnx_ir
 
-        check_renderable(model)
         self.ir: Any = onnx_ir
-        self.model, self.config = model, model.config
-        self.family = _FAMILIES[type(model).__name__]
-        self.head_dim = head_width(self.config)
-        self.parameters = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.parameters = {id(parameter): name for name, parameter in module.named_parameters()}
         self.nodes: list[Any] = []
         self.initializers: dict[str, Any] = {}
         self.products: dict[tuple[int, str], Any] = {}  # (A, input) -> z, which the members of a group share
-        self.inputs: list[Any] = []
-        self.presents: list[Any] = []
+
+    def finish(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+        graph = self.ir.Graph(
+            inputs,
+            outputs,
+            nodes=self.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports={"": OPSET, MICROSOFT: 1},
+            name="lrserve",
+        )
+        return self.ir.Model(graph, ir_version=IR_VERSION, producer_name="lrserve")
 
     # -- values and nodes ---------------------------------------------------------------------------------------------
 
@@ -236,7 +254,7 @@ class _Builder:
         shape = transform(torch.empty(parameter.shape, device="meta")).shape
         return self.lazy(name, shape, lambda: transform(parameter.detach()))
 
-    # -- layers -------------------------------------------------------------------------------------------------------
+    # -- linear layers ------------------------------------------------------------------------------------------------
 
     def affine(self, x: Any, linear: nn.Linear, where: str) -> Any:
         y = self.node("MatMul", [x, self.weight(linear.weight, where, _transposed)], f"{where}.MatMul")
@@ -275,6 +293,21 @@ class _Builder:
             f"{where}: the ONNX graph renders dense and factorized linears, this is a {type(module).__name__}; "
             "merge adapters and dequantize first"
         )
+
+
+class _Builder(_Nodes):
+    """The whole model's graph."""
+
+    def __init__(self, model: Any) -> None:
+        check_renderable(model)
+        super().__init__(model)
+        self.model, self.config = model, model.config
+        self.family = _FAMILIES[type(model).__name__]
+        self.head_dim = head_width(self.config)
+        self.inputs: list[Any] = []
+        self.presents: list[Any] = []
+
+    # -- layers -------------------------------------------------------------------------------------------------------
 
     def norm_weight(self, module: Any, where: str) -> Any:
         return self.weight(module.weight, where, _plus_one if self.family.gemma else None)
@@ -413,15 +446,7 @@ class _Builder:
         logits.name, logits.type = "logits", self.ir.TensorType(self.ir.DataType.FLOAT)
         logits.shape = self.ir.Shape(["batch", "sequence_length", int(self.config.vocab_size)])
         self.check_complete()
-        graph = self.ir.Graph(
-            self.inputs,
-            [logits, *self.presents],
-            nodes=self.nodes,
-            initializers=list(self.initializers.values()),
-            opset_imports={"": OPSET, MICROSOFT: 1},
-            name="lrserve",
-        )
-        return self.ir.Model(graph, ir_version=IR_VERSION, producer_name="lrserve")
+        return self.finish(self.inputs, [logits, *self.presents])
 
     def check_complete(self) -> None:
         """Refuse a model with a parameter that no node reads: the graph would compute something else."""

@@ -4,30 +4,19 @@ One engine per process, because vLLM keeps global state; and processes rather th
 its candidates are measured in turns: all of them are loaded, one runs at a time, and a slow minute of the machine hits
 each of them alike.
 
-The two sides speak JSON lines (serving/worker.py). The worker ends when its standard input does, so it cannot outlive
-this process however this process ends.
+The worker is serving/worker.py; serving/protocol.py is what the two sides say to each other.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import queue
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-import lrserve.errors
 from exporters.base import Transcript
-from lrserve.errors import EngineError, LrserveError
-from lrserve.serving.process import end_session, log_tail, open_log
+from lrserve.serving.protocol import EngineProcess, Throughput
 from lrserve.serving.versions import engine_version, require_vllm
 
 if TYPE_CHECKING:
@@ -39,21 +28,6 @@ T = TypeVar("T")
 Run = TypeVar("Run")
 
 WORKER_COMMAND: Final = (sys.executable, "-m", "lrserve.serving.worker")
-_STOP_SECONDS: Final = 20.0
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """One measured run: wall-clock seconds, CPU seconds of the engine's process, and the tokens generated in it."""
-
-    seconds: float
-    cpu_seconds: float
-    output_tokens: int
-
-    @property
-    def output_tokens_per_second(self) -> float:
-        """Generated tokens per wall-clock second, prefill included."""
-        return self.output_tokens / self.seconds
 
 
 def preflight() -> None:
@@ -61,7 +35,7 @@ def preflight() -> None:
     require_vllm()
 
 
-class Engine:
+class Engine(EngineProcess):
     """A vLLM engine in a subprocess, as a context manager.
 
     Args:
@@ -84,7 +58,10 @@ class Engine:
     Raises:
         EngineError: vLLM is missing, untested, or failed; the message ends with the last lines of its log.
         ArtifactError: the engine found the artifact incomplete or inconsistent.
+        InputError: a request of more at once than max_num_seqs, or longer than max_model_len.
     """
+
+    engine = "vLLM"
 
     def __init__(
         self,
@@ -106,9 +83,8 @@ class Engine:
         request_timeout: float = 3600.0,
         report: Callable[[str], None] | None = None,
     ) -> None:
-        self.model = str(model)
-        self._settings: dict[str, Any] = {
-            "model": self.model,
+        settings: dict[str, Any] = {
+            "model": str(model),
             "dtype": dtype,
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
@@ -120,76 +96,20 @@ class Engine:
             "gpu_memory_utilization": gpu_memory_utilization,
             "kv_cache_bytes": int(kv_cache_gib * 2**30),
         }
-        self._environment = worker_environment(self.model, threads)
-        self._wanted_log = log
-        self._start_timeout, self._request_timeout = start_timeout, request_timeout
-        self._report = report or (lambda message: None)
-        self._process: subprocess.Popen[str] | None = None
-        self._log_path = Path()
-        self._replies: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-
-    def __enter__(self) -> Engine:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close(keep_log=isinstance(error, EngineError))
+        super().__init__(
+            model,
+            settings,
+            worker_environment(str(model), threads),
+            log=log,
+            start_timeout=start_timeout,
+            request_timeout=request_timeout,
+            report=report,
+        )
 
     def start(self) -> None:
         """Start the process and wait until the model is loaded."""
         preflight()
-        if self._process is not None:
-            raise EngineError(f"the engine of {self.model} is already running")
-        began = time.monotonic()
-        self._report(f"starting {engine_version()} on {self.model}")
-        log = open_log(self._wanted_log)
-        self._log_path = Path(log.name)
-        self._replies = queue.SimpleQueue()
-        with log:
-            self._process = subprocess.Popen(
-                WORKER_COMMAND,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=self._environment,
-                start_new_session=True,  # Ctrl-C reaches this process only, which then ends the worker
-            )
-        threading.Thread(target=_pump, args=(self._process.stdout, self._replies), daemon=True).start()
-        try:
-            self._send(self._settings)
-            self._receive(self._start_timeout, "start")
-        except BaseException:
-            self.close(keep_log=True)
-            raise
-        self._report(f"{self.model}: ready after {time.monotonic() - began:.0f} s")
-
-    def close(self, *, keep_log: bool = False) -> None:
-        """End the process; safe to call twice."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(OSError):
-            if process.stdin is not None:
-                process.stdin.close()
-        end_session(process, _STOP_SECONDS)
-        if self._wanted_log is None and not keep_log:
-            self._log_path.unlink(missing_ok=True)
-
-    def throughput(self, prompt_tokens: int, output_tokens: int, concurrency: int, *, seed: int = 0) -> Throughput:
-        """Generate `output_tokens` for each of `concurrency` random prompts of `prompt_tokens`, all submitted at once.
-
-        Raises:
-            InputError: more at once than the engine's max_num_seqs, or longer than its max_model_len.
-        """
-        reply = self._request(
-            "throughput",
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-            concurrency=concurrency,
-            seed=seed,
-        )
-        return Throughput(seconds=reply["seconds"], cpu_seconds=reply["cpu_seconds"], output_tokens=reply["output_tokens"])
+        self._start(WORKER_COMMAND, engine_version())
 
     def transcribe(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Transcript]:
         """Return log probabilities of the prompts' tokens and a greedy continuation of exactly `new_tokens`."""
@@ -204,54 +124,7 @@ class Engine:
 
         Returns microseconds [shape][token count].
         """
-        reply = self._request(
-            "latency_table",
-            entries=[asdict(shape) for shape in shapes],
-            tokens=list(map(int, tokens)),
-            dtype=dtype,
-        )
-        table: list[list[float]] = reply["microseconds"]
-        return table
-
-    def _request(self, name: str, **arguments: Any) -> dict[str, Any]:
-        self._send({"request": name, **arguments})
-        return self._receive(self._request_timeout, name)
-
-    def _send(self, message: dict[str, Any]) -> None:
-        if self._process is None or self._process.stdin is None:
-            raise EngineError(f"the engine of {self.model} is not running; use it inside its with block")
-        try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-        except OSError:
-            failure = self._failure("the engine's process has ended")
-            self.close(keep_log=True)
-            raise failure from None
-
-    def _receive(self, timeout: float, doing: str) -> dict[str, Any]:
-        try:
-            line = self._replies.get(timeout=timeout)
-        except queue.Empty:
-            failure = self._failure(f"no answer to {doing!r} within {timeout:.0f} s")
-            self.close(keep_log=True)  # its late answer would be taken for the next request's
-            raise failure from None
-        except BaseException:
-            self.close()
-            raise
-        if line is None:
-            failure = self._failure(f"the engine's process ended during {doing!r}")
-            self.close(keep_log=True)
-            raise failure
-        reply: dict[str, Any] = json.loads(line)
-        if "error" in reply:
-            raise self._failure(reply["error"], reply.get("kind", ""))
-        return reply
-
-    def _failure(self, message: str, kind: str = "") -> LrserveError:
-        known = getattr(lrserve.errors, kind, None)
-        if isinstance(known, type) and issubclass(known, LrserveError) and known is not EngineError:
-            return known(message)  # raised on purpose in the worker; the log would only repeat it
-        return EngineError(f"vLLM on {self.model}: {message}\n{log_tail(self._log_path)}")
+        return super().latency_table(shapes, tokens, dtype=dtype)
 
 
 def worker_environment(model: str, threads: int | None) -> dict[str, str]:
@@ -268,7 +141,7 @@ def worker_environment(model: str, threads: int | None) -> dict[str, str]:
 
 
 def interleaved(
-    engines: Mapping[str, Engine],
+    engines: Mapping[str, EngineProcess],
     prompt_tokens: int,
     output_tokens: int,
     concurrency: int,
@@ -282,7 +155,7 @@ def interleaved(
     `progress` is told (name, round, result). Returns the runs of each engine in the order of the rounds.
     """
 
-    def measure(engine: Engine, seed: int) -> Throughput:
+    def measure(engine: EngineProcess, seed: int) -> Throughput:
         return engine.throughput(prompt_tokens, output_tokens, concurrency, seed=seed)
 
     for engine in engines.values():
@@ -316,10 +189,3 @@ def in_turns(
             if progress is not None:
                 progress(name, index, result)
     return results
-
-
-def _pump(stream: IO[str] | None, replies: queue.SimpleQueue[str | None]) -> None:
-    if stream is not None:
-        for line in stream:
-            replies.put(line)
-    replies.put(None)

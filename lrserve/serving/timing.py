@@ -1,0 +1,110 @@
+"""What measurements on every engine have in common: random prompts, and how single layers are timed. Imports no engine.
+
+What is timed is what a served model does: each call finds its weights in memory rather than in a cache, because in a
+model the other layers' weights pass through in between. So layers are called in turns, once per round, and small sets
+of layers are timed on several copies of their weights.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, TypeVar
+
+from lrserve.compression.groups import factor_entries
+
+_COLD_BYTES: Final = 256 * 2**20
+"""Weights that one round should walk over: more than the caches of usual machines hold."""
+_BATCH_BYTES: Final = 2 * 2**30
+"""Weights kept in memory at a time."""
+_MAX_COPIES: Final = 16
+_SECONDS_PER_CELL: Final = 0.05
+_MIN_ROUNDS: Final = 3
+_MAX_ROUNDS: Final = 100
+
+Entry = dict[str, Any]
+"""A `Shape` as an object: `n`, `m`, `rank` (None for dense) and, of factors, `structure` and `ordered`."""
+X = TypeVar("X")
+
+
+def random_prompts(vocabulary: int, prompt_tokens: int, concurrency: int, seed: int) -> list[list[int]]:
+    """Draw `concurrency` prompts of `prompt_tokens` token ids, the same ones from the same seed."""
+    generator = random.Random(seed)
+    return [[generator.randrange(vocabulary) for _ in range(prompt_tokens)] for _ in range(concurrency)]
+
+
+def time_layers(
+    entries: Sequence[Entry],
+    tokens: Sequence[int],
+    itemsize: int,
+    build: Callable[[Entry], Callable[[X], object]],
+    rows: Callable[[int, int], X],
+) -> list[list[float]]:
+    """Return the lower-quartile microseconds of entry i at tokens[j] rows of input.
+
+    `build` makes a layer with random weights of `itemsize` bytes each, which returns when it has multiplied; `rows(count, n)`
+    makes its input.
+    """
+    table: list[list[float]] = []
+    for batch in _batches(entries, itemsize):
+        table += _time_batch(batch, tokens, itemsize, build, rows)
+    return table
+
+
+def elements(entry: Entry) -> int:
+    """Count the weights that a layer multiplies by."""
+    n, m, rank = entry["n"], entry["m"], entry["rank"]
+    return int(n * m if rank is None else factor_entries(m, n, rank, entry["structure"]))
+
+
+def _batches(entries: Sequence[Entry], itemsize: int) -> Iterator[list[Entry]]:
+    batch: list[Entry] = []
+    size = 0
+    for entry in entries:
+        cost = elements(entry) * itemsize
+        if batch and size + cost > _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(entry)
+        size += cost
+    if batch:
+        yield batch
+
+
+def _time_batch(
+    entries: Sequence[Entry],
+    tokens: Sequence[int],
+    itemsize: int,
+    build: Callable[[Entry], Callable[[X], object]],
+    rows: Callable[[int, int], X],
+) -> list[list[float]]:
+    size = sum(elements(entry) for entry in entries) * itemsize
+    copies = max(1, min(_MAX_COPIES, round(_COLD_BYTES / size)))
+    layers = [[build(entry) for _ in range(copies)] for entry in entries]
+    table: list[list[float]] = [[] for _ in entries]
+    for count in tokens:
+        inputs = [rows(count, entry["n"]) for entry in entries]
+        for of_entry, x in zip(layers, inputs, strict=True):
+            for layer in of_entry:
+                layer(x)  # the first call of a shape builds the kernel
+        samples: list[list[float]] = [[] for _ in entries]
+        order = list(zip(layers, inputs, samples, strict=True))
+        shuffle = random.Random(0).shuffle
+        rounds, deadline = 0, time.perf_counter() + _SECONDS_PER_CELL * len(entries)
+        while rounds < _MIN_ROUNDS or (rounds < _MAX_ROUNDS and time.perf_counter() < deadline):
+            shuffle(order)  # what follows a certain layer must not stick to it
+            for of_entry, x, sample in order:
+                sample.append(_seconds(of_entry[rounds % copies], x))
+            rounds += 1
+        for row, sample in zip(table, samples, strict=True):
+            # the lower quartile: other processes only ever make a call slower
+            row.append(statistics.quantiles(sample, n=4)[0] * 1e6)
+    return table
+
+
+def _seconds(layer: Callable[[X], object], x: X) -> float:
+    began = time.perf_counter()
+    layer(x)
+    return time.perf_counter() - began
