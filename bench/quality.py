@@ -33,9 +33,11 @@ import torch
 from lrserve.allocation import allocate
 from lrserve.allocation.bolaco import bolaco, lord_plan
 from lrserve.allocation.evolution import evolve
+from lrserve.allocation.goal import Goal
 from lrserve.allocation.plan import BudgetFit, RankPlan
-from lrserve.allocation.quality import Divergence, Reference, perplexity
-from lrserve.allocation.search import SearchSpace, run_study
+from lrserve.allocation.quality import Divergence, Judgement, Reference, Validation, negative_log_likelihood, perplexity
+from lrserve.allocation.search import SearchSpace
+from lrserve.allocation.study import run_study
 from lrserve.artifacts.card import table
 from lrserve.artifacts.store import write_json
 from lrserve.artifacts.work import WorkFolder, work_folder
@@ -130,8 +132,6 @@ class _EqualSpeed:
 
     def cost(self, group: Group, rank: int | None) -> float:
         return 0.0
-
-    dense_seconds = 1.0
 
 
 class Bench:
@@ -290,13 +290,21 @@ class Bench:
     ) -> RankPlan:
         """Return the plan of least perplexity of the pipeline's search, to which all plans are equally fast here."""
         recipe = self.job.recipe
-        validation = first_tokens(self.job.windows["validation"], recipe.search.validation_tokens)
+        windows = first_tokens(self.job.windows["validation"], recipe.search.validation_tokens)
         speed: Any = _EqualSpeed()
-        dense = perplexity(self.model, validation)
-        space = SearchSpace(self.groups(row), Target(ratio=ratio), recipe.search, losses, speed, dense, row.structure)
-        with self.judged(self.groups(row), store, lambda: perplexity(self.model, validation)) as evaluate:
-            trials = run_study(space, evaluate, recipe.search, place / "study.sqlite3", seed=recipe.seed)
-        return min(trials, key=lambda trial: trial.perplexity).plan
+        validation = Validation(windows, negative_log_likelihood(self.model, windows).tolist())
+        target = Target(ratio=ratio)
+        goal = Goal(target, recipe.search.speed_weight, validation.dense_perplexity)
+        space = SearchSpace(self.groups(row), target, recipe.search, losses, speed, row.structure)
+        merged = MergedRanks(self.model, self.groups(row), store)
+
+        def evaluate(plan: RankPlan, rivals: Sequence[Sequence[float]]) -> Judgement:
+            merged.apply(dict(plan.ranks))
+            return validation(self.model, rivals)
+
+        trials = run_study(space, goal, speed, evaluate, recipe.search, place / "study.sqlite3", seed=recipe.seed)
+        merged.apply({})
+        return min((trial for trial in trials if trial.complete), key=lambda trial: trial.perplexity).plan
 
     def probes(self, row: Row) -> dict[str, tuple[int | None, float]]:
         """Divergences of the groups one by one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from lrserve.artifacts.store import read_manifest, whole, write_json
 from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.source import open_source
 from lrserve.job import Say, progress_bar
-from lrserve.recipe import PROFILES, EngineSettings, Recipe, Workload
-from lrserve.serving.loadtest import GPU_MEMORY
+from lrserve.recipe import EngineSettings, Recipe, Workload, shares
+from lrserve.serving.loadtest import GPU_MEMORY, Mix
 from lrserve.serving.online import Server, compare_online
 from lrserve.serving.server import on_cpu
 from lrserve.serving.versions import engine_version
@@ -24,6 +25,7 @@ def bench(
     out: Path,
     *,
     dense: str | None = None,
+    workload: Mapping[str, int | None] | None = None,
     overrides: Mapping[str, Any] | None = None,
     report: Path | None = None,
     vllm_arguments: Sequence[str] = (),
@@ -34,8 +36,8 @@ def bench(
     Args:
         out: the artifact.
         dense: the dense model; the one that the artifact was made from when None.
-        overrides: dotted settings of the recipe to change; `None` values are passed over. One of the workload's puts the recipe's
-            workload, so changed, in the place of the three profiles.
+        workload: settings of one workload to measure instead of the recipe's; what is `None` is that of the recipe's first.
+        overrides: dotted settings of the recipe to change; `None` values are passed over.
         report: folder for bench.json, bench.md and bench.png; made if need be.
         vllm_arguments: further arguments for both servers.
         say: takes the table.
@@ -54,11 +56,12 @@ def bench(
             report.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"no folder {report} can be made for --report: {error.strerror}") from error
-    overrides = dict(overrides or {})
-    recipe = Recipe.load(out / "lrserve" / "recipe.yaml", overrides)
+    recipe = Recipe.load(out / "lrserve" / "recipe.yaml", dict(overrides or {}))
     source = open_source(dense or recipe.model)
-    custom = any(value is not None for name, value in overrides.items() if name.startswith("workload."))
-    workloads = {"custom": recipe.workload} if custom else dict(PROFILES)
+    if given := {name: value for name, value in (workload or {}).items() if value is not None}:
+        custom = {**next(iter(recipe.workloads.values())).model_dump(), **given}
+        recipe = Recipe.load(out / "lrserve" / "recipe.yaml", {**(overrides or {}), "workloads": {"custom": custom}})
+    workloads = recipe.workloads
     rounds, arguments = recipe.engine.repeats, [*server_arguments(workloads, recipe.engine), *vllm_arguments]
     with (
         progress_bar(2 * (rounds + 1) * len(workloads), "bench") as progress,
@@ -66,11 +69,14 @@ def bench(
         Server(out, arguments) as server,
     ):
         results = compare_online(dense_server, server, workloads, rounds, seed=recipe.seed, progress=progress)
+    mix = Mix(results, shares(workloads))
     figures = {
         "engine": engine_version(),
         "settings": recipe.engine.model_dump(mode="json"),
         "vllm_arguments": list(vllm_arguments),
         "dense_model": source.name,
+        "mix": mix.speedup_json(),
+        "promised": None if given else _promised(out),
         "workloads": {name: result.to_json() for name, result in results.items()},
     }
     text = render(figures)
@@ -81,6 +87,13 @@ def bench(
             partial.write_text(text + "\n", encoding="utf-8")
         plot(figures, report / "bench.png")
     return figures
+
+
+def _promised(out: Path) -> float | None:
+    """Return the mix's speedup that the search measured; None where another lrserve made the artifact."""
+    metrics = json.loads((out / "lrserve" / "metrics.json").read_text(encoding="utf-8"))
+    speedup: float | None = metrics["throughput"].get("speedup") if "workloads" in metrics["throughput"] else None
+    return speedup
 
 
 def server_arguments(workloads: Mapping[str, Workload], settings: EngineSettings) -> list[str]:
@@ -126,12 +139,14 @@ def render(figures: Mapping[str, Any]) -> str:
             )
     header = ["workload", "", "output tokens/s", "first token, ms: median, p99", "per output token, ms: median, p99", "speedup", ""]
     rounds = max(result["rounds"] for result in figures["workloads"].values())
-    settings = figures["settings"]
+    settings, mix = figures["settings"], figures["mix"]
+    promised = "" if figures["promised"] is None else f"; the search measured {figures['promised']:.2f}x, without a server"
     return (
         f"{table(header, rows)}\n\n"
+        f"All of it: {mix['speedup']:.2f}x ({mix['speedup_lowest']:.2f} to {mix['speedup_highest']:.2f}){promised}. "
         f"{figures['engine']}, {'eager' if settings['enforce_eager'] else 'compiled'}, {settings['dtype']}; "
         f"concurrency x (prompt + output tokens); {rounds} rounds in turns, each with prompts of its own, medians and spread; "
-        "`undecided`: the rounds do not agree on which is faster"
+        "`undecided`: dense's speed lies within the spread"
     )
 
 

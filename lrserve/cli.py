@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,18 +26,34 @@ _MODEL = "Hub id, folder in Hugging Face layout, or GGUF file; may stand in the 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
+class Runtime(str, Enum):
+    """The engines of `recipe.EngineSettings.runtime`."""
+
+    VLLM = "vllm"
+    ONNX = "onnx"
+
+
 @app.command("compress-and-export")
 def compress_and_export(
     model: Annotated[str | None, typer.Argument(help=_MODEL)] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the artifact.")] = ...,  # type: ignore[assignment]
-    ratio: Annotated[float | None, typer.Option(help="Share of the linear layers' parameters to remove [default: 0.2].")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Best quality with this share of the linears' parameters removed.")] = None,
     min_speedup: Annotated[float | None, typer.Option(help="Best quality at this measured speedup over dense.")] = None,
     max_ppl_increase: Annotated[float | None, typer.Option(help="Best speed at this relative perplexity increase.")] = None,
     export: Annotated[list[str] | None, typer.Option(help="Rendering to export, repeatable [default: vllm and onnx].")] = None,
     recover: Annotated[
         float | None, typer.Option(metavar="MINUTES", help="Distil the dense model into the factors [default: 0].")
     ] = None,
+    target: Annotated[
+        Runtime | None, typer.Option(help="The engine that measures the plans, and is to serve [default: vllm].")
+    ] = None,
     trials: Annotated[int | None, typer.Option(help="Trials of the search [default: 24].")] = None,
+    choose: Annotated[
+        int | None, typer.Option(metavar="TRIAL", help="Export this trial of a finished search (see its report.html).")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="Database in which several runs of the same inputs share the search.")
+    ] = None,
     calibration: Annotated[str | None, typer.Option(help="Text file (.jsonl or plain) or Hub dataset.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with any setting; the options here win over it.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of calibration windows and search [default: 0].")] = None,
@@ -55,12 +72,14 @@ def compress_and_export(
         "target.max_ppl_increase": max_ppl_increase,
         "export": export or None,
         "factorization.recover_minutes": recover,
+        "engine.runtime": None if target is None else target.value,
         "search.trials": trials,
+        "search.choose": choose,
         "text.calibration": calibration,
         "seed": seed,
     }
     try:
-        run(Recipe.load(recipe, overrides), out, work=work, overwrite=overwrite, dry_run=dry_run)
+        run(Recipe.load(recipe, overrides), out, work=work, storage=storage, overwrite=overwrite, dry_run=dry_run)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from where it stopped", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -82,9 +101,9 @@ def bench(
     context: typer.Context,
     out: Annotated[Path, typer.Argument(help="An artifact of lrserve.")],
     dense: Annotated[str | None, typer.Option(help="The dense model [default: the one it was made from].")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens per prompt, for one workload instead of three.")] = None,
-    output_tokens: Annotated[int | None, typer.Option(help="Tokens per answer, for one workload instead of three.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Requests at once, for one workload instead of three.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens per prompt, for one workload instead of the recipe's.")] = None,
+    output_tokens: Annotated[int | None, typer.Option(help="Tokens per answer, for one workload instead of the recipe's.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests at once, for one workload instead of the recipe's.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Counted rounds [default: the recipe's].")] = None,
     compiled: Annotated[
         bool | None, typer.Option("--compiled/--eager", help="With torch.compile or without [default: the recipe's].")
@@ -99,10 +118,8 @@ def bench(
     run(
         out,
         dense=dense,
+        workload={"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "concurrency": concurrency},
         overrides={
-            "workload.prompt_tokens": prompt_tokens,
-            "workload.output_tokens": output_tokens,
-            "workload.concurrency": concurrency,
             "engine.repeats": repeats,
             "engine.enforce_eager": None if compiled is None else not compiled,
         },

@@ -9,19 +9,27 @@ import resource
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import optuna
 
 from exporters.base import Exporter, Transcript
 from exporters.transcript import transcribe_model
+from lrserve.allocation.goal import pareto_front
 from lrserve.allocation.plan import RankPlan
 from lrserve.allocation.quality import perplexity
+from lrserve.allocation.study import STUDY, importances, time_spent
 from lrserve.artifacts import card
+from lrserve.artifacts.report import write_report
 from lrserve.artifacts.store import write_json, write_manifest
 from lrserve.compression.factorize import FactorSource
 from lrserve.errors import AgreementError
 from lrserve.inputs.source import Source
-from lrserve.job import Job, first_tokens, progress_bar
-from lrserve.serving.engine import engine_version
+from lrserve.job import Job, progress_bar
+from lrserve.measuring import Measured
+from lrserve.serving.loadtest import Rounds
+from lrserve.serving.runtimes import runtime_of
 from lrserve.tuning import Tuned
 
 
@@ -99,10 +107,11 @@ def report_perplexity(job: Job, plan: RankPlan, factors: FactorSource, staging: 
     }
 
 
-def validate_improved(job: Job, plan: RankPlan, factors: FactorSource, searched: float) -> float | None:
-    """Return the validation perplexity of improved factors; None where it is above that of the factors that were `searched`."""
-    windows = first_tokens(job.windows["validation"], job.recipe.search.validation_tokens)
-    found = perplexity(job.served_model(plan, factors), windows)
+def validate_improved(job: Job, tuned: Tuned, factors: FactorSource) -> float | None:
+    """Return the validation perplexity of improved factors; None where it is above that of the factors that were searched."""
+    candidate = tuned.chosen.candidate
+    searched = candidate.perplexity
+    found = tuned.validation(job.served_model(candidate.plan, factors)).perplexity
     better = found <= searched
     kept = "" if better else "; worse, so the searched factors are kept"
     job.say(f"5/6 improved: validation perplexity {searched:.2f} to {found:.2f}{kept}")
@@ -126,8 +135,9 @@ def collect_metrics(
         "target": str(recipe.target),
         "dtype": recipe.engine.dtype,
         "exports": list(recipe.export),
+        "runtime": recipe.engine.runtime,
         "enforce_eager": recipe.engine.enforce_eager,
-        "workload": recipe.workload.model_dump(mode="json"),
+        "workloads": {name: workload.model_dump(mode="json") for name, workload in recipe.workloads.items()},
         "plan": {
             "origin": tuned.chosen.candidate.origin,
             "structure": plan.structure,
@@ -144,7 +154,7 @@ def collect_metrics(
         ),
         "perplexity": {
             "validation": {
-                "dense": tuned.dense_perplexity,
+                "dense": tuned.goal.dense_perplexity,
                 "searched": tuned.chosen.candidate.perplexity,
                 "compressed": validation,
             },
@@ -156,27 +166,31 @@ def collect_metrics(
                 "origin": m.candidate.origin,
                 "validation_perplexity": m.candidate.perplexity,
                 "predicted_speedup": m.predicted_speedup,
+                "corrected_speedup": m.corrected,
+                "predicted": dict(m.predicted),
                 **m.comparison.to_json(),
             }
             for m in tuned.measured
         ],
         "trials": [
             {
+                "number": t.trial,
                 "origin": t.origin,
                 "validation_perplexity": t.perplexity,
+                "complete": t.complete,
                 "predicted_tokens_per_second": t.tokens_per_second,
             }
             for t in tuned.trials
         ],
         "agreement": agreement,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # without the engines' processes
-        "versions": versions(),
+        "versions": versions(job),
     }
 
 
-def versions() -> dict[str, str]:
+def versions(job: Job) -> dict[str, str]:
     """Versions of everything that had a part in the result."""
-    found = {"python": platform.python_version(), "engine": engine_version()}
+    found = {"python": platform.python_version(), "engine": runtime_of(job.recipe.engine).version}
     for name in ("lrserve", "torch", "transformers", "optuna", "onnx", "onnxruntime", "onnxruntime-gpu"):
         try:
             found[name] = importlib.metadata.version(name)
@@ -185,13 +199,89 @@ def versions() -> dict[str, str]:
     return found
 
 
+def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
+    """Return what `artifacts.report.write_report` draws."""
+    recipe, goal = job.recipe, tuned.goal
+    study = optuna.load_study(study_name=STUDY, storage=f"sqlite:///{tuned.study_path}")
+    front = {trial.trial for trial in pareto_front(tuned.trials, tuned.speed.speedup)}
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    plan = tuned.chosen.candidate.plan
+    for unit in job.units:
+        rank = plan.ranks[unit.name]
+        kept = unit.parameters(rank, unit.stored_as(plan.structure)) / unit.dense_parameters
+        kinds.setdefault(unit.kind, []).append({"layer": unit.layer, "rank": rank, "dense_rank": unit.full_rank, "kept": kept})
+    seconds = time_spent(study)
+    return {
+        "title": job.source.title,
+        "target": str(recipe.target),
+        "engine": tuned.chosen.comparison.engine,
+        "dtype": runtime_of(recipe.engine).dtype,
+        "structure": plan.structure,
+        "workloads": {name: workload.model_dump(mode="json") for name, workload in recipe.workloads.items()},
+        "dense": {"perplexity": goal.dense_perplexity, "tokens_per_second": tuned.speed.dense_tokens_per_second},
+        "trials": [
+            {
+                "number": trial.trial,
+                "origin": trial.origin,
+                "perplexity": trial.perplexity,
+                "speedup": tuned.speed.speedup(trial.plan),
+                "ratio": trial.plan.ratio(job.units),
+                "complete": trial.complete,
+                "front": trial.trial in front,
+            }
+            for trial in tuned.trials
+        ],
+        "measured": [_measured(job, m, chosen=m is tuned.chosen) for m in tuned.measured],
+        "importances": importances(study, goal),
+        "plan": {"layers": job.layers, "kinds": kinds},
+        "search": {
+            "trials": len(tuned.trials),
+            "stopped_early": sum(not trial.complete for trial in tuned.trials),
+            "trials_per_minute": 60 * len(tuned.trials) / max(sum(seconds.values()), 1e-9),
+            "seconds_forward": seconds.get("forward", 0.0),
+            "seconds_rewrite": seconds.get("weights", 0.0),
+            "seconds_sampler": seconds.get("sampler", 0.0),
+            "standard_error": tuned.standard_error,
+        },
+    }
+
+
+def _measured(job: Job, measured: Measured, *, chosen: bool) -> dict[str, Any]:
+    comparison, candidate = measured.comparison, measured.candidate
+
+    def figures(found: Rounds) -> dict[str, float]:
+        low, high = found.spread
+        return {"speedup": found.speedup, "lowest": low, "highest": high}
+
+    return {
+        "number": candidate.trial,
+        "origin": candidate.origin,
+        "perplexity": candidate.perplexity,
+        "ratio": candidate.plan.ratio(job.units),
+        "predicted": measured.predicted_speedup,
+        "corrected": measured.corrected,
+        **figures(comparison),
+        "chosen": chosen,
+        "workloads": {
+            name: {
+                "predicted": measured.predicted[name],
+                **figures(found),
+                "dense_tokens_per_second": median(run.output_tokens_per_second for run in found.dense),
+                "tokens_per_second": median(run.output_tokens_per_second for run in found.compressed),
+            }
+            for name, found in comparison.workloads.items()
+        },
+    }
+
+
 def write_evidence(job: Job, tuned: Tuned, metrics: dict[str, Any], staging: Path) -> None:
-    """Write recipe, plan, metrics, study, model card and, last, the manifest."""
+    """Write recipe, plan, metrics, study, report, model card and, last, the manifest."""
     folder = staging / "lrserve"
     folder.mkdir()
     (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
     tuned.chosen.candidate.plan.write(folder / "plan.json")
     write_json(folder / "metrics.json", metrics)
     shutil.copyfile(tuned.study_path, folder / "study.sqlite3")
+    write_report(search_report(job, tuned), folder)
     (staging / "README.md").write_text(card.model_card(metrics), encoding="utf-8")
-    write_manifest(staging, versions(), job.provenance())
+    write_manifest(staging, versions(job), job.provenance())

@@ -109,7 +109,11 @@ def open_job(recipe: Recipe, say: Say) -> Job:
     windows = {
         "calibration": token_windows(tokenizer, texts.calibration, calibration.length, calibration.sequences, seed=recipe.seed),
         "validation": token_windows(
-            tokenizer, texts.validation, search.validation_length, max(1, most // search.validation_length)
+            tokenizer,
+            texts.validation,
+            search.validation_length,
+            max(1, most // search.validation_length),
+            up_to=search.validation_pool // search.validation_length,
         ),
         "report": token_windows(tokenizer, texts.report, report.length, max(1, report.tokens // report.length)),
         "prompts": token_windows(tokenizer, texts.report, report.prompt_tokens, report.prompts),

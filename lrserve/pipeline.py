@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from exporters.base import Exporter
-from exporters.vllm import VllmExporter
 from lrserve.allocation.allocate import uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.artifacts import card
@@ -30,7 +29,7 @@ from lrserve.errors import ArtifactError, InputError
 from lrserve.evidence import collect_metrics, prove_agreement, report_perplexity, validate_improved, write_evidence
 from lrserve.job import Job, Say, first_tokens, open_job, progress_bar, reused, tensor_sha256
 from lrserve.recipe import Recipe
-from lrserve.serving.engine import engine_version
+from lrserve.serving.runtimes import runtime_of
 from lrserve.tuning import tune
 
 _PROPAGATED_RATIO = 0.3
@@ -42,6 +41,7 @@ def compress_and_export(
     out: Path,
     *,
     work: Path | None = None,
+    storage: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     say: Say = print,
@@ -58,6 +58,8 @@ def compress_and_export(
         recipe: every setting.
         out: the artifact's folder.
         work: folder for intermediate results; `<out>.work` when None.
+        storage: URL of a database in which several runs with the same inputs share the study (`resumable.open_study`); each has a
+            work folder and an artifact of its own.
         overwrite: replace an artifact at `out` that was made from other inputs.
         dry_run: open the inputs, check the target, say what would be done; nothing is written to `out` or `work`.
         say: takes each line of result.
@@ -75,7 +77,7 @@ def compress_and_export(
     exporters = load_exporters(recipe.export)
     job = open_job(recipe, say)
     skeleton = job.source.skeleton()
-    for exporter in [VllmExporter(), *exporters]:  # vLLM measures the plans, whatever is exported
+    for exporter in [runtime_of(recipe.engine).exporter, *exporters]:  # it measures the plans, whatever is exported
         exporter.preflight(skeleton)
     linears = sum(group.dense_parameters for group in job.groups)
     say(
@@ -101,12 +103,12 @@ def compress_and_export(
         statistics = calibrate_blocks(job, model, folder)
         gradients = backpropagate(job, model, folder)
         store = factorize_groups(job, model, statistics, gradients, folder)
-        tuned = tune(job, model, store, folder)
+        tuned = tune(job, model, store, folder, storage)
         del model
         plan = tuned.chosen.candidate.plan
         factors, improved = improve_factors(job, plan, store, gradient_reader(job, gradients), folder)
         validation = tuned.chosen.candidate.perplexity
-        if improved and (found := validate_improved(job, plan, factors, validation)) is not None:
+        if improved and (found := validate_improved(job, tuned, factors)) is not None:
             validation = found
         else:
             factors, improved = store, {}
@@ -185,7 +187,8 @@ def _say_intent(job: Job) -> None:
     job.say(
         f"dry run: would calibrate on {recipe.calibration.sequences} x {recipe.calibration.length} tokens{backwards}, run "
         f"{recipe.search.trials} trials on {recipe.search.validation_tokens} validation tokens, measure up to "
-        f"{recipe.search.measured_plans} plans on {engine_version()}, {then}and export {' and '.join(recipe.export)}"
+        f"{recipe.search.measured_plans} plans on {runtime_of(recipe.engine).version}, {then}and export "
+        f"{' and '.join(recipe.export)}"
     )
 
 

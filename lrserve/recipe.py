@@ -23,7 +23,7 @@ class _Frozen(BaseModel):
 
 
 class Target(_Frozen):
-    """What the user fixed; the search optimises the rest. At most one of the three is set; none means `ratio` 0.2."""
+    """What the user fixed; the search optimises the rest. With none of the three it looks for the whole front of both."""
 
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the parameters of the decoder's linear layers to remove."""
@@ -34,17 +34,20 @@ class Target(_Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _exactly_one(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        given = [name for name, value in data.items() if value is not None]
+    def _at_most_one(cls, data: Any) -> Any:
+        given = [name for name, value in data.items() if value is not None] if isinstance(data, dict) else []
         if len(given) > 1:
             raise ValueError(f"give one of ratio, min_speedup and max_ppl_increase, not {' and '.join(given)}")
-        return data if given else {"ratio": 0.2}
+        return data
+
+    @property
+    def front(self) -> bool:
+        """Whether nothing is fixed: two objectives."""
+        return not (self.ratio or self.min_speedup or self.max_ppl_increase)
 
     def __str__(self) -> str:
-        (entry,) = [f"{name} {value:g}" for name, value in self.model_dump().items() if value is not None]
-        return entry.replace("_", "-")
+        given = [f"{name} {value:g}" for name, value in self.model_dump().items() if value is not None]
+        return given[0].replace("_", "-") if given else "front"
 
 
 class Text(_Frozen):
@@ -106,7 +109,7 @@ class Search(_Frozen):
     """The Optuna study."""
 
     trials: Annotated[int, Field(ge=3)] = 24
-    sampler: Literal["gp", "tpe"] = "gp"
+    sampler: Literal["gp", "tpe", "random"] = "gp"
     speed_weight: Annotated[float, Field(ge=0)] = 1.0
     """What speed counts under a ratio target: with 1, one percent of throughput is worth one percent of perplexity."""
     rank_step: Annotated[int, Field(ge=1)] = 16
@@ -116,19 +119,26 @@ class Search(_Frozen):
     probe_tokens: Annotated[int, Field(ge=64)] = 1024
     """Validation tokens on which the sensitivity of each group is measured."""
     validation_tokens: Annotated[int, Field(ge=64)] = 4096
+    """Tokens that a trial is judged on: windows chosen from the pool such that their mean loss is close to the pool's."""
+    validation_pool: Annotated[int, Field(ge=64)] = 16384
+    """Tokens of the pool."""
     validation_length: Annotated[int, Field(ge=16)] = 512
     generations: Annotated[int, Field(ge=0)] = 0
     """Generations of evolutionary level switching from the study's best plan, of four plans each; for a ratio target only."""
     measured_plans: Annotated[int, Field(ge=1)] = 3
     """Plans of the front that are measured end to end on the engine, besides the dense model."""
+    choose: Annotated[int, Field(ge=0)] | None = None
+    """Number of the trial to export, instead of the best one."""
 
 
 class Workload(_Frozen):
-    """What is measured: `concurrency` requests at once, each of unique prompts, decoding exactly `output_tokens`."""
+    """A kind of traffic: `concurrency` requests at once, each of unique prompts, decoding exactly `output_tokens`."""
 
     prompt_tokens: Annotated[int, Field(ge=1)] = 128
     output_tokens: Annotated[int, Field(ge=1)] = 128
     concurrency: Annotated[int, Field(ge=1)] = 8
+    share: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Part of the machine's time that this traffic takes with the dense model; only the proportions count."""
 
 
 PROFILES: Final[Mapping[str, Workload]] = {
@@ -139,9 +149,17 @@ PROFILES: Final[Mapping[str, Workload]] = {
 """What a server is asked for: a conversation, mostly reading, mostly writing."""
 
 
-class EngineSettings(_Frozen):
-    """The vLLM engine that measures and serves."""
+def shares(workloads: Mapping[str, Workload]) -> dict[str, float]:
+    """Return each workload's share of the dense model's time; they sum to 1."""
+    total = sum(workload.share for workload in workloads.values())
+    return {name: workload.share / total for name, workload in workloads.items()}
 
+
+class EngineSettings(_Frozen):
+    """The engine that measures and serves."""
+
+    runtime: Literal["vllm", "onnx"] = "vllm"
+    """`onnx`: ONNX Runtime on the CPU, in float32, with the exported graph; the next two do not concern it."""
     dtype: Dtype = "bfloat16"
     enforce_eager: bool = False
     """Skip torch.compile: starts faster, serves slower."""
@@ -165,12 +183,12 @@ class Recipe(_Frozen):
     """Everything that decides the result of `compress_and_export`, apart from the model's and the texts' content."""
 
     model: str
-    target: Target = Target(ratio=0.2)
+    target: Target = Target()
     text: Text = Text()
     calibration: Calibration = Calibration()
     factorization: Factorization = Factorization()
     search: Search = Search()
-    workload: Workload = Workload()
+    workloads: Annotated[dict[str, Workload], Field(min_length=1)] = dict(PROFILES)
     engine: EngineSettings = EngineSettings()
     report: Report = Report()
     export: Annotated[tuple[str, ...], Field(min_length=1)] = ("vllm", "onnx")

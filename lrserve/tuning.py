@@ -3,58 +3,57 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from exporters.vllm import VllmExporter
 from lrserve.allocation import allocate
-from lrserve.allocation import search as study
 from lrserve.allocation.evolution import evolve
+from lrserve.allocation.goal import Evaluated, Found, Goal, choose, pareto_front
 from lrserve.allocation.plan import BudgetFit, RankPlan
-from lrserve.allocation.quality import Divergence, perplexity
-from lrserve.allocation.speed import Shape, SpeedModel, shapes_to_measure, token_counts
+from lrserve.allocation.quality import Divergence, Judgement, Validation, negative_log_likelihood, representative
+from lrserve.allocation.resumable import open_study
+from lrserve.allocation.search import SearchSpace
+from lrserve.allocation.speed import SpeedModel
+from lrserve.allocation.study import Evaluate, copy_study, run_study
 from lrserve.artifacts.store import fingerprint, write_json
 from lrserve.artifacts.work import WorkFolder
 from lrserve.compression.groups import Structure
 from lrserve.compression.spectra import MergedRanks, SpectrumStore
+from lrserve.errors import InputError
 from lrserve.job import Job, first_tokens, progress_bar, reused, tensor_sha256
-from lrserve.serving.engine import engine_version
-from lrserve.serving.loadtest import Comparison, compare, open_engine, read_comparison
+from lrserve.measuring import Measured, dense_checkpoint, measure_front, measure_layers, published, speed_model
+from lrserve.serving.runtimes import runtime_of
 
-_STUDY_VERSION = 2  # raised when the same suggestions make other plans
+_STUDY_VERSION = 3  # raised when the same suggestions make other plans, or trials keep other figures
 _OFFSPRING = 4  # plans in one generation of the evolutionary allocator
 _PROBE_SHARE = 0.5  # share of its dense parameters that a group keeps while it is probed
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A plan of the front: its perplexity and predicted speed from the search, and its measured throughput beside dense."""
-
-    candidate: study.Evaluated
-    predicted_speedup: float
-    comparison: Comparison
+_REFERENCE_RATIO = 0.2  # of the uniform plan whose losses tell validation windows apart, where the target has no ratio
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The outcome: the chosen plan, everything that was measured on the engine, and where the study is."""
+    """The outcome: the chosen plan, everything that was measured on the engine, every trial, and the study in a SQLite file."""
 
     chosen: Measured
     measured: list[Measured]
-    trials: list[study.Evaluated]
-    dense_perplexity: float
+    trials: list[Evaluated]
+    goal: Goal
+    speed: SpeedModel
+    validation: Validation
     study_path: Path
 
+    @property
+    def standard_error(self) -> float:
+        """Of the chosen plan's log(perplexity / dense perplexity) on the validation text, in nats."""
+        return self.validation.standard_error(self.chosen.candidate.nll)
 
-def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder) -> Tuned:
+
+def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder, storage: str | None = None) -> Tuned:
     """Choose a rank plan for the recipe's target.
 
     Args:
@@ -62,32 +61,72 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder) -> Tune
         model: the dense model in the job's dtype; its weights are rewritten by the trials.
         store: its spectra.
         folder: the work folder; what an earlier run finished is reused.
+        storage: URL of a database in which workers with the same inputs share the study.
 
     Raises:
         InfeasibleTargetError: no plan meets the target.
-        EngineError: vLLM failed.
+        InputError: the database cannot be used, or `search.choose` is no finished trial.
+        EngineError: the engine failed.
     """
     merged = MergedRanks(model, job.units, store)
     device = next(model.parameters()).device
-    losses, probe = _losses(job, merged, store, folder)
+    losses, probe = probed_losses(job, merged, store, folder)
+    validation, validated = choose_windows(job, merged, store, folder)
     merged.to("cpu")  # an engine takes the GPU
-    speed, latency = _latencies(job, folder)
+    runtime = runtime_of(job.recipe.engine)
+    dense = dense_checkpoint(job, runtime, folder)
+    table, latency = measure_layers(job, runtime, dense, folder)
     merged.to(device)
-    dense_perplexity = _validate(job, merged, None)
-    structure = job.recipe.structure
-    space = study.SearchSpace(job.units, job.recipe.target, job.recipe.search, losses, speed, dense_perplexity, structure)
-    trials, path = _search(job, merged, space, folder, {"probe": probe, "latency": latency})
+    settings, target = job.recipe.search, job.recipe.target
+    goal = Goal(target, settings.speed_weight, validation.dense_perplexity)
+    inputs = {"probe": probe, "latency": latency, "validation": validated}
+    stage, place = _study_place(job, folder, inputs, storage)
+    if isinstance(place, tuple):
+        table = published(open_study(place[1], place[0], goal.metrics), table)
+    speed = speed_model(job, table)
+    space = SearchSpace(job.units, target, settings, losses, speed, job.recipe.structure)
+    trials = _search(job, merged, space, goal, speed, validation, place)
+    if settings.generations:
+        best = min((trial for trial in trials if trial.complete), key=lambda trial: trial.perplexity)
+        trials.append(_evolve(job, merged, space, speed, validation, stage, best))
     merged.to("cpu")
-    measured = _measure(job, store, folder, trials, space)
-    by_ratio = job.recipe.target.ratio is not None
-    speedups = [m.comparison.undisturbed_speedup if by_ratio else m.comparison.speedup for m in measured]
-    best = study.choose(list(zip([m.candidate for m in measured], speedups, strict=True)), job.recipe.target, space)
+    picked = _picked(trials, settings.choose)
+    measured = measure_front(job, store, folder, runtime, dense, picked or trials, goal, speed)
+    best = picked[0] if picked else choose([_found(m, goal) for m in measured], goal)
     chosen = next(m for m in measured if m.candidate is best)
     job.say(f"4/6 chosen: {best.origin}, ratio {best.plan.ratio(job.units):.3f}, {chosen.comparison.speedup:.2f}x of dense")
-    return Tuned(chosen, measured, trials, dense_perplexity, path)
+    path = stage / "study.sqlite3"
+    if isinstance(place, tuple):
+        path.unlink(missing_ok=True)
+        copy_study(place, path)
+    return Tuned(chosen, measured, trials, goal, speed, validation, path)
 
 
-def _losses(job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFolder) -> tuple[dict[str, allocate.Losses], str]:
+def _picked(trials: Sequence[Evaluated], number: int | None) -> list[Evaluated]:
+    """Return the trial that the recipe chooses, if it does.
+
+    Raises:
+        InputError: there is none of this number, or it was stopped early.
+    """
+    if number is None:
+        return []
+    found = [trial for trial in trials if trial.trial == number and trial.complete]
+    if not found:
+        raise InputError(
+            f"search.choose: the study has no trial {number} that was judged on all of the text; its report lists them"
+        )
+    return found[:1]
+
+
+def _found(measured: Measured, goal: Goal) -> Found:
+    comparison = measured.comparison
+    speedup = comparison.undisturbed_speedup if goal.target.ratio else comparison.speedup
+    return Found(measured.candidate, speedup, comparison.spread[0])
+
+
+def probed_losses(
+    job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFolder
+) -> tuple[dict[str, allocate.Losses], str]:
     """Return `allocate.estimates`, and the name of the stage that holds the probes."""
     probes, stage = probe_groups(job, merged, store, folder, job.recipe.structure)
     weighted = {group.name for group in job.units if group.kind in job.recipe.factorization.fisher}
@@ -136,100 +175,108 @@ def probe_groups(
     return found, stage.name
 
 
-def _latencies(job: Job, folder: WorkFolder) -> tuple[SpeedModel, str]:
-    """Measure the dense model's run and the latency of single layers, dense and at a dozen ranks, in one engine."""
-    workload, settings = job.recipe.workload, job.recipe.engine
-    structure = job.recipe.structure
-    shapes = shapes_to_measure(job.units, job.recipe.search.rank_step, structure)
-    tokens = token_counts(workload)
-    stage = folder.stage(
-        "latency",
-        {
-            **job.model_inputs(),
-            "engine": engine_version(),
-            "machine": [platform.machine(), platform.processor(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS")],
-            "settings": settings.model_dump(mode="json", exclude={"repeats"}),
-            "workload": workload.model_dump(mode="json"),
-            "rank_step": job.recipe.search.rank_step,
-            "structure": structure,
-        },
-    )
-    path = stage / "latency.json"
+def choose_windows(job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFolder) -> tuple[Validation, str]:
+    """Choose the windows that trials are judged on, and the name of the stage that holds their numbers.
+
+    Those stand for the pool by what the dense model and one compressed one make of them: the mean difference in loss between the
+    two is close to that over the pool.
+    """
+    settings = job.recipe.search
+    pool = first_tokens(job.windows["validation"], settings.validation_pool)
+    amount = max(1, settings.validation_tokens // settings.validation_length)
+    fit = BudgetFit(job.units, settings.rank_step, job.recipe.structure)
+    budget = max((1 - (job.recipe.target.ratio or _REFERENCE_RATIO)) * fit.dense_cost, fit.smallest_cost)
+    reference = allocate.uniform(fit, budget)
+    identity = {"spectra": store.folder.name, "pool": tensor_sha256(pool), "windows": amount, "reference": dict(reference.ranks)}
+    stage = folder.stage("validation", identity)
+    path = stage / "windows.json"
     before = path.is_file()
     if not before:
-        with (
-            progress_bar(3, "4/6 latency") as progress,
-            open_engine(job.source.path, workload, settings, log=stage / "engine.log") as engine,
-        ):
-            progress(1)
-            runs = [
-                engine.throughput(workload.prompt_tokens, workload.output_tokens, workload.concurrency, seed=seed)
-                for seed in range(3)
-            ]
-            progress(2)
-            table = engine.latency_table(shapes, tokens, dtype=settings.dtype)
-            progress(3)
-        rows = [{**asdict(shape), "us": us} for shape, us in zip(shapes, table, strict=True)]
-        # the first run warms up
-        write_json(path, {"dense_seconds": min(run.seconds for run in runs[1:]), "tokens": tokens, "rows": rows})
+        with progress_bar(2 * len(pool), "4/6 validation") as progress:
+            merged.apply({})
+            dense = negative_log_likelihood(merged.model, pool, progress)
+            chosen = list(range(len(pool)))
+            if amount < len(pool):
+                merged.apply(dict(reference.ranks))
+                compressed = negative_log_likelihood(merged.model, pool, lambda done: progress(len(pool) + done))
+                chosen = representative((compressed - dense).tolist(), amount)
+        write_json(path, {"windows": chosen, "dense": dense[chosen].tolist()})
     data = json.loads(path.read_text(encoding="utf-8"))
-    latencies = {Shape(**row): (decode, prefill) for row in data["rows"] for decode, prefill in [row.pop("us")]}
-    speed = SpeedModel(job.units, workload, data["dense_seconds"], latencies, job.recipe.search.rank_step, structure)
-    rate = workload.concurrency * workload.output_tokens / speed.dense_seconds
-    job.say(
-        f"4/6 latency: {len(shapes)} layers at {tokens[0]} and {tokens[1]} tokens on {engine_version()}, "
-        f"dense {rate:.0f} output tokens/s{reused(int(before), 1)}"
-    )
-    return speed, stage.name
+    windows = pool[data["windows"]]
+    job.say(f"4/6 validation: {windows.numel()} tokens stand for {pool.numel()}{reused(int(before), 1)}")
+    return Validation(windows, data["dense"]), stage.name
 
 
-def _validate(job: Job, merged: MergedRanks, plan: RankPlan | None) -> float:
-    """Perplexity of a plan (None: dense) on the validation text."""
-    merged.apply(dict(plan.ranks) if plan is not None else {})
-    return perplexity(merged.model, first_tokens(job.windows["validation"], job.recipe.search.validation_tokens))
-
-
-def _search(
-    job: Job, merged: MergedRanks, space: study.SearchSpace, folder: WorkFolder, stages: Mapping[str, str]
-) -> tuple[list[study.Evaluated], Path]:
+def _study_place(
+    job: Job, folder: WorkFolder, stages: Mapping[str, str], storage: str | None
+) -> tuple[Path, Path | tuple[str, str]]:
+    """Return the study's stage, and where the study is: in a file there, or under a name of its own in the shared database."""
     settings = job.recipe.search
     stage = folder.stage(
         "study",
         {
             **stages,
             "version": _STUDY_VERSION,
-            "windows": tensor_sha256(job.windows["validation"]),
             # the number of trials is no part of the identity: more of them go on from where fewer ended
-            "search": settings.model_dump(mode="json", exclude={"trials", "measured_plans", "generations"}),
+            "search": settings.model_dump(mode="json", exclude={"trials", "measured_plans", "generations", "choose"}),
             "target": job.recipe.target.model_dump(mode="json"),
             "seed": job.recipe.seed,
         },
     )
+    return stage, stage / "study.sqlite3" if storage is None else (storage, f"lrserve-{stage.name}")
+
+
+def judge(merged: MergedRanks, validation: Validation) -> Evaluate:
+    """Return what puts a plan into the model and judges it; only groups whose rank changed are rewritten."""
+
+    def evaluate(plan: RankPlan, rivals: Sequence[Sequence[float]]) -> Judgement:
+        began = time.perf_counter()
+        merged.apply(dict(plan.ranks))
+        applied = time.perf_counter()
+        found = validation(merged.model, rivals)
+        return replace(found, seconds={"weights": applied - began, "forward": time.perf_counter() - applied})
+
+    return evaluate
+
+
+def _search(
+    job: Job,
+    merged: MergedRanks,
+    space: SearchSpace,
+    goal: Goal,
+    speed: SpeedModel,
+    validation: Validation,
+    place: Path | tuple[str, str],
+) -> list[Evaluated]:
+    settings = job.recipe.search
     resumed: list[int] = []
     with progress_bar(settings.trials, "4/6 search") as progress:
 
-        def report(done: int, last: study.Evaluated | None) -> None:
+        def report(done: int, last: Evaluated | None) -> None:
             if last is None:
                 resumed.append(done)
             progress(done)
 
-        path = stage / "study.sqlite3"
-        trials = study.run_study(
-            space, lambda plan: _validate(job, merged, plan), settings, path, seed=job.recipe.seed, progress=report
-        )
-    best = min(trials, key=lambda e: e.perplexity)
-    bases = ", ".join(f"{e.origin} {e.perplexity:.2f}" for e in trials if e.origin in space.bases)
+        trials = run_study(space, goal, speed, judge(merged, validation), settings, place, seed=job.recipe.seed, progress=report)
+    front = pareto_front(trials, speed.speedup)
+    shown = "; ".join(f"{e.origin} {e.perplexity:.2f} at {speed.speedup(e.plan):.2f}x" for e in front)
+    early = sum(not trial.complete for trial in trials)
     job.say(
-        f"4/6 search: {len(trials)} trials{reused(resumed[0], len(trials))}; validation perplexity: "
-        f"dense {space.dense_perplexity:.2f}, {bases}, best {best.perplexity:.2f} ({best.origin})"
+        f"4/6 search: {len(trials)} trials{reused(resumed[0], len(trials))}, {early} stopped early; validation perplexity: dense "
+        f"{goal.dense_perplexity:.2f}, predicted front: {shown}"
     )
-    if settings.generations:
-        trials.append(_evolve(job, merged, space, stage, best))
-        job.say(f"4/6 evolution: validation perplexity {trials[-1].perplexity:.2f} after {settings.generations} generations")
-    return trials, path
+    return trials
 
 
-def _evolve(job: Job, merged: MergedRanks, space: study.SearchSpace, stage: Path, start: study.Evaluated) -> study.Evaluated:
+def _evolve(
+    job: Job,
+    merged: MergedRanks,
+    space: SearchSpace,
+    speed: SpeedModel,
+    validation: Validation,
+    stage: Path,
+    start: Evaluated,
+) -> Evaluated:
     """Switch levels of the study's best plan, judged by the divergence on the probe's tokens."""
     settings = job.recipe.search
     merged.apply({})
@@ -251,57 +298,7 @@ def _evolve(job: Job, merged: MergedRanks, space: study.SearchSpace, stage: Path
             seed=job.recipe.seed,
             progress=lambda generation, best: progress(generation),
         )
-    return study.Evaluated(plan, _validate(job, merged, plan), space.tokens_per_second(plan), "evolution", start.trial)
-
-
-def _measure(
-    job: Job, store: SpectrumStore, folder: WorkFolder, trials: list[study.Evaluated], space: study.SearchSpace
-) -> list[Measured]:
-    """Export the most promising plans of the front one by one and measure each in turns with the dense model."""
-    recipe = job.recipe
-    workload, settings = recipe.workload, recipe.engine
-    stage = folder.stage(
-        "measure",
-        {
-            "spectra": store.folder.name,
-            "engine": engine_version(),
-            "settings": settings.model_dump(mode="json"),
-            "workload": workload.model_dump(mode="json"),
-            "seed": recipe.seed,
-        },
-    )
-    picked = study.candidates(trials, recipe.target, space, recipe.search.measured_plans)
-    paths = [stage / f"{fingerprint(candidate.plan.key())[:16]}.json" for candidate in picked]
-    missing = [index for index, path in enumerate(paths) if not path.is_file()]
-    checkpoint = folder.root / "candidate"
-    runs = 0
-    with progress_bar(len(missing) * 2 * settings.repeats, "4/6 measure") as progress, ExitStack() as stack:
-
-        def step() -> None:
-            nonlocal runs
-            runs += 1
-            progress(runs)
-
-        if missing:
-            dense = stack.enter_context(open_engine(job.source.path, workload, settings, sharing=2))
-        for index in missing:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            checkpoint.mkdir()
-            model = job.compressed_model(picked[index].plan, store)
-            VllmExporter().export(model, job.source.path, checkpoint, job.dtype)
-            del model
-            with open_engine(checkpoint, workload, settings, sharing=2) as engine:
-                comparison = compare(dense, engine, workload, settings.repeats, seed=recipe.seed, progress=step)
-            write_json(paths[index], asdict(comparison))
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    measured = []
-    for index, (candidate, path) in enumerate(zip(picked, paths, strict=True)):
-        result = Measured(candidate, space.speedup(candidate.plan), read_comparison(path))
-        measured.append(result)
-        spread = f"{min(result.comparison.speedups):.2f} to {max(result.comparison.speedups):.2f}"
-        job.say(
-            f"4/6 measure: {candidate.origin}: validation perplexity {candidate.perplexity:.2f}, "
-            f"{result.comparison.speedup:.2f}x of dense ({spread}), predicted {result.predicted_speedup:.2f}x"
-            f"{reused(int(index not in missing), 1)}"
-        )
-    return measured
+    merged.apply(dict(plan.ranks))
+    found = validation(merged.model)
+    job.say(f"4/6 evolution: validation perplexity {found.perplexity:.2f} after {settings.generations} generations")
+    return Evaluated(plan, found.perplexity, speed.tokens_per_second(plan), "evolution", start.trial, found.nll)

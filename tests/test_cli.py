@@ -104,6 +104,8 @@ def test_a_dry_run_writes_nothing(model: Path, text: Path, tmp_path: Path) -> No
         str(text),
         "--recipe",
         str(small),
+        "--ratio",
+        "0.2",
         "--dry-run",
     )
     assert shown.returncode == 0, shown.stderr

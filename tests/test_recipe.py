@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lrserve.errors import InputError
-from lrserve.recipe import Recipe
+from lrserve.recipe import PROFILES, Recipe, Workload, shares
 
 
 def test_defaults_overrides_and_round_trip(tmp_path: Path) -> None:
@@ -18,8 +18,19 @@ def test_defaults_overrides_and_round_trip(tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_text(recipe.to_yaml())
     assert Recipe.load(again, {}) == recipe
-    assert Recipe.load(None, {"model": "m"}).target.ratio == 0.2
+    assert Recipe.load(None, {"model": "m"}).target.front
+    assert not recipe.target.front
+    assert str(Recipe.load(None, {"model": "m"}).target) == "front"
+    assert Recipe.load(None, {"model": "m"}).workloads == PROFILES
     assert str(Recipe.load(path, {"target.min_speedup": 1.3}).target) == "min-speedup 1.3"
+
+
+def test_workloads_share_the_machines_time(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: m\nworkloads:\n  a: {concurrency: 2, share: 3}\n  b: {}\n")
+    workloads = Recipe.load(path, {}).workloads
+    assert workloads == {"a": Workload(concurrency=2, share=3.0), "b": Workload()}
+    assert shares(workloads) == {"a": 0.75, "b": 0.25}
 
 
 def test_a_structure_is_one_that_plans_know() -> None:
@@ -38,6 +49,9 @@ def test_a_structure_is_one_that_plans_know() -> None:
         ({"model": "m", "target.ratio": 1.5}, r"target\.ratio: .*less than 1; got 1\.5"),
         ({"model": "m", "target.ratio": 0.2, "target.min_speedup": 2.0}, "give one of ratio"),
         ({"model": "m", "search.trials": 0}, r"search\.trials"),
+        ({"model": "m", "workloads": {}}, "workloads: Dictionary should have at least 1 item"),
+        ({"model": "m", "workloads": {"a": {"share": 0}}}, r"workloads\.a\.share"),
+        ({"model": "m", "engine.runtime": "tgi"}, "engine.runtime: Input should be 'vllm' or 'onnx'"),
         ({"model": "m", "search.trial": 5}, r"search\.trial: Extra inputs"),
     ],
 )

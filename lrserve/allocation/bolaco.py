@@ -21,7 +21,7 @@ import optuna
 
 from lrserve.allocation.allocate import uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan
-from lrserve.allocation.resumable import ask, gp_sampler, open_study
+from lrserve.allocation.resumable import gp_sampler, open_study, run_trial
 from lrserve.compression.groups import Group
 from lrserve.errors import InfeasibleTargetError, InputError
 
@@ -80,16 +80,18 @@ def bolaco(
     ]
     seen = {plan.key(): value for value, plan in done}
     while len(done) < trials:
-        index = len(done)  # of finished trials, so that failed ones do not shift the sequence
-        trial = ask(study, gp_sampler(seed * 1_000_003 + index), None if index else first)
-        shares = {name: trial.suggest_float(name, *_SHARES) for name in names}
-        plan = _whole(groups, fit.fit({name: shares[parameter[name]] for name in parameter}, left).ranks)
-        value = seen[plan.key()] if plan.key() in seen else evaluate(plan)
-        value = value if math.isfinite(value) else math.inf
-        trial.set_user_attr("ranks", dict(plan.ranks))
-        study.tell(trial, value)
-        done.append((value, plan))
-        seen[plan.key()] = value
+
+        def objective(trial: optuna.Trial) -> float:
+            shares = {name: trial.suggest_float(name, *_SHARES) for name in names}
+            plan = _whole(groups, fit.fit({name: shares[parameter[name]] for name in parameter}, left).ranks)
+            value = seen[plan.key()] if plan.key() in seen else evaluate(plan)
+            value = value if math.isfinite(value) else math.inf
+            trial.set_user_attr("ranks", dict(plan.ranks))
+            done.append((value, plan))
+            seen[plan.key()] = value
+            return value
+
+        run_trial(study, gp_sampler(seed * 1_000_003 + len(done)), None if done else first, objective)
         progress(len(done), min(value for value, _ in done))
     return min(done[:trials], key=lambda item: item[0])[1]
 

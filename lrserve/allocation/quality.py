@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from lrserve.compression.groups import family_of
 from lrserve.compression.logits import LOGIT_ROWS, logits_of
 
 _BATCH_TOKENS = 4096  # tokens in one forward pass
+_FEWEST_WINDOWS = 4  # in a half from whose spread a difference can be judged
+_STANDARD_ERRORS = 3.0  # by which a model has to be worse than a rival to be given up
 
 
 def _hidden(model: Any, windows: torch.Tensor) -> torch.Tensor:
@@ -54,6 +57,80 @@ def perplexity(model: Any, windows: torch.Tensor, progress: Callable[[int], None
     """Return exp of the mean negative log likelihood per predicted token."""
     mean = float(negative_log_likelihood(model, windows, progress).mean())
     return math.exp(mean) if mean < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What validation windows say of a plan.
+
+    nll: mean negative log likelihood of each window that was run, in nats. Where not all of them were (`complete` is False),
+        `perplexity` is an estimate.
+    seconds: what the time went into.
+    """
+
+    perplexity: float
+    nll: tuple[float, ...] = ()
+    complete: bool = True
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class Validation:
+    """A few windows of text on which plans are compared, each with the dense model on the same windows.
+
+    The windows come in two halves. A model that is surely worse than one of its rivals on the first is not run on the second.
+
+    Args:
+        windows: int64 (windows, length), an even number of windows or one.
+        dense: the dense model's mean negative log likelihood of each.
+    """
+
+    def __init__(self, windows: torch.Tensor, dense: Sequence[float]) -> None:
+        self.windows, self.dense = windows, tuple(dense)
+        self.dense_perplexity = _perplexity(self.dense)
+
+    def __call__(self, model: Any, rivals: Sequence[Sequence[float]] = ()) -> Judgement:
+        """Judge a model; `rivals` are the window losses of models that were judged on all windows."""
+        half = len(self.windows) // 2
+        first: list[float] = []
+        if half >= _FEWEST_WINDOWS and rivals:
+            first = negative_log_likelihood(model, self.windows[:half]).tolist()
+            rival = min(rivals, key=sum)
+            differences = torch.tensor(first, dtype=torch.float64) - torch.tensor(rival[:half], dtype=torch.float64)
+            mean = float(differences.mean())
+            if not mean <= _STANDARD_ERRORS * float(differences.std()) / math.sqrt(half):  # written so that a NaN stops
+                return Judgement(_perplexity([mean + sum(rival) / len(rival)]), tuple(first), complete=False)
+        nll = (*first, *negative_log_likelihood(model, self.windows[len(first) :]).tolist())
+        return Judgement(_perplexity(nll), nll)
+
+    def standard_error(self, nll: Sequence[float]) -> float:
+        """Return the standard error of log(perplexity / dense perplexity), in nats, if the windows were drawn at random."""
+        differences = torch.tensor(nll, dtype=torch.float64) - torch.tensor(self.dense, dtype=torch.float64)
+        return float(differences.std() / math.sqrt(len(differences))) if len(differences) > 1 else math.nan
+
+
+def _perplexity(nll: Sequence[float]) -> float:
+    mean = sum(nll) / len(nll)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def representative(differences: Sequence[float], count: int) -> list[int]:
+    """Choose windows whose mean difference between two models is close to that of all windows, by stratified sampling.
+
+    The windows are sorted by their difference and cut into `count` strata; each gives the one closest to its mean. The first half
+    of the result is balanced as well: pairs of strata from the outside and from the inside take turns.
+
+    Args:
+        differences: of each window's loss, in nats.
+        count: how many to choose; all where there are no more.
+    """
+    values = torch.tensor(differences, dtype=torch.float64)
+    if count >= len(values):
+        return list(range(len(values)))
+    strata = values.argsort().tensor_split(count)
+    chosen = [int(s[(values[s] - values[s].mean()).abs().argmin()]) for s in strata]
+    pairs = [(chosen[i], chosen[-1 - i]) for i in range(count // 2)]
+    inwards = sorted(range(len(pairs)), key=lambda i: min(2 * i, 2 * (len(pairs) - 1 - i) + 1))  # outermost, innermost, ...
+    return [index for i in inwards for index in pairs[i]] + chosen[count // 2 : count // 2 + count % 2]
 
 
 class Divergence:

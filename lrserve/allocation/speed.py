@@ -3,23 +3,30 @@
 One run of a workload with P prompt tokens, S output tokens and c requests at once is a prefill of c P tokens (in chunks of at
 most `_PREFILL_CHUNK`) and S - 1 decode steps of c tokens. The dense model's run is measured as a whole, in T seconds; a plan is
 predicted to take T plus, for each group, the difference between its factors' and its dense latency over all those calls.
-Everything outside the linear layers is thus measured, not modelled, and the dense plan is predicted exactly.
+Everything outside the linear layers is thus measured, not modelled, and the dense plan is predicted exactly. What the engine then
+says of whole plans corrects the differences by one factor for each workload (`SpeedModel.corrected`).
+
+Several workloads are a mix: a machine that serves the dense model spends a given share of its time on each. A plan's *relative
+time* is what the same requests take it, over the dense model's: the mean over the workloads, weighted by their shares. So
+it is additive over groups, and its inverse, the speedup, says how much less machine the same traffic needs.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from lrserve.allocation.plan import RankPlan, rank_choices
 from lrserve.compression.groups import Group, Stored, Structure
-from lrserve.recipe import Workload
+from lrserve.recipe import Workload, shares
 
 _PREFILL_CHUNK = 4096
 _TABLE_RANKS = 12  # ranks measured per shape; between them latency is interpolated
+_TRUST = 0.05**2  # squared relative change of time at which a measured plan counts as much as the table
 
 
 @dataclass(frozen=True)
@@ -65,73 +72,125 @@ def shapes_to_measure(groups: Sequence[Group], step: int, structure: Structure) 
     return list(shapes)
 
 
-def token_counts(workload: Workload) -> tuple[int, int]:
-    """Return the rows of input that a layer sees in a decode step and in a prefill chunk."""
-    return workload.concurrency, min(workload.concurrency * workload.prompt_tokens, _PREFILL_CHUNK)
+def calls(workload: Workload) -> Counter[int]:
+    """Count how often a run passes so many rows of input through every layer: {rows: calls}."""
+    rows = workload.concurrency * workload.prompt_tokens
+    count: Counter[int] = Counter()
+    count[workload.concurrency] += workload.output_tokens - 1
+    count[min(rows, _PREFILL_CHUNK)] += math.ceil(rows / _PREFILL_CHUNK)
+    return count
+
+
+def token_counts(workloads: Mapping[str, Workload]) -> list[int]:
+    """Return every number of rows that a layer sees in one of the workloads, ascending."""
+    return sorted({rows for workload in workloads.values() for rows in calls(workload)})
 
 
 class SpeedModel:
-    """Predicts output tokens per second of any plan of one structure, for one workload."""
+    """Predicts the time of any plan of one structure, for a mix of workloads."""
 
     def __init__(
         self,
         groups: Sequence[Group],
-        workload: Workload,
-        dense_seconds: float,
-        latencies: Mapping[Shape, tuple[float, float]],
+        workloads: Mapping[str, Workload],
+        dense_seconds: Mapping[str, float],
+        latencies: Mapping[Shape, Mapping[int, float]],
         step: int,
         structure: Structure,
+        corrections: Mapping[str, float] | None = None,
     ) -> None:
-        """Take the measured dense run and, per shape, the microseconds of one decode step and of one prefill chunk.
+        """Take, per workload, the seconds of the measured dense run and, per shape and number of rows, microseconds of one call.
 
-        The table holds `shapes_to_measure` of the same groups, step and structure.
+        The table holds `shapes_to_measure` of the same groups, step and structure at `token_counts`. `corrections` multiply the
+        predicted differences from dense, by workload.
         """
         self.groups = list(groups)
-        self.workload = workload
-        self.dense_seconds = dense_seconds
-        chunks = math.ceil(workload.concurrency * workload.prompt_tokens / _PREFILL_CHUNK)
-
-        def seconds(group: Group, rank: int | None) -> float:
-            rows = [latencies[shape] for shape in shapes_of(group, rank, structure)]
-            return sum(1e-6 * ((workload.output_tokens - 1) * decode + chunks * prefill) for decode, prefill in rows)
-
+        self._made_of = (groups, workloads, dense_seconds, latencies, step, structure)
+        self._shares = shares(workloads)
+        factors = corrections or {}
+        # seconds of a call become relative time: of each workload, corrected, and of the mix
+        self._weights = {
+            name: {rows: 1e-6 * number * factors.get(name, 1.0) / dense_seconds[name] for rows, number in calls(workload).items()}
+            for name, workload in workloads.items()
+        }
+        self.dense_tokens_per_second = sum(
+            self._shares[name] * workload.concurrency * workload.output_tokens / dense_seconds[name]
+            for name, workload in workloads.items()
+        )
         self._structure: Structure = structure
-        self._curves: dict[tuple[bool, tuple[Shape, ...]], tuple[list[int], list[float], float]] = {}
+        self._curves: dict[tuple[bool, tuple[Shape, ...]], tuple[list[int], dict[int, list[float]], dict[int, float]]] = {}
+        counts = token_counts(workloads)
         for group in self.groups:
             key = self._key(group)
-            if key not in self._curves:
-                ranks = measured_ranks(group, step, structure)
-                # more rank is never faster: what the clock says against that is noise
-                column = list(accumulate((seconds(group, rank) for rank in ranks), max))
-                self._curves[key] = ranks, column, seconds(group, None)
+            if key in self._curves:
+                continue
+
+            def microseconds(rank: int | None, rows: int, group: Group = group) -> float:
+                return sum(latencies[shape][rows] for shape in shapes_of(group, rank, structure))
+
+            ranks = measured_ranks(group, step, structure)
+            # more rank is never faster: what the clock says against that is noise
+            columns = {rows: list(accumulate((microseconds(rank, rows) for rank in ranks), max)) for rows in counts}
+            self._curves[key] = ranks, columns, {rows: microseconds(None, rows) for rows in counts}
+
+    def corrected(self, measured: Sequence[tuple[RankPlan, Mapping[str, float]]]) -> SpeedModel:
+        """Return the uncorrected model of the same table with one factor for each workload on all predicted changes of time.
+
+        The least-squares factor through what was measured, drawn towards 1: one plan that changes the time by 5 % counts as
+        much as the table.
+
+        Args:
+            measured: plans, and for each workload the relative time that the engine found.
+        """
+        table = SpeedModel(*self._made_of)
+        factors = {}
+        for name in self._shares:
+            pairs = [(table.relative_times(plan)[name] - 1, times[name] - 1) for plan, times in measured]
+            products, squares = sum(x * y for x, y in pairs), sum(x * x for x, _ in pairs)
+            factors[name] = max((products + _TRUST) / (squares + _TRUST), 0.0)
+        return SpeedModel(*self._made_of, corrections=factors)
 
     def _key(self, group: Group) -> tuple[bool, tuple[Shape, ...]]:
         return group.ordered, tuple(shapes_of(group, None, self._structure))
 
-    def cost(self, group: Group, rank: int | None) -> float:
-        """Predicted seconds that the group's layers take over the whole run; a `Cost` for `BudgetFit`."""
-        ranks, seconds, dense = self._curves[self._key(group)]
+    def _microseconds(self, group: Group, rank: int | None, rows: int) -> float:
+        ranks, columns, dense = self._curves[self._key(group)]
         if rank is None:
-            return dense
-        i = bisect_left(ranks, rank)
+            return dense[rows]
+        column, i = columns[rows], bisect_left(ranks, rank)
         if i == len(ranks) or ranks[i] == rank or i == 0:
-            return seconds[min(i, len(ranks) - 1)]
+            return column[min(i, len(ranks) - 1)]
         part = (rank - ranks[i - 1]) / (ranks[i] - ranks[i - 1])
-        return seconds[i - 1] + part * (seconds[i] - seconds[i - 1])
+        return column[i - 1] + part * (column[i] - column[i - 1])
 
-    def seconds(self, plan: RankPlan) -> float:
-        """Predict the run's wall-clock seconds."""
-        change = sum(self.cost(g, rank) - self.cost(g, None) for g in self.groups if (rank := plan.ranks[g.name]) is not None)
-        return max(self.dense_seconds + change, 1e-9)
+    def _time(self, name: str, group: Group, rank: int | None) -> float:
+        return sum(weight * self._microseconds(group, rank, rows) for rows, weight in self._weights[name].items())
 
-    def tokens_per_second(self, plan: RankPlan) -> float:
-        """Predict output tokens per second."""
-        return self.workload.concurrency * self.workload.output_tokens / self.seconds(plan)
+    def cost(self, group: Group, rank: int | None) -> float:
+        """Predict the group's part of the mix's relative time; a `Cost` for `BudgetFit`."""
+        return sum(share * self._time(name, group, rank) for name, share in self._shares.items())
+
+    def relative_times(self, plan: RankPlan) -> dict[str, float]:
+        """Predict, for each workload, the plan's time over the dense model's."""
+        changed = [(group, rank) for group in self.groups if (rank := plan.ranks[group.name]) is not None]
+        return {
+            name: max(1 + sum(self._time(name, group, rank) - self._time(name, group, None) for group, rank in changed), 1e-9)
+            for name in self._shares
+        }
+
+    def speedups(self, plan: RankPlan) -> dict[str, float]:
+        """Predict, for each workload, the throughput over the dense model's."""
+        return {name: 1 / time for name, time in self.relative_times(plan).items()}
 
     def speedup(self, plan: RankPlan) -> float:
-        """Predict the throughput over the dense model's."""
-        return self.dense_seconds / self.seconds(plan)
+        """Predict the throughput of the mix over the dense model's."""
+        times = self.relative_times(plan)
+        return 1 / sum(share * times[name] for name, share in self._shares.items())
+
+    def tokens_per_second(self, plan: RankPlan) -> float:
+        """Predict output tokens per second of the mix."""
+        return self.dense_tokens_per_second * self.speedup(plan)
 
     def budget(self, speedup: float) -> float:
-        """Return the seconds that all groups together may take for a predicted speedup; may be negative."""
-        return sum(self.cost(group, None) for group in self.groups) - self.dense_seconds * (1 - 1 / speedup)
+        """Return the relative time that all groups together may take for a predicted speedup; may be negative."""
+        return sum(self.cost(group, None) for group in self.groups) - (1 - 1 / speedup)

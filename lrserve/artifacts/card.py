@@ -63,6 +63,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
+def _speedup(figures: Mapping[str, Any]) -> str:
+    return f"{figures['speedup']:.2f}x ({figures['speedup_lowest']:.2f} to {figures['speedup_highest']:.2f})"
+
+
 def summary(metrics: Mapping[str, Any]) -> str:
     """Render metrics.json as the table that ends a run: dense against compressed."""
     quality, speed = metrics["perplexity"]["report"], metrics["throughput"]
@@ -73,12 +77,17 @@ def summary(metrics: Mapping[str, Any]) -> str:
             f"{quality['compressed']:.2f}",
             f"{quality['increase']:+.1%}",
         ],
-        [
-            "output tokens/s",
-            f"{speed['dense']['tokens_per_second']:.1f}",
-            f"{speed['compressed']['tokens_per_second']:.1f}",
-            f"{speed['speedup']:.2f}x ({speed['speedup_lowest']:.2f} to {speed['speedup_highest']:.2f})",
-        ],
+        *(
+            [
+                f"output tokens/s, {name}: {workload['concurrency']} x ({workload['prompt_tokens']} + {workload['output_tokens']})",
+                f"{found['dense']['tokens_per_second']:.1f}",
+                f"{found['compressed']['tokens_per_second']:.1f}",
+                _speedup(found),
+            ]
+            for name, found in speed["workloads"].items()
+            for workload in [metrics["workloads"][name]]
+        ),
+        ["the same requests, all workloads", "", "", _speedup(speed)],
     ]
     names = {
         "linear_parameters": "parameters of the linears",
@@ -108,12 +117,12 @@ def agreement(metrics: Mapping[str, Any]) -> str:
 
 def model_card(metrics: Mapping[str, Any]) -> str:
     """Render the artifact's README.md."""
-    model, plan, workload, speed = metrics["model"], metrics["plan"], metrics["workload"], metrics["throughput"]
+    model, plan, speed = metrics["model"], metrics["plan"], metrics["throughput"]
     report = metrics["perplexity"]["report"]
     improved = metrics.get("improved", {})
     after = f" After the search the factors were improved: {', '.join(improved)}." if improved else ""
     made = _STRUCTURES[plan["structure"]]
-    compiled = "without" if metrics["enforce_eager"] else "with"
+    compiled = "" if metrics["runtime"] == "onnx" else f" {'without' if metrics['enforce_eager'] else 'with'} torch.compile"
     serving = ""
     if "vllm" in metrics["exports"]:
         serving += """    pip install lrserve
@@ -137,9 +146,9 @@ of its {plan["groups"]} groups of linears {plan["factorized"]} are {made}; the o
 {summary(metrics)}
 
 Perplexity: {report["tokens"]} tokens of report text in windows of {report["length"]}, with
-transformers in {metrics["dtype"]}. Throughput: {speed["engine"]} {compiled} torch.compile,
-{workload["concurrency"]} requests at once of {workload["prompt_tokens"]} prompt and {workload["output_tokens"]} output
-tokens, median of {speed["rounds"]} rounds in turns with the dense model, on the machine that made this card.
+transformers in {metrics["dtype"]}. Throughput: {speed["engine"]}{compiled}, requests at once x (prompt +
+output tokens), median and spread of {speed["rounds"]} rounds in turns with the dense model, on the machine that made
+this card; `lrserve/report.html` shows the search.
 
 {agreement(metrics)}
 

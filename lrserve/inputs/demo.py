@@ -119,6 +119,7 @@ def demo_recipe() -> Path:
     texts = demo_texts()
     recipe = {
         "model": str(demo_model()),
+        "target": {"ratio": 0.2},
         "text": {use: str(texts[use]) for use in _PARTS},
         "calibration": {"sequences": 256, "length": 512},
         "engine": {"enforce_eager": True},

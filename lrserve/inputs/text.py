@@ -158,7 +158,12 @@ def _disjoint(texts: Texts, validation: str | None, report: str | None) -> Texts
 
 
 def token_windows(
-    tokenizer: Any, documents: Documents, length: int, count: int | None = None, seed: int | None = None
+    tokenizer: Any,
+    documents: Documents,
+    length: int,
+    count: int | None = None,
+    seed: int | None = None,
+    up_to: int | None = None,
 ) -> torch.Tensor:
     """Cut documents into windows of token ids, int64 (windows, length).
 
@@ -170,6 +175,7 @@ def token_windows(
         length: tokens per window, BOS included.
         count: how many windows; all that there are when None.
         seed: choose the windows at random; with None they are spread evenly over the text.
+        up_to: take more than `count` windows, up to so many, where the text has them.
 
     Raises:
         InputError: fewer than `count` windows, or not one.
@@ -190,6 +196,7 @@ def token_windows(
         windows = torch.cat([torch.tensor([bos]).expand(available, 1), windows], dim=1)
     if count is None:
         return windows
+    count = max(count, min(available, up_to or 0))
     if seed is None:
         return windows[torch.linspace(0, available - 1, count).round().long()]
     return windows[torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]]

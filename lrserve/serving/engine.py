@@ -22,7 +22,7 @@ from lrserve.serving.versions import engine_version, require_vllm
 if TYPE_CHECKING:
     from lrserve.allocation.speed import Shape
 
-__all__ = ["Engine", "Throughput", "engine_version", "in_turns", "interleaved", "preflight"]
+__all__ = ["Engine", "Throughput", "engine_version", "in_turns", "preflight"]
 
 T = TypeVar("T")
 Run = TypeVar("Run")
@@ -138,29 +138,6 @@ def worker_environment(model: str, threads: int | None) -> dict[str, str]:
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     return environment
-
-
-def interleaved(
-    engines: Mapping[str, EngineProcess],
-    prompt_tokens: int,
-    output_tokens: int,
-    concurrency: int,
-    *,
-    repeats: int = 3,
-    seed: int = 0,
-    progress: Callable[[str, int, Throughput], None] | None = None,
-) -> dict[str, list[Throughput]]:
-    """Measure several running engines in turns (`in_turns`), after one discarded run of each.
-
-    `progress` is told (name, round, result). Returns the runs of each engine in the order of the rounds.
-    """
-
-    def measure(engine: EngineProcess, seed: int) -> Throughput:
-        return engine.throughput(prompt_tokens, output_tokens, concurrency, seed=seed)
-
-    for engine in engines.values():
-        measure(engine, seed)
-    return in_turns(engines, measure, repeats, seed=seed, progress=progress)
 
 
 def in_turns(

@@ -205,8 +205,9 @@ class OnlineComparison(Paired):
 
     @property
     def verdict(self) -> str:
-        """`faster` or `slower` where every round agrees, else `undecided`."""
-        return "faster" if min(self.speedups) > 1 else "slower" if max(self.speedups) < 1 else "undecided"
+        """`faster` or `slower` where the whole spread is, else `undecided`."""
+        low, high = self.spread
+        return "faster" if low > 1 else "slower" if high < 1 else "undecided"
 
     def to_json(self) -> dict[str, Any]:
         """Return medians and spreads over the rounds, and percentiles of the latencies, in milliseconds, over all requests."""

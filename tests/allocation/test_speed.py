@@ -8,47 +8,77 @@ import pytest
 from tiny import FACTORED
 
 from lrserve.allocation.plan import BudgetFit, RankPlan
-from lrserve.allocation.speed import Shape, SpeedModel, shapes_of, shapes_to_measure, token_counts
+from lrserve.allocation.speed import Shape, SpeedModel, calls, shapes_of, shapes_to_measure, token_counts
 from lrserve.compression.groups import Group, Structure, allocated
 from lrserve.recipe import Workload
 
 GROUPS = [Group(name=f"{i}", kind="o", layer=i, members=(f"{i}",), out_features=(128,), in_features=128) for i in range(2)]
-WORKLOAD = Workload(prompt_tokens=100, output_tokens=11, concurrency=2)
+WORKLOADS = {"only": Workload(prompt_tokens=100, output_tokens=11, concurrency=2)}
+SECONDS = {"only": 0.1}
 LATENCIES = {
-    Shape(128, 128, None): (100.0, 5000.0),
-    Shape(128, 128, 16): (40.0, 1000.0),
-    Shape(128, 128, 32): (60.0, 2000.0),
-    Shape(128, 128, 48): (50.0, 3000.0),
+    Shape(128, 128, None): {2: 100.0, 200: 5000.0},
+    Shape(128, 128, 16): {2: 40.0, 200: 1000.0},
+    Shape(128, 128, 32): {2: 60.0, 200: 2000.0},
+    Shape(128, 128, 48): {2: 50.0, 200: 3000.0},
 }
+DENSE = RankPlan({"0": None, "1": None})
 
 
 def test_prediction_by_hand() -> None:
-    speed = SpeedModel(GROUPS, WORKLOAD, 0.1, LATENCIES, 16, "low_rank")
-    dense = RankPlan({"0": None, "1": None})
-    assert speed.tokens_per_second(dense) == pytest.approx(2 * 11 / 0.1)
+    speed = SpeedModel(GROUPS, WORKLOADS, SECONDS, LATENCIES, 16, "low_rank")
+    assert speed.tokens_per_second(DENSE) == pytest.approx(2 * 11 / 0.1)
     # 10 decode steps and one prefill chunk: one layer saves 10 x 60 us + 4000 us
-    assert speed.seconds(RankPlan({"0": 16, "1": None})) == pytest.approx(0.1 - 10 * 60e-6 - 4000e-6)
+    assert speed.relative_times(RankPlan({"0": 16, "1": None}))["only"] == pytest.approx(1 - (10 * 60e-6 + 4000e-6) / 0.1)
     # halfway between 16 and 32
-    assert speed.cost(GROUPS[0], 24) == pytest.approx(10 * 50e-6 + 1500e-6)
+    assert speed.cost(GROUPS[0], 24) == pytest.approx((10 * 50e-6 + 1500e-6) / 0.1)
+
+
+def test_a_mix_takes_each_workloads_share_of_the_time() -> None:
+    workloads = WORKLOADS | {"decode": Workload(prompt_tokens=1, output_tokens=101, concurrency=2, share=3.0)}
+    # 100 decode steps, and a prefill of two rows
+    speed = SpeedModel(GROUPS, workloads, {"only": 0.1, "decode": 0.2}, LATENCIES, 16, "low_rank")
+    plan = RankPlan({"0": 16, "1": 16})
+    times = {"only": 1 - 2 * (10 * 60e-6 + 4000e-6) / 0.1, "decode": 1 - 2 * 101 * 60e-6 / 0.2}
+    assert speed.relative_times(plan) == pytest.approx(times)
+    assert speed.speedups(plan) == pytest.approx({name: 1 / time for name, time in times.items()})
+    assert speed.speedup(plan) == pytest.approx(1 / (0.25 * times["only"] + 0.75 * times["decode"]))
+    assert speed.dense_tokens_per_second == pytest.approx(0.25 * 22 / 0.1 + 0.75 * 202 / 0.2)
+    assert sum(speed.cost(group, 16) - speed.cost(group, None) for group in GROUPS) == pytest.approx(1 / speed.speedup(plan) - 1)
+
+
+def test_what_the_engine_says_corrects_the_predicted_change() -> None:
+    speed = SpeedModel(GROUPS, WORKLOADS, SECONDS, LATENCIES, 16, "low_rank")
+    one, both = RankPlan({"0": 16, "1": None}), RankPlan({"0": 16, "1": 16})
+    predicted = 1 - speed.relative_times(one)["only"]
+    half = speed.corrected([(one, {"only": 1 - predicted / 2})])
+    assert 1 - predicted < half.relative_times(one)["only"] < 1 - predicted / 2  # drawn towards the table
+    many = speed.corrected([(one, {"only": 1 - predicted / 2})] * 1000)
+    assert many.relative_times(both)["only"] == pytest.approx(1 - predicted, rel=1e-3)
+    assert many.speedup(DENSE) == 1.0
+    assert many.corrected([]).speedup(both) == pytest.approx(speed.speedup(both))  # from the table, not from a correction
+    slower = speed.corrected([(both, {"only": 1.5})] * 100)
+    assert slower.speedup(both) == pytest.approx(1.0)  # never the other way round
 
 
 def test_a_layer_that_reorders_its_inputs_is_another_shape() -> None:
     down = replace(GROUPS[0], name="2", kind="down")
     assert [shape.ordered for shape in shapes_to_measure([GROUPS[0], down], 64, "identity_block")] == [False, False, True]
-    faster = {replace(shape, ordered=True): (us[0] / 2, us[1] / 2) for shape, us in LATENCIES.items() if shape.rank}
-    speed = SpeedModel([*GROUPS, down], WORKLOAD, 0.1, LATENCIES | faster, 16, "low_rank")
+    faster = {
+        replace(shape, ordered=True): {rows: us / 2 for rows, us in row.items()} for shape, row in LATENCIES.items() if shape.rank
+    }
+    speed = SpeedModel([*GROUPS, down], WORKLOADS, SECONDS, LATENCIES | faster, 16, "low_rank")
     assert speed.cost(down, None) == speed.cost(GROUPS[0], None)
     assert speed.cost(down, 24) == speed.cost(GROUPS[0], 24) / 2
 
 
 def test_noise_never_makes_more_rank_cheaper() -> None:
-    latencies = {**LATENCIES, Shape(128, 128, 48): (1.0, 1.0)}
-    speed = SpeedModel(GROUPS, WORKLOAD, 0.1, latencies, 16, "low_rank")
+    latencies = {**LATENCIES, Shape(128, 128, 48): {2: 1.0, 200: 1.0}}
+    speed = SpeedModel(GROUPS, WORKLOADS, SECONDS, latencies, 16, "low_rank")
     assert speed.cost(GROUPS[0], 48) == speed.cost(GROUPS[0], 32)
 
 
 def test_a_speed_budget_is_met_by_construction() -> None:
-    speed = SpeedModel(GROUPS, WORKLOAD, 0.1, LATENCIES, 16, "low_rank")
+    speed = SpeedModel(GROUPS, WORKLOADS, SECONDS, LATENCIES, 16, "low_rank")
     fit = BudgetFit(GROUPS, 16, "low_rank", speed.cost)
     plan = fit.fit({"0": 1.0, "1": 1.0}, speed.budget(1.05))
     assert speed.speedup(plan) >= 1.05
@@ -70,11 +100,13 @@ def test_an_mlp_with_fewer_neurons_is_timed_as_smaller_dense_layers() -> None:
     [mlp] = allocated([gate_up, down], "narrow")
     assert shapes_of(mlp, None, "narrow") == [Shape(96, 32, None), Shape(32, 192, None)]
     assert shapes_of(mlp, 48, "narrow") == [Shape(48, 32, None), Shape(32, 96, None)]
-    latencies = {shape: (float(shape.n * shape.m), 0.0) for shape in shapes_to_measure([mlp], 16, "narrow")}
-    speed = SpeedModel([mlp], WORKLOAD, 0.1, latencies, 16, "narrow")
-    assert speed.cost(mlp, None) == pytest.approx(10e-6 * 3 * 96 * 32)
-    assert speed.cost(mlp, 40) == pytest.approx(10e-6 * 3 * 40 * 32)
+    latencies = {shape: {2: float(shape.n * shape.m), 200: 0.0} for shape in shapes_to_measure([mlp], 16, "narrow")}
+    speed = SpeedModel([mlp], WORKLOADS, SECONDS, latencies, 16, "narrow")
+    assert speed.cost(mlp, None) == pytest.approx(10e-6 * 3 * 96 * 32 / 0.1)
+    assert speed.cost(mlp, 40) == pytest.approx(10e-6 * 3 * 40 * 32 / 0.1)
 
 
 def test_what_a_prefill_chunk_sees() -> None:
-    assert token_counts(Workload(prompt_tokens=4096, output_tokens=1, concurrency=8)) == (8, 4096)
+    long = Workload(prompt_tokens=4097, output_tokens=1, concurrency=8)
+    assert calls(long) == {8: 0, 4096: 9}
+    assert token_counts({"long": long, "short": Workload(prompt_tokens=2, output_tokens=5, concurrency=8)}) == [8, 16, 4096]

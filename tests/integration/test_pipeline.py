@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from openai import APIConnectionError, OpenAI
@@ -25,7 +26,7 @@ from exporters.base import Transcript
 from exporters.onnx import OnnxExporter
 from lrserve.artifacts.store import read_manifest
 from lrserve.benchmark import bench
-from lrserve.errors import AgreementError, ArtifactError, InfeasibleTargetError
+from lrserve.errors import AgreementError, ArtifactError, InfeasibleTargetError, InputError
 from lrserve.inspection import inspect, verify
 from lrserve.pipeline import compress_and_export
 from lrserve.recipe import Recipe
@@ -49,11 +50,15 @@ SMALL: dict[str, Any] = {
         "rank_step": 8,
         "depth_groups": 2,
         "probe_tokens": 64,
-        "validation_tokens": 128,
+        "validation_tokens": 256,
+        "validation_pool": 512,
         "validation_length": 32,
         "measured_plans": 1,
     },
-    "workload": {"prompt_tokens": 8, "output_tokens": 8, "concurrency": 2},
+    "workloads": {
+        "chat": {"prompt_tokens": 8, "output_tokens": 8, "concurrency": 2},
+        "decode": {"prompt_tokens": 2, "output_tokens": 6, "concurrency": 1},
+    },
     "engine": {"dtype": "float32", "enforce_eager": True, "repeats": 2},
     "report": {"tokens": 128, "length": 32, "prompts": 2, "prompt_tokens": 12, "new_tokens": 8},
 }
@@ -102,6 +107,8 @@ def test_the_job_leaves_a_whole_artifact(made: tuple[Path, dict[str, Any], list[
         "lrserve/plan.json",
         "lrserve/metrics.json",
         "lrserve/study.sqlite3",
+        "lrserve/report.html",
+        "lrserve/pareto.png",
     } <= files
     assert "match the manifest" in verify(out)
     assert "narrow_in" in inspect(str(out))
@@ -110,7 +117,10 @@ def test_the_job_leaves_a_whole_artifact(made: tuple[Path, dict[str, Any], list[
         assert engine["max_logprob_difference"] <= engine["tolerance"]
         assert engine["greedy_tokens"] == 16
     assert 0.2 <= metrics["sizes"]["linear_parameters"]["ratio"] < 0.35
-    assert metrics["throughput"]["speedup"] > 0
+    assert set(metrics["throughput"]["workloads"]) == {"chat", "decode"}
+    assert metrics["throughput"]["speedup_lowest"] <= metrics["throughput"]["speedup"] <= metrics["throughput"]["speedup_highest"]
+    report = (out / "lrserve" / "report.html").read_text()
+    assert all(measured["origin"] in report for measured in metrics["measured_plans"])
     steps = [line.split(":")[0] for line in lines if line[:2] in ("1/", "2/", "3/", "5/")]
     improvements = [f"5/6 {name}" for name in ("propagate", "refine", "recover", "improved", "export")]
     assert steps == ["1/6 open", "2/6 calibrate", "2/6 gradients", "3/6 factorize", *improvements]
@@ -152,6 +162,48 @@ def test_a_second_run_reuses_and_a_changed_input_is_noticed(place: Path, made: t
     assert not (place / "fast").exists()
 
 
+def test_any_trial_of_a_finished_search_can_be_exported(place: Path, made: object) -> None:
+    said: list[str] = []
+    chosen = recipe(place, target={}, search={**SMALL["search"], "generations": 0, "choose": 1}, export=["vllm"])
+    metrics = compress_and_export(chosen, place / "second", work=place / "out.work", say=said.append)
+    assert metrics["target"] == "front"
+    assert metrics["plan"]["origin"] == metrics["trials"][1]["origin"] == metrics["measured_plans"][0]["origin"]
+    settings = {**SMALL["search"], "generations": 0, "choose": 99}
+    with pytest.raises(InputError, match="no trial 99"):
+        compress_and_export(recipe(place, target={}, search=settings), place / "none", work=place / "out.work", say=said.append)
+    assert any(line.startswith("4/6 search: 6 trials (all reused)") for line in said)
+    study = optuna.load_study(study_name="lrserve", storage=f"sqlite:///{place / 'second' / 'lrserve' / 'study.sqlite3'}")
+    assert len(study.directions) == 2
+
+
+def test_onnx_runtime_measures_what_it_is_to_serve(place: Path, made: object) -> None:
+    said: list[str] = []
+    settings = recipe(place, engine={**SMALL["engine"], "runtime": "onnx"}, export=["onnx"])
+    metrics = compress_and_export(settings, place / "graph", work=place / "out.work", say=said.append)
+    assert metrics["throughput"]["engine"].startswith("onnxruntime ")
+    assert metrics["versions"]["engine"].startswith("onnxruntime ")
+    assert metrics["throughput"]["workloads"]["decode"]["compressed"]["tokens_per_second"] > 0
+    assert any("onnxruntime" in line for line in said if line.startswith("4/6 latency"))
+    assert 0.2 <= metrics["sizes"]["linear_parameters"]["ratio"] < 0.35
+    assert not (place / "graph" / "config.json").exists()
+
+
+def test_two_runs_share_a_study(place: Path, made: object) -> None:
+    url = f"sqlite:///{place / 'shared.sqlite3'}"
+    said: list[str] = []
+    first = compress_and_export(
+        recipe(place, export=["onnx"]), place / "one", work=place / "out.work", storage=url, say=said.append
+    )
+    said.clear()
+    second = compress_and_export(
+        recipe(place, export=["onnx"]), place / "two", work=place / "out.work", storage=url, say=said.append
+    )
+    assert any(line.startswith("4/6 search: 6 trials (all reused)") for line in said)
+    assert [trial["origin"] for trial in first["trials"]] == [trial["origin"] for trial in second["trials"]]
+    study = optuna.load_study(study_name="lrserve", storage=f"sqlite:///{place / 'two' / 'lrserve' / 'study.sqlite3'}")
+    assert len(study.trials) == 6
+
+
 def test_damage_is_found(made: tuple[Path, dict[str, Any], list[str]], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(made[0], copy)
@@ -165,13 +217,14 @@ def test_damage_is_found(made: tuple[Path, dict[str, Any], list[str]], tmp_path:
 
 def test_bench_measures_it_again(made: tuple[Path, dict[str, Any], list[str]], tmp_path: Path) -> None:
     said: list[str] = []
-    overrides = {"workload.concurrency": 1, "workload.prompt_tokens": None}
-    figures = bench(made[0], overrides=overrides, report=tmp_path / "new" / "report", say=said.append)
+    figures = bench(
+        made[0], workload={"concurrency": 1, "prompt_tokens": None}, report=tmp_path / "new" / "report", say=said.append
+    )
     assert json.loads((tmp_path / "new" / "report" / "bench.json").read_text()) == figures
     assert (tmp_path / "new" / "report" / "bench.md").read_text().strip() == said[-1]
     assert (tmp_path / "new" / "report" / "bench.png").read_bytes().startswith(b"\x89PNG")
     (result,) = figures["workloads"].values()
-    assert result["workload"] == {"prompt_tokens": 8, "output_tokens": 8, "concurrency": 1}
+    assert result["workload"] == {"prompt_tokens": 8, "output_tokens": 8, "concurrency": 1, "share": 1.0}
     assert result["rounds"] == 2
     for side in ("dense", "compressed"):
         assert result[side]["tokens_per_second"]["median"] > 0
@@ -226,12 +279,12 @@ def test_an_interrupted_search_goes_on(place: Path) -> None:
     path.write_text(recipe(place, export=["onnx"], seed=0).to_yaml())
     code = (
         "import os, signal, sys\n"
-        "from lrserve.allocation import search\n"
-        "sampler = search._sampler\n"
+        "from lrserve.allocation import study\n"
+        "sampler = study._sampler\n"
         "def dying(kind, seed, first):\n"
         "    if seed % 1_000_003 == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return sampler(kind, seed, first)\n"
-        "search._sampler = dying\n"
+        "study._sampler = dying\n"
         "from lrserve.cli import main\n"
         "main()\n"
     )

@@ -20,7 +20,7 @@ from exporters.base import Transcript
 from exporters.transcript import transcribe_model
 from lrserve.allocation.speed import Shape
 from lrserve.errors import ArtifactError, EngineError, InputError
-from lrserve.serving.engine import Engine, interleaved
+from lrserve.serving.engine import Engine, in_turns
 
 pytestmark = pytest.mark.engine
 
@@ -56,7 +56,7 @@ def test_vllm_computes_what_transformers_does(architecture: str, tmp_path: Path)
 
 
 def check_measurements(engine: Engine) -> None:
-    runs = interleaved({"a": engine, "b": engine}, prompt_tokens=8, output_tokens=4, concurrency=3, repeats=2)
+    runs = in_turns({"a": engine, "b": engine}, lambda e, seed: e.throughput(8, 4, 3, seed=seed), 2)
     assert {name: len(results) for name, results in runs.items()} == {"a": 2, "b": 2}
     for result in (*runs["a"], *runs["b"]):
         assert result.output_tokens == 12

@@ -17,7 +17,7 @@ from lrserve.allocation.speed import Shape
 from lrserve.errors import ArtifactError, EngineError, InputError
 from lrserve.serving import engine as engine_module
 from lrserve.serving import worker
-from lrserve.serving.engine import Engine, Throughput, interleaved, worker_environment
+from lrserve.serving.engine import Engine, Throughput, in_turns, worker_environment
 
 FAKE = """
 import os, sys, time
@@ -198,15 +198,20 @@ class Recorder:
         return Throughput(seconds=len(self.calls), cpu_seconds=0.0, output_tokens=1)
 
 
-def test_interleaved_rotates_and_discards_the_first_run() -> None:
+def test_turns_rotate() -> None:
     calls: list[tuple[str, int]] = []
     engines: Any = {name: Recorder(name, calls) for name in "abc"}
     told: list[tuple[str, int]] = []
-    results = interleaved(engines, 8, 4, 2, repeats=3, seed=10, progress=lambda name, index, _: told.append((name, index)))
+
+    def measure(engine: Any, seed: int) -> Throughput:
+        found: Throughput = engine.throughput(8, 4, 2, seed=seed)
+        return found
+
+    results = in_turns(engines, measure, 3, seed=10, progress=lambda name, index, _: told.append((name, index)))
     order = [name for name, _ in calls]
-    assert order == [*"abc", *"abc", *"bca", *"cab"]
-    assert [seed for _, seed in calls] == [10] * 3 + [11] * 3 + [12] * 3 + [13] * 3
-    assert [result.seconds for result in results["a"]] == [4, 9, 11]
+    assert order == [*"abc", *"bca", *"cab"]
+    assert [seed for _, seed in calls] == [11] * 3 + [12] * 3 + [13] * 3
+    assert [result.seconds for result in results["a"]] == [1, 6, 8]
     assert told == [(name, index) for index, names in enumerate(("abc", "bca", "cab")) for name in names]
 
 

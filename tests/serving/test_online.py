@@ -12,6 +12,7 @@ from lrserve.benchmark import plot, render, server_arguments
 from lrserve.errors import EngineError
 from lrserve.recipe import PROFILES, EngineSettings, Workload
 from lrserve.serving import online
+from lrserve.serving.loadtest import Mix, spread
 from lrserve.serving.online import Client, Load, OnlineComparison, Server, compare_online, load
 
 WORKLOAD = Workload(prompt_tokens=4, output_tokens=3, concurrency=2)
@@ -31,6 +32,21 @@ def test_medians_are_over_rounds_and_percentiles_over_requests() -> None:
     assert (found["verdict"], found["rounds"]) == ("faster", 3)
 
 
+def test_the_spread_is_the_medians_interval() -> None:
+    assert spread([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert spread([float(i) for i in range(1, 6)]) == (1.0, 5.0)  # 94 % of medians
+    assert spread([float(i) for i in range(1, 9)]) == (2.0, 7.0)  # 93 %
+    assert spread([float(i) for i in range(1, 21)]) == (6.0, 15.0)  # 96 %; 7 to 14 would be 88 %
+    assert spread([2.0]) == (2.0, 2.0)
+
+
+def test_the_mix_weighs_by_the_dense_models_time() -> None:
+    mix = Mix(
+        {"a": OnlineComparison(WORKLOAD, DENSE, faster(2)), "b": OnlineComparison(WORKLOAD, DENSE, DENSE)}, {"a": 0.75, "b": 0.25}
+    )
+    assert mix.speedups == pytest.approx([1 / (0.75 / 2 + 0.25)] * 3)
+
+
 def test_only_rounds_that_agree_decide() -> None:
     assert OnlineComparison(WORKLOAD, DENSE, faster(0.9)).verdict == "slower"
     assert OnlineComparison(WORKLOAD, DENSE, [*faster(2)[:2], DENSE[2]]).verdict == "undecided"
@@ -41,6 +57,8 @@ def test_one_output_token_has_no_time_between_tokens(tmp_path: Path) -> None:
     figures = {
         "engine": "vLLM",
         "settings": EngineSettings().model_dump(),
+        "mix": OnlineComparison(WORKLOAD, DENSE, faster(1.5)).speedup_json(),
+        "promised": 1.4,
         "workloads": {
             "one": OnlineComparison(WORKLOAD, runs, runs).to_json(),
             "chat": OnlineComparison(WORKLOAD, DENSE, DENSE).to_json(),
@@ -49,6 +67,7 @@ def test_one_output_token_has_no_time_between_tokens(tmp_path: Path) -> None:
     assert figures["workloads"]["one"]["dense"]["time_per_output_token_ms"] is None
     lines = render(figures).splitlines()
     assert [line.count("|") for line in lines[:6]] == [8] * 6
+    assert "All of it: 1.50x (1.50 to 1.50); the search measured 1.40x, without a server." in lines[-1]
     plot(figures, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,0 +1,383 @@
+"""Is the search worth it? Fronts of perplexity against *measured* throughput: lrserve's against random search, uniform, and Bolaco.
+
+    python bench/search.py                            five seeds, on the demo's model and texts
+    python bench/search.py --seeds 2 --trials 12 --plans 2
+    python bench/search.py --phase trials             without engines: may run beside other things, on one thread as well
+    python bench/search.py --phase engine             the rest; wants the machine for itself
+
+Every method gets the same number of trials on the same validation text, from the same statistics:
+
+    lrserve   the two-objective study as `lrserve compress-and-export` runs it without a target
+    random    random draws from the same space, without the plans that the study begins with
+    uniform   uniform ranks at as many ratios; needs no seed
+    bolaco    its 5x4 space for single linears (arXiv 2405.10616), a search for each of four ratios with a quarter of the trials
+
+Of each search's front (by predicted speed; of bolaco's by parameters) a few plans, spread over it, are served by vLLM with random
+weights, which the clock does not see, and measured in turns with the dense model. What counts is the hypervolume of what was
+measured: the area of log(perplexity / dense) and speedup that the front dominates, up to `REFERENCE`, which is dense's speed.
+The same measurements say how good the table's predictions are, for plans that were never measured before: first as they stand, then
+corrected by the factor that the plans of the *other* seeds and methods ask for.
+
+What is finished is kept in the work folder. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from lrserve.allocation import allocate
+from lrserve.allocation.bolaco import bolaco
+from lrserve.allocation.goal import FRONT_LIMIT, Goal
+from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.search import SearchSpace
+from lrserve.allocation.speed import SpeedModel
+from lrserve.allocation.study import run_study
+from lrserve.artifacts.card import table
+from lrserve.artifacts.store import fingerprint, write_json
+from lrserve.artifacts.work import WorkFolder, work_folder
+from lrserve.compression.baselines import BASELINES
+from lrserve.compression.calibrate import read_statistics
+from lrserve.compression.groups import Group, separate
+from lrserve.compression.lowrank import quantization_config, specs_of
+from lrserve.compression.spectra import MergedRanks, SpectrumStore, write_spectra
+from lrserve.inputs.demo import demo_recipe
+from lrserve.job import Job, open_job, progress_bar
+from lrserve.measuring import measure_layers, speed_model
+from lrserve.pipeline import backpropagate, calibrate_blocks, factorize_groups
+from lrserve.recipe import Recipe, Target, Workload
+from lrserve.serving.engine import Engine
+from lrserve.serving.loadtest import MixComparison, compare, read_comparison
+from lrserve.serving.runtimes import Runtime, runtime_of
+from lrserve.tuning import choose_windows, judge, probed_losses
+
+METHODS = ("lrserve", "random", "uniform", "bolaco")
+BOLACO_RATIOS = (0.15, 0.3, 0.45, 0.6)
+UNIFORM_RATIOS = (0.05, 0.65)
+WORKLOADS = {
+    "chat": Workload(prompt_tokens=128, output_tokens=64, concurrency=8),
+    "prefill": Workload(prompt_tokens=1024, output_tokens=8, concurrency=4),
+    "decode": Workload(prompt_tokens=32, output_tokens=64, concurrency=1),
+}
+"""The recipe's profiles with shorter answers, so that fifty plans can be measured within an hour."""
+REFERENCE = (FRONT_LIMIT, 1.0)  # nats above dense, throughput over dense: what is beyond dominates nothing
+
+
+@dataclass(frozen=True)
+class Point:
+    """A judged plan: loss in nats, predicted speedup (None: the table has no single linears), share of parameters removed."""
+
+    plan: RankPlan
+    loss: float
+    predicted: float | None
+    ratio: float
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Return the points that no other beats in loss and in speed, or parameters where there is no speed; best loss first."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.loss, -speed_of(p))):
+        if math.isfinite(point.loss) and (not best or speed_of(point) > speed_of(best[-1])):
+            best.append(point)
+    return best
+
+
+def speed_of(point: Point) -> float:
+    return point.ratio if point.predicted is None else point.predicted
+
+
+def spread(points: Sequence[Point], count: int) -> list[Point]:
+    """Return so many points of a front, evenly spaced between the best loss and the last that is better than the reference's."""
+    useful = [p for p in points if p.loss < REFERENCE[0]] or list(points[:1])
+    if len(useful) <= count:
+        return useful
+    low, high = speed_of(useful[0]), speed_of(useful[-1])
+    wanted = [low + (high - low) * (i + 1) / count for i in range(count)]
+    return list({id(p): p for p in (min(useful, key=lambda p: abs(speed_of(p) - x)) for x in wanted)}.values())
+
+
+def hypervolume(points: Sequence[tuple[float, float]]) -> float:
+    """Return the area that points (loss, speedup) dominate, up to `REFERENCE`."""
+    area, slowest = 0.0, REFERENCE[1]
+    for loss, speedup in sorted(point for point in points if point[0] < REFERENCE[0]):
+        if speedup > slowest:
+            area += (REFERENCE[0] - loss) * (speedup - slowest)
+            slowest = speedup
+    return area
+
+
+class Bench:
+    """The opened inputs, and every stage that the methods share, made when it is first asked for."""
+
+    def __init__(self, job: Job, folder: WorkFolder, trials: int, plans: int) -> None:
+        self.job, self.folder, self.trials, self.plans = job, folder, trials, plans
+        self.runtime: Runtime = runtime_of(job.recipe.engine)
+
+    @cached_property
+    def model(self) -> Any:
+        """The dense model."""
+        return self.job.source.load(self.job.dtype)
+
+    @cached_property
+    def statistics(self) -> Path:
+        """Covariances."""
+        return calibrate_blocks(self.job, self.model, self.folder)
+
+    @cached_property
+    def store(self) -> SpectrumStore:
+        """lrserve's factors."""
+        gradients = backpropagate(self.job, self.model, self.folder)
+        return factorize_groups(self.job, self.model, self.statistics, gradients, self.folder)
+
+    @cached_property
+    def pairs(self) -> list[tuple[Group, Group]]:
+        """Single linears, and the groups that they are of."""
+        return separate(self.job.groups)
+
+    @cached_property
+    def single_store(self) -> SpectrumStore:
+        """Bolaco's factors."""
+        origin, statistics = {group.name: fused for group, fused in self.pairs}, self.statistics
+
+        def decompose(group: Group, W: Any, beta: Any) -> Any:
+            return BASELINES["bolaco"](W, read_statistics(statistics, origin[group.name]), beta)
+
+        stage = self.folder.stage("spectra-bolaco", {"calibration": statistics.name})
+        write_spectra(self.model, list(origin_of(self.pairs)), decompose, stage)
+        return SpectrumStore(stage, list(origin_of(self.pairs)))
+
+    @cached_property
+    def merged(self) -> MergedRanks:
+        """The model under lrserve's plans."""
+        return MergedRanks(self.model, self.job.units, self.store)
+
+    @cached_property
+    def table(self) -> tuple[dict[str, Any], str]:
+        """Times of single layers."""
+        return measure_layers(self.job, self.runtime, self.job.source.path, self.folder)
+
+    @cached_property
+    def speed(self) -> SpeedModel:
+        """The predictions."""
+        return speed_model(self.job, self.table[0])
+
+    @cached_property
+    def validation(self) -> Any:
+        """The windows that trials are judged on."""
+        return choose_windows(self.job, self.merged, self.store, self.folder)[0]
+
+    def searched(self, method: str, seed: int) -> list[Point]:
+        """Run one search, or read it."""
+        identity = {"store": self.store.folder.name, "table": self.table[1], "trials": self.trials, "seed": seed}
+        stage = self.folder.stage(f"{method}-{seed}", identity)
+        path = stage / "points.json"
+        if not path.is_file():
+            points = self._bolaco(seed, stage) if method == "bolaco" else self._own(method, seed, stage)
+            rows = [{**asdict(p), "plan": {"ranks": dict(p.plan.ranks), "structure": p.plan.structure}} for p in points]
+            write_json(path, rows)
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [Point(**{**row, "plan": RankPlan(**row["plan"])}) for row in rows]
+
+    def _point(self, plan: RankPlan, perplexity: float) -> Point:
+        loss = Goal(Target(), 1.0, self.validation.dense_perplexity).loss(perplexity)
+        return Point(plan, loss, self.speed.speedup(plan), plan.ratio(self.job.units))
+
+    def _own(self, method: str, seed: int, stage: Path) -> list[Point]:
+        units, structure, settings = self.job.units, self.job.recipe.structure, self.job.recipe.search
+        evaluate = judge(self.merged, self.validation)
+        if method == "uniform":
+            fit, (low, high) = BudgetFit(units, settings.rank_step, structure), UNIFORM_RATIOS
+            ratios = [low + (high - low) * i / (self.trials - 1) for i in range(self.trials)]
+            plans = [allocate.uniform(fit, (1 - ratio) * fit.dense_cost) for ratio in ratios]
+            return [self._point(plan, evaluate(plan, []).perplexity) for plan in plans]
+        losses, _ = probed_losses(self.job, self.merged, self.store, self.folder)
+        search = settings.model_copy(update={"trials": self.trials, "sampler": "gp" if method == "lrserve" else "random"})
+        goal = Goal(Target(), 1.0, self.validation.dense_perplexity)
+        space = SearchSpace(units, Target(), search, losses, self.speed, structure)
+        if method == "random":
+            space.first_trials = dict  # type: ignore[method-assign]
+        trials = run_study(space, goal, self.speed, evaluate, search, stage / "study.sqlite3", seed=seed)
+        return [self._point(trial.plan, trial.perplexity) for trial in trials if trial.complete]
+
+    def _bolaco(self, seed: int, stage: Path) -> list[Point]:
+        self.merged.apply({})
+        single = list(origin_of(self.pairs))
+        merged = MergedRanks(self.model, single, self.single_store)
+        dense = sum(group.dense_parameters for group in single)
+        points: list[Point] = []
+
+        def evaluate(plan: RankPlan) -> float:
+            merged.apply(dict(plan.ranks))
+            perplexity = self.validation(self.model).perplexity
+            loss = Goal(Target(), 1.0, self.validation.dense_perplexity).loss(perplexity)
+            points.append(Point(plan, loss, None, plan.ratio(single)))
+            return float(perplexity)
+
+        for ratio in BOLACO_RATIOS:
+            trials, path = self.trials // len(BOLACO_RATIOS), stage / f"study-{ratio}.sqlite3"
+            path.unlink(missing_ok=True)  # its points are kept by the search that ran to the end
+            bolaco(single, (1 - ratio) * dense, self.job.recipe.search.rank_step, 4, trials, evaluate, path, seed=seed)
+        merged.apply({})
+        return points
+
+    def measured(self, chosen: Sequence[tuple[str, int, Point]]) -> list[MixComparison]:
+        """Measure plans one by one in turns with the dense model, or read them."""
+        recipe, found = self.job.recipe, []
+        identity = {"table": self.table[1], "settings": recipe.engine.model_dump(mode="json")}
+        stage = self.folder.stage("measured", identity)
+        with ExitStack() as stack, progress_bar(len(chosen), "engine") as progress:
+            dense: Engine | None = None
+            for index, (method, _, point) in enumerate(chosen):
+                path = stage / f"{fingerprint(point.plan.key())[:16]}.json"
+                if not path.is_file():
+                    dense = dense or stack.enter_context(self._engine(None, []))
+                    groups = list(origin_of(self.pairs)) if method == "bolaco" else self.job.units
+                    with self._engine(point.plan, groups) as engine:
+                        found_now = compare(
+                            dense,
+                            engine,
+                            recipe.workloads,
+                            recipe.engine.repeats,
+                            version=self.runtime.version,
+                            seed=recipe.seed,
+                        )
+                    write_json(path, asdict(found_now))
+                found.append(read_comparison(path))
+                progress(index + 1)
+        return found
+
+    def _engine(self, plan: RankPlan | None, groups: Sequence[Group]) -> Engine:
+        recipe, config = self.job.recipe, self.job.source.config()
+        folder = self.folder.root / ("dense" if plan is None else "candidate")
+        folder.mkdir(exist_ok=True)
+        if plan is not None:
+            config.quantization_config = quantization_config(specs_of(plan.factorized(groups), plan.structure))
+        config.save_pretrained(folder)
+        workloads = recipe.workloads.values()
+        return Engine(
+            folder,
+            dtype=recipe.engine.dtype,
+            max_model_len=max(w.prompt_tokens + w.output_tokens for w in workloads),
+            max_num_seqs=max(w.concurrency for w in workloads),
+            enforce_eager=recipe.engine.enforce_eager,
+            load_format="dummy",
+            kv_cache_gib=1.0,
+        )
+
+
+def origin_of(pairs: Sequence[tuple[Group, Group]]) -> Sequence[Group]:
+    """Single linears of `separate`."""
+    return [group for group, _ in pairs]
+
+
+def errors_of_prediction(
+    bench: Bench, chosen: Sequence[tuple[str, int, Point]], found: Sequence[MixComparison]
+) -> list[dict[str, Any]]:
+    """Hold predictions against measurements; a correction sees only plans of other searches."""
+    rows = []
+    for (method, seed, point), comparison in zip(chosen, found, strict=True):
+        if point.predicted is None:
+            continue
+        others = [
+            (p.plan, c.relative_times)
+            for (m, s, p), c in zip(chosen, found, strict=True)
+            if p.predicted is not None and (m, s) != (method, seed) and p.plan.key() != point.plan.key()
+        ]
+        corrected = bench.speed.corrected(others).speedup(point.plan)
+        rows.append(
+            {
+                "method": method,
+                "seed": seed,
+                "predicted": point.predicted,
+                "corrected": corrected,
+                "measured": comparison.speedup,
+                "undisturbed": comparison.undisturbed_speedup,
+            }
+        )
+    return rows
+
+
+def report(bench: Bench, seeds: int, engine: bool) -> dict[str, Any]:
+    """Run what is missing and return all figures."""
+    searches = {
+        (method, seed): bench.searched(method, seed)
+        for seed in range(seeds)
+        for method in METHODS
+        if method != "uniform" or not seed
+    }
+    predicted = {key: hypervolume([(p.loss, p.predicted) for p in points if p.predicted]) for key, points in searches.items()}
+    result: dict[str, Any] = {"predicted_hypervolume": {f"{m} {s}": v for (m, s), v in predicted.items() if m != "bolaco"}}
+    if not engine:
+        return result
+    chosen = [(*key, point) for key, points in searches.items() for point in spread(front(points), bench.plans)]
+    found = bench.measured(chosen)
+    volumes: dict[str, dict[int, float]] = {}
+    for method, seed in searches:
+        points = [(p.loss, c.speedup) for (m, s, p), c in zip(chosen, found, strict=True) if (m, s) == (method, seed)]
+        volumes.setdefault(method, {})[seed] = hypervolume(points)
+    rows = errors_of_prediction(bench, chosen, found)
+    accuracy = {}
+    for kind in ("predicted", "corrected"):
+        errors = [abs(row[kind] / row["measured"] - 1) for row in rows]
+        correlation = spearmanr([row[kind] for row in rows], [row["measured"] for row in rows]).statistic
+        accuracy[kind] = {"median_error": statistics.median(errors), "largest_error": max(errors), "spearman": float(correlation)}
+    points_out = [
+        {"method": m, "seed": s, "loss": p.loss, "ratio": p.ratio, "predicted": p.predicted, **c.speedup_json()}
+        for (m, s, p), c in zip(chosen, found, strict=True)
+    ]
+    return result | {"hypervolume": volumes, "accuracy": accuracy, "points": points_out, "predictions": rows}
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """Tables of hypervolumes and of predictions."""
+    lines = []
+    for method, by_seed in result["hypervolume"].items():
+        values = list(by_seed.values())
+        spread_of = f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else ""
+        lines.append([method, f"{statistics.median(values):.3f}", spread_of, str(len(values))])
+    kinds = [
+        [kind, f"{found['median_error']:.1%}", f"{found['largest_error']:.1%}", f"{found['spearman']:.2f}"]
+        for kind, found in result["accuracy"].items()
+    ]
+    first = table(["hypervolume, measured", "median", "lowest to highest", "seeds"], lines)
+    second = table(["speedup", "median error", "largest", "Spearman"], kinds)
+    return f"{first}\n\n{second}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, help="another model and texts [default: the demo's]")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--plans", type=int, default=3, help="plans of each front that are measured [default: 3]")
+    parser.add_argument("--repeats", type=int, default=2, help="counted rounds of a measurement [default: 2]")
+    parser.add_argument("--compiled", action="store_true", help="vLLM with torch.compile; the demo's recipe is without")
+    parser.add_argument("--phase", choices=("trials", "engine"), default="engine", help="engine does both [default]")
+    parser.add_argument("--work", type=Path, default=Path("search.work"), help="folder for what is finished [default: search.work]")
+    arguments = parser.parse_args()
+    overrides = {
+        "engine.repeats": arguments.repeats,
+        "engine.enforce_eager": False if arguments.compiled else None,
+        "workloads": {name: workload.model_dump() for name, workload in WORKLOADS.items()},
+    }
+    job = open_job(Recipe.load(arguments.recipe or demo_recipe(), overrides), print)
+    with work_folder(arguments.work, lambda line: None) as folder:
+        bench = Bench(job, folder, arguments.trials, arguments.plans)
+        result = report(bench, arguments.seeds, arguments.phase == "engine")
+    if "hypervolume" in result:
+        print(render(result))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The Optuna study: runs or resumes the trials of a search space.
+
+Every suggestion is drawn from a sampler that is seeded by the run's seed and the trial's index, so a resumed study goes on as if
+it had not been interrupted. A trial is judged on the validation windows in two halves, and stopped after the first one where a
+finished plan that is at least as fast is better on the same windows by three standard errors (`quality.Validation`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from lrserve.allocation.goal import Evaluated, Goal
+from lrserve.allocation.plan import RankPlan
+from lrserve.allocation.quality import Judgement
+from lrserve.allocation.resumable import gp_sampler, live, open_study, quietly, run_trial, worker_salt
+from lrserve.allocation.search import SearchSpace
+from lrserve.allocation.speed import SpeedModel
+from lrserve.recipe import Search
+
+_FEWEST_TRIALS = 8  # for importances
+_BEST = 0.25  # quantile of the trials that are told from the others: a tenth, as is usual, would be two of 24
+
+STUDY = "lrserve"
+"""Name of the study in a file of its own."""
+
+Evaluate = Callable[[RankPlan, Sequence[Sequence[float]]], Judgement]
+"""Judges a plan on the validation text; may stop early where it is surely worse than one of those rivals' window losses."""
+
+
+def run_study(
+    space: SearchSpace,
+    goal: Goal,
+    speed: SpeedModel,
+    evaluate: Evaluate,
+    search: Search,
+    storage: Path | tuple[str, str],
+    *,
+    seed: int,
+    progress: Callable[[int, Evaluated | None], None] = lambda done, last: None,
+) -> list[Evaluated]:
+    """Run or resume the study until it has `search.trials` finished trials, and return them in order.
+
+    A trial that an earlier process died in is marked as failed; the finished ones are kept. A plan that was judged before is not
+    judged again.
+
+    Args:
+        space, goal, speed: where plans come from, what is optimised, and how fast plans are predicted to be.
+        evaluate: judges a plan.
+        search: number of trials and sampler.
+        storage: a SQLite file, private to these inputs; or the URL of a database and the study's name in it, which several
+            workers with these inputs share.
+        seed: of the samplers.
+        progress: called after each trial with the number of finished ones.
+    """
+    shared = not isinstance(storage, Path)
+    name, place = (STUDY, storage) if isinstance(storage, Path) else (storage[1], storage[0])
+    study = open_study(name, place, goal.metrics)
+    first = list(space.first_trials().items())
+    salt = worker_salt() if shared else 0
+    done = finished(study)
+    progress(len(done), None)
+    while len(done) < search.trials:
+        index = live(study)
+        sampler = _sampler(search.sampler, seed * 1_000_003 + salt + index, len(space.bases))
+        origin, parameters = first[index] if index < len(first) else ("", None)
+        run_trial(study, sampler, parameters, _objective(space, goal, speed, evaluate, done), origin)
+        done = finished(study)
+        progress(len(done), done[-1])
+    return done[: search.trials]
+
+
+def _objective(
+    space: SearchSpace, goal: Goal, speed: SpeedModel, evaluate: Evaluate, done: Sequence[Evaluated]
+) -> Callable[[optuna.Trial], float | Sequence[float]]:
+    """Return what one trial does, after those that are `done`; its clock starts now, before the sampler's."""
+    known = {trial.plan.key(): trial for trial in done}
+    began = time.perf_counter()
+
+    def objective(trial: optuna.Trial) -> float | Sequence[float]:
+        plan = space.suggest(trial)
+        suggested = time.perf_counter()
+        throughput, speedup = speed.tokens_per_second(plan), speed.speedup(plan)
+        if before := known.get(plan.key()):
+            found = Judgement(before.perplexity, before.nll, before.complete)
+        else:
+            rivals = [t for t in done if t.complete and (goal.target.min_speedup or t.tokens_per_second >= throughput)]
+            found = evaluate(plan, [rival.nll for rival in rivals])
+        attributes: dict[str, Any] = {
+            "ranks": dict(plan.ranks),
+            "structure": plan.structure,
+            "perplexity": found.perplexity,
+            "nll": list(found.nll),
+            "complete": found.complete,
+            "tokens_per_second": throughput,
+            "speedup": speedup,
+            "seconds": {"sampler": suggested - began, **found.seconds},
+        }
+        for key, value in attributes.items():
+            trial.set_user_attr(key, value)
+        with quietly():
+            for key, value in goal.constraints(found.perplexity, speedup).items():
+                trial.set_constraint(key, value)
+        if goal.target.front:
+            return goal.loss(found.perplexity), throughput
+        return goal.objective(found.perplexity, speedup)
+
+    return objective
+
+
+def _sampler(kind: str, seed: int, first: int) -> optuna.samplers.BaseSampler:
+    if kind == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    if kind == "tpe":
+        with quietly():
+            return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=max(6, first))
+    return gp_sampler(seed, first)
+
+
+def finished(study: optuna.Study) -> list[Evaluated]:
+    """Return the finished trials, in order."""
+    return [
+        Evaluated(
+            plan=RankPlan(ranks=trial.user_attrs["ranks"], structure=trial.user_attrs["structure"]),
+            perplexity=trial.user_attrs["perplexity"],
+            tokens_per_second=trial.user_attrs["tokens_per_second"],
+            origin=trial.user_attrs.get("origin", f"trial {trial.number}"),
+            trial=trial.number,
+            nll=tuple(trial.user_attrs["nll"]),
+            complete=trial.user_attrs["complete"],
+        )
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    ]
+
+
+def copy_study(storage: Path | tuple[str, str], path: Path) -> None:
+    """Copy a study into a SQLite file of its own, named `STUDY`."""
+    if isinstance(storage, Path):
+        path.write_bytes(storage.read_bytes())
+    else:
+        optuna.copy_study(from_study_name=storage[1], from_storage=storage[0], to_storage=f"sqlite:///{path}", to_study_name=STUDY)
+
+
+def time_spent(study: optuna.Study) -> dict[str, float]:
+    """Return the seconds that finished trials spent, by what on: `sampler`, `weights`, `forward`."""
+    total: Counter[str] = Counter()
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        total.update(trial.user_attrs["seconds"])
+    return dict(total)
+
+
+def importances(study: optuna.Study, goal: Goal) -> dict[str, dict[str, float]]:
+    """Return which parameters decide the perplexity and the predicted speed, by PED-ANOVA (arXiv 2304.10255); each sums to 1.
+
+    Empty where there are too few trials to say, or all are alike.
+    """
+    targets: Mapping[str, Callable[[Any], float]] = {
+        "perplexity": lambda trial: goal.loss(trial.user_attrs["perplexity"]),
+        "speed": lambda trial: -trial.user_attrs["speedup"],  # the lower, the better, for both
+    }
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    result: dict[str, dict[str, float]] = {}
+    for name, target in targets.items():
+        values = {target(trial) for trial in trials}
+        if len(trials) < _FEWEST_TRIALS or len(values) < 2:
+            result[name] = {}
+            continue
+        with quietly(UserWarning):  # that low values are taken for good ones
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=_BEST)
+            result[name] = dict(optuna.importance.get_param_importances(study, evaluator=evaluator, target=target))
+    return result

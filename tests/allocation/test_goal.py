@@ -1,0 +1,103 @@
+"""Objectives, constraints, the front, what is measured next, and the choice."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from allocation.searching import GROUPS, goal
+
+from lrserve.allocation.goal import Evaluated, Found, choose, knee, next_candidate, pareto_front
+from lrserve.allocation.plan import RankPlan
+from lrserve.errors import InfeasibleTargetError
+from lrserve.recipe import Target
+
+
+def evaluated(perplexity: float, speed: float, *, complete: bool = True) -> Evaluated:
+    plan = RankPlan({group.name: None for group in GROUPS} | {"id": int(100 * perplexity)})
+    return Evaluated(plan, perplexity, speed, f"plan {perplexity:g}", 0, complete=complete)
+
+
+A, B, C, D = evaluated(10.5, 1.02), evaluated(11, 1.2), evaluated(12, 1.1), evaluated(15, 2.0)
+TRIALS = [D, C, B, A]
+SPEEDS = {e.plan.key(): e.tokens_per_second for e in TRIALS}
+
+
+def speedup(plan: RankPlan) -> float:
+    return SPEEDS[plan.key()]
+
+
+def test_the_front_is_of_trials_that_were_judged_whole() -> None:
+    assert pareto_front(TRIALS, speedup) == [A, B, D]
+    stopped = evaluated(10.1, 3.0, complete=False)
+    assert pareto_front([*TRIALS, stopped], lambda plan: SPEEDS.get(plan.key(), 3.0)) == [A, B, D]
+
+
+def order(target: Target, dense: float = 10.0) -> list[Evaluated]:
+    measured: list[Evaluated] = []
+    while (found := next_candidate(TRIALS, measured, goal(target, dense), speedup)) is not None:
+        measured.append(found)
+    return measured
+
+
+def test_what_is_measured_first() -> None:
+    assert order(Target(ratio=0.2)) == [D, B, A]  # log(1.5) - log(2) is the least
+    assert order(Target(min_speedup=1.1)) == [B, D]  # A is predicted to fall short, and others are not
+    assert order(Target(min_speedup=1.9)) == [D]
+    assert order(Target(max_ppl_increase=0.15)) == [B, A]
+    assert order(Target())[0] is B
+    assert set(map(id, order(Target()))) == {id(A), id(B), id(D)}
+    with pytest.raises(InfeasibleTargetError, match=r"the best of the search has 10\.50"):
+        order(Target(max_ppl_increase=0.1), dense=5.0)
+
+
+def test_where_every_prediction_falls_short_the_fastest_is_measured() -> None:
+    assert next_candidate(TRIALS, [], goal(Target(min_speedup=3.0)), speedup) is D
+
+
+def test_what_was_measured_corrects_what_comes_next() -> None:
+    slower = {key: 1 + (value - 1) / 10 for key, value in SPEEDS.items()}
+    assert next_candidate(TRIALS, [B], goal(Target(min_speedup=1.05)), lambda plan: slower[plan.key()]) is D
+
+
+def found(trial: Evaluated, measured: float, at_least: float | None = None) -> Found:
+    return Found(trial, measured, measured - 0.05 if at_least is None else at_least)
+
+
+def test_the_choice() -> None:
+    measured = [found(A, 0.9), found(B, 1.1), found(D, 1.8)]
+    assert choose(measured, goal(Target(min_speedup=1.05))) is B
+    assert choose(measured, goal(Target(max_ppl_increase=0.9))) is D
+    assert choose(measured, goal(Target(ratio=0.2))) is D  # 50 % more perplexity, but 80 % faster
+    assert choose(measured[:2], goal(Target(ratio=0.2))) is B
+    assert choose(measured, goal(Target())) is D
+    with pytest.raises(InfeasibleTargetError, match=r"no measured plan reaches 1\.3x"):
+        choose(measured[:2], goal(Target(min_speedup=1.3)))
+
+
+@pytest.mark.parametrize("target", [Target(), Target(max_ppl_increase=0.9), Target(min_speedup=1.05)])
+def test_nothing_is_called_faster_within_the_spread(target: Target) -> None:
+    with pytest.raises(InfeasibleTargetError, match=r"faster than dense beyond the spread .* at 1\.10x, at least 0\.99x"):
+        choose([found(B, 1.1, at_least=0.99)], goal(target))
+
+
+def test_a_speedup_below_one_may_be_asked_for() -> None:
+    assert choose([found(A, 0.9)], goal(Target(min_speedup=0.8))) is A
+
+
+def test_the_knee_is_furthest_below_the_chord() -> None:
+    assert knee({0: (0.1, 0.05), 1: (0.5, 0.1), 2: (1.0, 1.0)}) == 1
+    assert knee({3: (0.0, 0.0)}) == 3
+    assert knee({0: (0.5, 0.5), 1: (1.0, 1.0)}) == 1  # of equal ones the faster
+
+
+def test_objectives_and_constraints() -> None:
+    assert goal(Target(ratio=0.2)).objective(20.0, 2.0) == pytest.approx(0.0)
+    assert goal(Target(min_speedup=1.2)).objective(20.0, 2.0) == pytest.approx(math.log(2))
+    limit = goal(Target(max_ppl_increase=0.1))
+    assert limit.objective(20.0, 2.0) == pytest.approx(-math.log(2))
+    assert limit.feasible(10.99, 1.0)
+    assert not limit.feasible(11.01, 1.0)
+    assert not goal(Target(min_speedup=1.2)).feasible(10.0, 1.19)
+    assert list(goal(Target()).metrics.values()) == ["minimize", "maximize"]
+    assert math.isfinite(goal(Target()).loss(math.inf))
