@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from lrserve.errors import InputError
 
 _HEARTBEAT_SECONDS: Final = 60
 _GRACE_SECONDS: Final = 240
+_ATTEMPTS: Final = 3
 _LIVE: Final = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
 
 
@@ -54,16 +56,20 @@ def open_study(name: str, storage: Path | str, metrics: Mapping[str, str] | None
 
 
 def _shared(url: str) -> Any:
-    try:
-        return optuna.storages.RDBStorage(url, heartbeat_interval=_HEARTBEAT_SECONDS, grace_period=_GRACE_SECONDS)
-    except Exception as error:  # of sqlalchemy, of the driver, or an import of it
-        scheme = url.partition(":")[0]
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"--storage: no study can be kept at the {scheme} URL: {first}; it takes "
-            "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, mysql+pymysql://... or sqlite:///FILE, and the driver named there "
-            "has to be installed"
-        ) from None
+    for attempt in range(_ATTEMPTS):
+        try:
+            return optuna.storages.RDBStorage(url, heartbeat_interval=_HEARTBEAT_SECONDS, grace_period=_GRACE_SECONDS)
+        except Exception as error:  # of sqlalchemy, of the driver, or an import of it
+            failure = error
+        if attempt + 1 < _ATTEMPTS:
+            time.sleep(1)  # several workers that make a new database's tables at once trip over each other
+    scheme = url.partition(":")[0]
+    first = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
+    raise InputError(
+        f"--storage: no study can be kept at the {scheme} URL: {first}; it takes "
+        "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, mysql+pymysql://... or sqlite:///FILE, and the driver named there "
+        "has to be installed"
+    ) from failure
 
 
 def worker_salt() -> int:
@@ -90,7 +96,9 @@ def run_trial(
 
 
 def live(study: optuna.Study) -> int:
-    """Count the trials that did not fail."""
+    """Count the trials that did not fail; of a shared study, those whose worker is gone do so now."""
+    with quietly():
+        optuna.storages.fail_stale_trials(study)
     return len(study.get_trials(deepcopy=False, states=_LIVE))
 
 

@@ -161,6 +161,41 @@ def test_workers_share_one_study(tmp_path: Path) -> None:
     assert [trial.plan.key() for trial in finished(load(tmp_path / "copy.sqlite3"))] == [trial.plan.key() for trial in trials]
 
 
+def forever(place: tuple[str, str]) -> None:
+    def judge(plan: RankPlan, rivals: Sequence[Sequence[float]]) -> Judgement:
+        time.sleep(600)
+        raise AssertionError
+
+    run(Target(ratio=0.3), place, judge)
+
+
+def test_the_trial_of_a_worker_that_is_gone_is_done_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = f"sqlite:///{tmp_path / 'shared.sqlite3'}", "lrserve-x"
+    worker = multiprocessing.get_context("spawn").Process(target=forever, args=(place,))
+    worker.start()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not _beats(tmp_path / "shared.sqlite3"):
+        time.sleep(0.1)
+    worker.kill()
+    worker.join()
+    monkeypatch.setattr("lrserve.allocation.resumable._GRACE_SECONDS", 1)
+    monkeypatch.setattr("lrserve.allocation.resumable._HEARTBEAT_SECONDS", 1)
+    time.sleep(2)
+    trials = run(Target(ratio=0.3), place)
+    assert [trial.origin for trial in trials[:3]] == ["loss_aware", "greedy", "uniform"]
+    assert [trial.trial for trial in trials] == list(range(1, 10))
+
+
+def _beats(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with sqlite3.connect(path) as database:
+        try:
+            return bool(database.execute("SELECT * FROM trial_heartbeats").fetchall())
+        except sqlite3.OperationalError:  # the tables are being made
+            return False
+
+
 @pytest.mark.parametrize("url", ["postgresql+nosuchdriver://a@127.0.0.1/b", "no url", "sqlite:////no/such/folder/x.sqlite3"])
 def test_a_database_that_cannot_be_used_is_named(url: str) -> None:
     with pytest.raises(InputError, match="--storage: no study can be kept at"):
