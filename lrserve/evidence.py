@@ -203,7 +203,7 @@ def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
     """Return what `artifacts.report.write_report` draws."""
     recipe, goal = job.recipe, tuned.goal
     study = optuna.load_study(study_name=STUDY, storage=f"sqlite:///{tuned.study_path}")
-    front = {trial.trial for trial in pareto_front(tuned.trials, tuned.speed.speedup)}
+    front = pareto_front(tuned.trials, tuned.speed.speedup)
     kinds: dict[str, list[dict[str, Any]]] = {}
     plan = tuned.chosen.candidate.plan
     for unit in job.units:
@@ -227,7 +227,7 @@ def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
                 "speedup": tuned.speed.speedup(trial.plan),
                 "ratio": trial.plan.ratio(job.units),
                 "complete": trial.complete,
-                "front": trial.trial in front,
+                "front": any(trial is best for best in front),
             }
             for trial in tuned.trials
         ],

@@ -150,8 +150,9 @@ def measure_front(
     trials: Sequence[Evaluated],
     goal: Goal,
     speed: SpeedModel,
+    only: Evaluated | None = None,
 ) -> list[Measured]:
-    """Export the most promising plans of the front one by one and measure each in turns with the dense model.
+    """Export the most promising plans of the front, or `only` one, and measure each in turns with the dense model.
 
     What was measured corrects the predictions by which the next plan is picked.
     """
@@ -169,12 +170,12 @@ def measure_front(
     checkpoint = folder.root / "candidate"
     measured: list[Measured] = []
     runs = count(1)
-    total = recipe.search.measured_plans * len(workloads) * 2 * settings.repeats
-    with progress_bar(total, "4/6 measure") as progress, ExitStack() as stack:
+    plans = recipe.search.measured_plans if only is None else 1
+    with progress_bar(plans * len(workloads) * 2 * settings.repeats, "4/6 measure") as progress, ExitStack() as stack:
         beside: EngineProcess | None = None
-        while len(measured) < recipe.search.measured_plans:
+        while len(measured) < plans:
             now = speed.corrected([(m.candidate.plan, m.comparison.relative_times) for m in measured])
-            candidate = next_candidate(trials, [m.candidate for m in measured], goal, now.speedup)
+            candidate = only or next_candidate(trials, [m.candidate for m in measured], goal, now.speedup)
             if candidate is None:
                 break
             path = stage / f"{fingerprint(candidate.plan.key())[:16]}.json"

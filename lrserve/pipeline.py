@@ -13,6 +13,7 @@ import torch
 from exporters.base import Exporter
 from lrserve.allocation.allocate import uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.resumable import connect
 from lrserve.artifacts import card
 from lrserve.artifacts.store import check_place, explained, fingerprint, read_manifest, staged, verify_files
 from lrserve.artifacts.work import WorkFolder, differences, work_folder
@@ -88,6 +89,8 @@ def compress_and_export(
         say(f"{out} was made from these inputs before; nothing to do")
         _say_summary(finished, out, say)
         return finished
+    if storage is not None:
+        connect(storage)  # a mistake in the URL should not cost a calibration
     if recipe.target.ratio:
         fit = BudgetFit(job.units, recipe.search.rank_step, recipe.structure)
         fit.require((1 - recipe.target.ratio) * fit.dense_cost)

@@ -91,8 +91,8 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder, storage
         trials.append(_evolve(job, merged, space, speed, validation, stage, best))
     merged.to("cpu")
     picked = _picked(trials, settings.choose)
-    measured = measure_front(job, store, folder, runtime, dense, picked or trials, goal, speed)
-    best = picked[0] if picked else choose([_found(m, goal) for m in measured], goal)
+    measured = measure_front(job, store, folder, runtime, dense, trials, goal, speed, picked)
+    best = picked or choose([_found(m, goal) for m in measured], goal)
     chosen = next(m for m in measured if m.candidate is best)
     job.say(f"4/6 chosen: {best.origin}, ratio {best.plan.ratio(job.units):.3f}, {chosen.comparison.speedup:.2f}x of dense")
     path = stage / "study.sqlite3"
@@ -102,20 +102,20 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder, storage
     return Tuned(chosen, measured, trials, goal, speed, validation, path)
 
 
-def _picked(trials: Sequence[Evaluated], number: int | None) -> list[Evaluated]:
+def _picked(trials: Sequence[Evaluated], number: int | None) -> Evaluated | None:
     """Return the trial that the recipe chooses, if it does.
 
     Raises:
         InputError: there is none of this number, or it was stopped early.
     """
     if number is None:
-        return []
-    found = [trial for trial in trials if trial.trial == number and trial.complete]
-    if not found:
+        return None
+    found = next((trial for trial in trials if trial.trial == number and trial.complete), None)
+    if found is None:
         raise InputError(
             f"search.choose: the study has no trial {number} that was judged on all of the text; its report lists them"
         )
-    return found[:1]
+    return found
 
 
 def _found(measured: Measured, goal: Goal) -> Found:

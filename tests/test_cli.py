@@ -114,6 +114,16 @@ def test_a_dry_run_writes_nothing(model: Path, text: Path, tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["small.yaml"]
 
 
+def test_a_database_that_is_not_there_is_noticed_before_the_work(model: Path, text: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small.yaml"
+    small.write_text("calibration: {sequences: 4, length: 32}\nreport: {tokens: 128, length: 64}\n")
+    options = ["--calibration", str(text), "--recipe", str(small), "--storage", "sqlite:////no/such/folder/study.sqlite3"]
+    shown = run("compress-and-export", str(model), "-o", str(tmp_path / "out"), *options)
+    assert shown.returncode == 2
+    assert "--storage: no study can be kept at the sqlite URL" in shown.stderr
+    assert "calibrate" not in shown.stdout
+
+
 def test_inspect_describes_a_dense_model(model: Path) -> None:
     shown = run("inspect", str(model))
     assert shown.returncode == 0, shown.stderr

@@ -43,7 +43,7 @@ def open_study(name: str, storage: Path | str, metrics: Mapping[str, str] | None
     directions = list(metrics.values()) if metrics else ["minimize"]
     with quietly():
         if isinstance(storage, str):
-            backend: Any = _shared(storage)
+            backend: Any = connect(storage)
         else:
             backend = f"sqlite:///{storage}"
         study = optuna.create_study(study_name=name, storage=backend, directions=directions, load_if_exists=True)
@@ -55,7 +55,12 @@ def open_study(name: str, storage: Path | str, metrics: Mapping[str, str] | None
     return study
 
 
-def _shared(url: str) -> Any:
+def connect(url: str) -> Any:
+    """Open the storage of studies at a URL; makes its tables if need be.
+
+    Raises:
+        InputError: no database there, or no driver for it.
+    """
     for attempt in range(_ATTEMPTS):
         try:
             return optuna.storages.RDBStorage(url, heartbeat_interval=_HEARTBEAT_SECONDS, grace_period=_GRACE_SECONDS)
