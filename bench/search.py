@@ -12,9 +12,9 @@ Every method gets the same number of trials on the same validation text, from th
     uniform   uniform ranks at as many ratios; needs no seed
     bolaco    its 5x4 space for single linears (arXiv 2405.10616), a search for each of four ratios with a quarter of the trials
 
-Of each search's front (by predicted speed; of bolaco's by parameters) a few plans, spread over it, are served by vLLM with random
-weights, which the clock does not see, and measured in turns with the dense model. What counts is the hypervolume of what was
-measured: the area of log(perplexity / dense) and speedup that the front dominates, up to `REFERENCE`, which is dense's speed.
+Of each search's front the few plans of the largest hypervolume, by predicted speed (by parameters for bolaco), are served by vLLM
+with random weights, which the clock does not see, and measured in turns with the dense model. What counts is the hypervolume of what was
+measured: the area of log(perplexity / dense) and speedup that the plans dominate, up to `REFERENCE`, which is dense's speed.
 The same measurements say how good the table's predictions are, for plans that were never measured before: first as they stand, then
 corrected by the factor that the plans of the *other* seeds and methods ask for.
 
@@ -31,6 +31,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +94,14 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def speed_of(point: Point) -> float:
-    return point.ratio if point.predicted is None else point.predicted
+    return 1 + point.ratio if point.predicted is None else point.predicted
 
 
-def spread(points: Sequence[Point], count: int) -> list[Point]:
-    """Return so many points of a front, evenly spaced between the best loss and the last that is better than the reference's."""
+def best_of(points: Sequence[Point], count: int) -> list[Point]:
+    """Return the plans of a front, so many, of the largest predicted hypervolume; all but the least loss may be useless."""
     useful = [p for p in points if p.loss < REFERENCE[0]] or list(points[:1])
-    if len(useful) <= count:
-        return useful
-    low, high = speed_of(useful[0]), speed_of(useful[-1])
-    wanted = [low + (high - low) * (i + 1) / count for i in range(count)]
-    return list({id(p): p for p in (min(useful, key=lambda p: abs(speed_of(p) - x)) for x in wanted)}.values())
+    sets = combinations(useful, min(count, len(useful)))
+    return list(max(sets, key=lambda chosen: hypervolume([(p.loss, speed_of(p)) for p in chosen])))
 
 
 def hypervolume(points: Sequence[tuple[float, float]]) -> float:
@@ -319,7 +317,7 @@ def report(bench: Bench, seeds: int, engine: bool) -> dict[str, Any]:
     result: dict[str, Any] = {"predicted_hypervolume": {f"{m} {s}": v for (m, s), v in predicted.items() if m != "bolaco"}}
     if not engine:
         return result
-    chosen = [(*key, point) for key, points in searches.items() for point in spread(front(points), bench.plans)]
+    chosen = [(*key, point) for key, points in searches.items() for point in best_of(front(points), bench.plans)]
     found = bench.measured(chosen)
     volumes: dict[str, dict[int, float]] = {}
     for method, seed in searches:
