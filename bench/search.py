@@ -13,8 +13,8 @@ Every method gets the same number of trials on the same validation text, from th
     bolaco    its 5x4 space for single linears (arXiv 2405.10616), a search for each of four ratios with a quarter of the trials
 
 Of each search's front the few plans of the largest hypervolume, by predicted speed (by parameters for bolaco), are served by vLLM
-with random weights, which the clock does not see, and measured in turns with the dense model. What counts is the hypervolume of what was
-measured: the area of log(perplexity / dense) and speedup that the plans dominate, up to `REFERENCE`, which is dense's speed.
+with random weights, which the clock does not see, and measured in turns with the dense model. What counts is the hypervolume of
+these measurements: the area of log(perplexity / dense) and speedup that the plans dominate, up to `REFERENCE`, dense's speed.
 The same measurements say how good the table's predictions are, for plans that were never measured before: first as they stand, then
 corrected by the factor that the plans of the *other* seeds and methods ask for.
 
