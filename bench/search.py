@@ -10,7 +10,8 @@ Every method gets the same number of trials on the same validation text, from th
     lrserve   the two-objective study as `lrserve compress-and-export` runs it without a target
     random    random draws from the same space, without the plans that the study begins with
     uniform   uniform ranks at as many ratios; needs no seed
-    bolaco    its 5x4 space for single linears (arXiv 2405.10616), a search for each of four ratios with a quarter of the trials
+    bolaco    its 5x4 space for single linears (arXiv 2405.10616), a search for each of four ratios with a quarter of the trials;
+              vLLM multiplies some of them together, so what is measured has the same parameters in fused groups: fewer products
 
 Of each search's front the few plans of the largest hypervolume, by predicted speed (by parameters for bolaco), are served by vLLM
 with random weights, which the clock does not see, and measured in turns with the dense model. What counts is the hypervolume of
@@ -228,6 +229,16 @@ class Bench:
         merged.apply({})
         return points
 
+    def fused(self, plan: RankPlan) -> RankPlan:
+        """Return a plan for fused groups with the parameters of one for single linears, which vLLM multiplies together."""
+        step, ranks = self.job.recipe.search.rank_step, {}
+        for group in self.job.groups:
+            own = [single for single, fused in self.pairs if fused.name == group.name]
+            budget = sum(single.parameters(plan.ranks[single.name], "low_rank") for single in own)
+            fitting = [r for r in range(step, group.full_rank, step) if group.parameters(r, "low_rank") <= budget]
+            ranks[group.name] = fitting[-1] if fitting and budget < group.dense_parameters else None
+        return RankPlan(ranks, "low_rank")
+
     def measured(self, chosen: Sequence[tuple[str, int, Point]]) -> list[MixComparison]:
         """Measure plans one by one in turns with the dense model, or read them."""
         recipe, found = self.job.recipe, []
@@ -239,8 +250,8 @@ class Bench:
                 path = stage / f"{fingerprint(point.plan.key())[:16]}.json"
                 if not path.is_file():
                     dense = dense or stack.enter_context(self._engine(None, []))
-                    groups = list(origin_of(self.pairs)) if method == "bolaco" else self.job.units
-                    with self._engine(point.plan, groups) as engine:
+                    plan, groups = (self.fused(point.plan), self.job.groups) if method == "bolaco" else (point.plan, self.job.units)
+                    with self._engine(plan, groups) as engine:
                         found_now = compare(
                             dense,
                             engine,

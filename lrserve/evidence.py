@@ -12,14 +12,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import optuna
-
 from exporters.base import Exporter, Transcript
 from exporters.transcript import transcribe_model
 from lrserve.allocation.goal import pareto_front
 from lrserve.allocation.plan import RankPlan
 from lrserve.allocation.quality import perplexity
-from lrserve.allocation.study import STUDY, importances, time_spent
+from lrserve.allocation.study import importances, study_of, time_spent
 from lrserve.artifacts import card
 from lrserve.artifacts.report import write_report
 from lrserve.artifacts.store import write_json, write_manifest
@@ -202,7 +200,7 @@ def versions(job: Job) -> dict[str, str]:
 def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
     """Return what `artifacts.report.write_report` draws."""
     recipe, goal = job.recipe, tuned.goal
-    study = optuna.load_study(study_name=STUDY, storage=f"sqlite:///{tuned.study_path}")
+    study = study_of(tuned.study_path)
     front = pareto_front(tuned.trials, tuned.speed.speedup)
     kinds: dict[str, list[dict[str, Any]]] = {}
     plan = tuned.chosen.candidate.plan

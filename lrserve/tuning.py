@@ -19,7 +19,7 @@ from lrserve.allocation.quality import Divergence, Judgement, Validation, negati
 from lrserve.allocation.resumable import open_study
 from lrserve.allocation.search import SearchSpace
 from lrserve.allocation.speed import SpeedModel
-from lrserve.allocation.study import Evaluate, copy_study, run_study
+from lrserve.allocation.study import Evaluate, copy_study, run_study, study_of, time_spent
 from lrserve.artifacts.store import fingerprint, write_json
 from lrserve.artifacts.work import WorkFolder
 from lrserve.compression.groups import Structure
@@ -265,6 +265,10 @@ def _search(
         f"4/6 search: {len(trials)} trials{reused(resumed[0], len(trials))}, {early} stopped early; validation perplexity: dense "
         f"{goal.dense_perplexity:.2f}, predicted front: {shown}"
     )
+    spent = time_spent(study_of(place))
+    total = max(sum(spent.values()), 1e-9)
+    parts = ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in sorted(spent.items(), key=lambda item: -item[1]))
+    job.say(f"4/6 search: {60 * len(trials) / total:.0f} trials a minute; of the time, {parts}")
     return trials
 
 

@@ -139,6 +139,12 @@ def finished(study: optuna.Study) -> list[Evaluated]:
     ]
 
 
+def study_of(storage: Path | tuple[str, str]) -> optuna.Study:
+    """Load a study from where `run_study` keeps it."""
+    name, place = (STUDY, f"sqlite:///{storage}") if isinstance(storage, Path) else (storage[1], storage[0])
+    return optuna.load_study(study_name=name, storage=place)
+
+
 def copy_study(storage: Path | tuple[str, str], path: Path) -> None:
     """Copy a study into a SQLite file of its own, named `STUDY`."""
     if isinstance(storage, Path):

@@ -132,6 +132,7 @@ def test_the_job_leaves_a_whole_artifact(made: tuple[Path, dict[str, Any], list[
     assert set(metrics["improved"]) == (set() if found > searched else {"propagate", "refine", "recover"})
     assert metrics["plan"]["structure"] == "narrow"
     assert any(line.startswith("4/6 evolution") for line in lines)
+    assert any(re.match(r"4/6 search: \d+ trials a minute; of the time, .*forward \d+%", line) for line in lines)
     assert "perplexity, report text" in (out / "README.md").read_text()
     assert not [p.name for p in out.parent.iterdir() if "staging" in p.name]
 
