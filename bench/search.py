@@ -292,11 +292,12 @@ def origin_of(pairs: Sequence[tuple[Group, Group]]) -> Sequence[Group]:
 def errors_of_prediction(
     bench: Bench, chosen: Sequence[tuple[str, int, Point]], found: Sequence[MixComparison]
 ) -> list[dict[str, Any]]:
-    """Hold predictions against measurements; a correction sees only plans of other searches."""
-    rows = []
+    """Hold predictions against measurements, each plan once; a correction sees only plans of other searches."""
+    rows, seen = [], set()
     for (method, seed, point), comparison in zip(chosen, found, strict=True):
-        if point.predicted is None:
+        if point.predicted is None or point.plan.key() in seen:
             continue
+        seen.add(point.plan.key())
         others = [
             (p.plan, c.relative_times)
             for (m, s, p), c in zip(chosen, found, strict=True)
