@@ -56,7 +56,7 @@ def test_vllm_computes_what_transformers_does(architecture: str, tmp_path: Path)
 
 
 def check_measurements(engine: Engine) -> None:
-    runs = in_turns({"a": engine, "b": engine}, lambda e, seed: e.throughput(8, 4, 3, seed=seed), 2)
+    runs = in_turns({"a": engine, "b": engine}, lambda e, seed: e.throughput(8, 4, 3, seed=seed), 2, seed=0)
     assert {name: len(results) for name, results in runs.items()} == {"a": 2, "b": 2}
     for result in (*runs["a"], *runs["b"]):
         assert result.output_tokens == 12
