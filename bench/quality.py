@@ -42,13 +42,12 @@ from lrserve.artifacts.card import table
 from lrserve.artifacts.store import write_json
 from lrserve.artifacts.work import WorkFolder, work_folder
 from lrserve.compression.baselines import BASELINES
-from lrserve.compression.calibrate import read_statistics
 from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group, Structure, allocated, separate
 from lrserve.compression.spectra import (
-    Decompose,
     MergedRanks,
     SpectrumStore,
+    baseline,
     compress_model,
     features,
     round_parameters,
@@ -188,13 +187,8 @@ class Bench:
     @cache  # noqa: B019
     def _spectra(self, factors: str, fewer_neurons: bool) -> SpectrumStore:
         statistics = self.statistics()
-        decompose: Decompose
         if factors in BASELINES:
-            origin = {group.name: fused for group, fused in self.pairs}
-
-            def decompose(group: Group, W: torch.Tensor, beta: torch.Tensor | None) -> Any:
-                return BASELINES[factors](W, read_statistics(statistics, origin[group.name]), beta)
-
+            decompose = baseline(factors, statistics, self.pairs)
         elif factors == "features":
             decompose = features(statistics)
         else:

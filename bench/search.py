@@ -48,18 +48,16 @@ from lrserve.allocation.study import run_study
 from lrserve.artifacts.card import table
 from lrserve.artifacts.store import fingerprint, write_json
 from lrserve.artifacts.work import WorkFolder, work_folder
-from lrserve.compression.baselines import BASELINES
-from lrserve.compression.calibrate import read_statistics
 from lrserve.compression.groups import Group, separate
 from lrserve.compression.lowrank import quantization_config, specs_of
-from lrserve.compression.spectra import MergedRanks, SpectrumStore, write_spectra
+from lrserve.compression.spectra import MergedRanks, SpectrumStore, baseline, write_spectra
 from lrserve.inputs.demo import demo_recipe
 from lrserve.job import Job, open_job, progress_bar
 from lrserve.measuring import measure_layers, speed_model
 from lrserve.pipeline import backpropagate, calibrate_blocks, factorize_groups
 from lrserve.recipe import Recipe, Target, Workload
 from lrserve.serving.engine import Engine
-from lrserve.serving.loadtest import MixComparison, compare, read_comparison
+from lrserve.serving.loadtest import MixComparison, compare, open_engine, read_comparison
 from lrserve.serving.runtimes import Runtime, runtime_of
 from lrserve.tuning import choose_windows, judge, probed_losses
 
@@ -115,6 +113,14 @@ def hypervolume(points: Sequence[tuple[float, float]]) -> float:
     return area
 
 
+class Unguided(SearchSpace):
+    """The space without the plans that a study begins with."""
+
+    def first_trials(self) -> dict[str, dict[str, Any]]:
+        """Return nothing."""
+        return {}
+
+
 class Bench:
     """The opened inputs, and every stage that the methods share, made when it is first asked for."""
 
@@ -143,17 +149,17 @@ class Bench:
         """Single linears, and the groups that they are of."""
         return separate(self.job.groups)
 
+    @property
+    def singles(self) -> list[Group]:
+        """Single linears."""
+        return [single for single, _ in self.pairs]
+
     @cached_property
     def single_store(self) -> SpectrumStore:
         """Bolaco's factors."""
-        origin, statistics = {group.name: fused for group, fused in self.pairs}, self.statistics
-
-        def decompose(group: Group, W: Any, beta: Any) -> Any:
-            return BASELINES["bolaco"](W, read_statistics(statistics, origin[group.name]), beta)
-
-        stage = self.folder.stage("spectra-bolaco", {"calibration": statistics.name})
-        write_spectra(self.model, list(origin_of(self.pairs)), decompose, stage)
-        return SpectrumStore(stage, list(origin_of(self.pairs)))
+        stage = self.folder.stage("spectra-bolaco", {"calibration": self.statistics.name})
+        write_spectra(self.model, self.singles, baseline("bolaco", self.statistics, self.pairs), stage)
+        return SpectrumStore(stage, self.singles)
 
     @cached_property
     def merged(self) -> MergedRanks:
@@ -175,6 +181,11 @@ class Bench:
         """The windows that trials are judged on."""
         return choose_windows(self.job, self.merged, self.store, self.folder)[0]
 
+    @cached_property
+    def goal(self) -> Goal:
+        """Both objectives."""
+        return Goal(Target(), self.job.recipe.search.speed_weight, self.validation.dense_perplexity)
+
     def searched(self, method: str, seed: int) -> list[Point]:
         """Run one search, or read it."""
         identity = {"store": self.store.folder.name, "table": self.table[1], "trials": self.trials, "seed": seed}
@@ -188,8 +199,7 @@ class Bench:
         return [Point(**{**row, "plan": RankPlan(**row["plan"])}) for row in rows]
 
     def _point(self, plan: RankPlan, perplexity: float) -> Point:
-        loss = Goal(Target(), 1.0, self.validation.dense_perplexity).loss(perplexity)
-        return Point(plan, loss, self.speed.speedup(plan), plan.ratio(self.job.units))
+        return Point(plan, self.goal.loss(perplexity), self.speed.speedup(plan), plan.ratio(self.job.units))
 
     def _own(self, method: str, seed: int, stage: Path) -> list[Point]:
         units, structure, settings = self.job.units, self.job.recipe.structure, self.job.recipe.search
@@ -201,31 +211,26 @@ class Bench:
             return [self._point(plan, evaluate(plan, []).perplexity) for plan in plans]
         losses, _ = probed_losses(self.job, self.merged, self.store, self.folder)
         search = settings.model_copy(update={"trials": self.trials, "sampler": "gp" if method == "lrserve" else "random"})
-        goal = Goal(Target(), 1.0, self.validation.dense_perplexity)
-        space = SearchSpace(units, Target(), search, losses, self.speed, structure)
-        if method == "random":
-            space.first_trials = dict  # type: ignore[method-assign]
-        trials = run_study(space, goal, self.speed, evaluate, search, stage / "study.sqlite3", seed=seed)
+        space = (SearchSpace if method == "lrserve" else Unguided)(units, Target(), search, losses, self.speed, structure)
+        trials = run_study(space, self.goal, self.speed, evaluate, search, stage / "study.sqlite3", seed=seed)
         return [self._point(trial.plan, trial.perplexity) for trial in trials if trial.complete]
 
     def _bolaco(self, seed: int, stage: Path) -> list[Point]:
         self.merged.apply({})
-        single = list(origin_of(self.pairs))
-        merged = MergedRanks(self.model, single, self.single_store)
-        dense = sum(group.dense_parameters for group in single)
+        merged = MergedRanks(self.model, self.singles, self.single_store)
+        dense = sum(group.dense_parameters for group in self.singles)
         points: list[Point] = []
 
         def evaluate(plan: RankPlan) -> float:
             merged.apply(dict(plan.ranks))
             perplexity = self.validation(self.model).perplexity
-            loss = Goal(Target(), 1.0, self.validation.dense_perplexity).loss(perplexity)
-            points.append(Point(plan, loss, None, plan.ratio(single)))
+            points.append(Point(plan, self.goal.loss(perplexity), None, plan.ratio(self.singles)))
             return float(perplexity)
 
         for ratio in BOLACO_RATIOS:
             trials, path = self.trials // len(BOLACO_RATIOS), stage / f"study-{ratio}.sqlite3"
             path.unlink(missing_ok=True)  # its points are kept by the search that ran to the end
-            bolaco(single, (1 - ratio) * dense, self.job.recipe.search.rank_step, 4, trials, evaluate, path, seed=seed)
+            bolaco(self.singles, (1 - ratio) * dense, self.job.recipe.search.rank_step, 4, trials, evaluate, path, seed=seed)
         merged.apply({})
         return points
 
@@ -272,21 +277,7 @@ class Bench:
         if plan is not None:
             config.quantization_config = quantization_config(specs_of(plan.factorized(groups), plan.structure))
         config.save_pretrained(folder)
-        workloads = recipe.workloads.values()
-        return Engine(
-            folder,
-            dtype=recipe.engine.dtype,
-            max_model_len=max(w.prompt_tokens + w.output_tokens for w in workloads),
-            max_num_seqs=max(w.concurrency for w in workloads),
-            enforce_eager=recipe.engine.enforce_eager,
-            load_format="dummy",
-            kv_cache_gib=1.0,
-        )
-
-
-def origin_of(pairs: Sequence[tuple[Group, Group]]) -> Sequence[Group]:
-    """Single linears of `separate`."""
-    return [group for group, _ in pairs]
+        return open_engine(folder, recipe.workloads, recipe.engine, sharing=2, load_format="dummy")
 
 
 def errors_of_prediction(

@@ -7,9 +7,8 @@ import math
 import platform
 import resource
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from exporters.base import Exporter, Transcript
@@ -26,7 +25,6 @@ from lrserve.errors import AgreementError
 from lrserve.inputs.source import Source
 from lrserve.job import Job, progress_bar
 from lrserve.measuring import Measured
-from lrserve.serving.loadtest import Rounds
 from lrserve.serving.runtimes import runtime_of
 from lrserve.tuning import Tuned
 
@@ -245,11 +243,10 @@ def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
 
 
 def _measured(job: Job, measured: Measured, *, chosen: bool) -> dict[str, Any]:
-    comparison, candidate = measured.comparison, measured.candidate
+    mix, candidate = measured.comparison.to_json(), measured.candidate
 
-    def figures(found: Rounds) -> dict[str, float]:
-        low, high = found.spread
-        return {"speedup": found.speedup, "lowest": low, "highest": high}
+    def figures(found: Mapping[str, Any]) -> dict[str, float]:
+        return {"speedup": found["speedup"], "lowest": found["speedup_lowest"], "highest": found["speedup_highest"]}
 
     return {
         "number": candidate.trial,
@@ -258,16 +255,16 @@ def _measured(job: Job, measured: Measured, *, chosen: bool) -> dict[str, Any]:
         "ratio": candidate.plan.ratio(job.units),
         "predicted": measured.predicted_speedup,
         "corrected": measured.corrected,
-        **figures(comparison),
+        **figures(mix),
         "chosen": chosen,
         "workloads": {
             name: {
                 "predicted": measured.predicted[name],
                 **figures(found),
-                "dense_tokens_per_second": median(run.output_tokens_per_second for run in found.dense),
-                "tokens_per_second": median(run.output_tokens_per_second for run in found.compressed),
+                "dense_tokens_per_second": found["dense"]["tokens_per_second"],
+                "tokens_per_second": found["compressed"]["tokens_per_second"],
             }
-            for name, found in comparison.workloads.items()
+            for name, found in mix["workloads"].items()
         },
     }
 

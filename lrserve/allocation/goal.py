@@ -170,28 +170,23 @@ def choose(measured: Sequence[Found], goal: Goal) -> Evaluated:
     Raises:
         InfeasibleTargetError: none reaches the speedup, or none is faster than dense.
     """
-    table = "; ".join(f"{f.trial.origin} perplexity {f.trial.perplexity:.2f} at {f.speedup:.2f}x" for f in measured)
+    rows = [f"{f.trial.origin} perplexity {f.trial.perplexity:.2f} at {f.speedup:.2f}x" for f in measured]
     left = list(measured)
     if goal.target.min_speedup:
         left = [found for found in left if found.speedup >= goal.target.min_speedup]
         if not left:
             raise InfeasibleTargetError(
-                f"no measured plan reaches {goal.target.min_speedup:g}x of dense ({table}); ask for less, or give more trials"
+                f"no measured plan reaches {goal.target.min_speedup:g}x of dense ({'; '.join(rows)}); "
+                "ask for less, or give more trials"
             )
     if not goal.target.ratio and (goal.target.min_speedup or 1.0) >= 1:
         left = [found for found in left if found.at_least > 1]
         if not left:
+            lowest = "; ".join(f"{row}, at least {f.at_least:.2f}x" for row, f in zip(rows, measured, strict=True))
             raise InfeasibleTargetError(
-                f"no plan is faster than dense beyond the spread of its measurements ({lowest(measured)}); serve the dense model, "
+                f"no plan is faster than dense beyond the spread of its measurements ({lowest}); serve the dense model, "
                 "allow more loss, or measure on a quieter machine or with more engine.repeats"
             )
     if goal.target.front:
         return left[knee({i: (math.log(f.speedup), goal.loss(f.trial.perplexity)) for i, f in enumerate(left)})].trial
     return min(left, key=lambda found: goal.objective(found.trial.perplexity, found.speedup)).trial
-
-
-def lowest(measured: Sequence[Found]) -> str:
-    """List the plans with the lower ends of their speedups."""
-    return "; ".join(
-        f"{f.trial.origin} perplexity {f.trial.perplexity:.2f} at {f.speedup:.2f}x, at least {f.at_least:.2f}x" for f in measured
-    )

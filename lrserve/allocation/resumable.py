@@ -42,10 +42,7 @@ def open_study(name: str, storage: Path | str, metrics: Mapping[str, str] | None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     directions = list(metrics.values()) if metrics else ["minimize"]
     with quietly():
-        if isinstance(storage, str):
-            backend: Any = connect(storage)
-        else:
-            backend = f"sqlite:///{storage}"
+        backend = connect(storage) if isinstance(storage, str) else f"sqlite:///{storage}"
         study = optuna.create_study(study_name=name, storage=backend, directions=directions, load_if_exists=True)
         if metrics:
             study.set_metric_names(list(metrics))
@@ -63,7 +60,8 @@ def connect(url: str) -> Any:
     """
     for attempt in range(_ATTEMPTS):
         try:
-            return optuna.storages.RDBStorage(url, heartbeat_interval=_HEARTBEAT_SECONDS, grace_period=_GRACE_SECONDS)
+            with quietly():
+                return optuna.storages.RDBStorage(url, heartbeat_interval=_HEARTBEAT_SECONDS, grace_period=_GRACE_SECONDS)
         except Exception as error:  # of sqlalchemy, of the driver, or an import of it
             failure = error
         if attempt + 1 < _ATTEMPTS:

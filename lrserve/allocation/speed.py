@@ -13,6 +13,7 @@ it is additive over groups, and its inverse, the speedup, says how much less mac
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect_left
 from collections import Counter
@@ -97,20 +98,17 @@ class SpeedModel:
         latencies: Mapping[Shape, Mapping[int, float]],
         step: int,
         structure: Structure,
-        corrections: Mapping[str, float] | None = None,
     ) -> None:
         """Take, per workload, the seconds of the measured dense run and, per shape and number of rows, microseconds of one call.
 
-        The table holds `shapes_to_measure` of the same groups, step and structure at `token_counts`. `corrections` multiply the
-        predicted differences from dense, by workload.
+        The table holds `shapes_to_measure` of the same groups, step and structure at `token_counts`.
         """
         self.groups = list(groups)
-        self._made_of = (groups, workloads, dense_seconds, latencies, step, structure)
         self._shares = shares(workloads)
-        factors = corrections or {}
-        # seconds of a call become relative time: of each workload, corrected, and of the mix
+        self._factors = dict.fromkeys(workloads, 1.0)
+        # microseconds of a call become relative time of its workload
         self._weights = {
-            name: {rows: 1e-6 * number * factors.get(name, 1.0) / dense_seconds[name] for rows, number in calls(workload).items()}
+            name: {rows: 1e-6 * number / dense_seconds[name] for rows, number in calls(workload).items()}
             for name, workload in workloads.items()
         }
         self.dense_tokens_per_second = sum(
@@ -142,13 +140,16 @@ class SpeedModel:
         Args:
             measured: plans, and for each workload the relative time that the engine found.
         """
-        table = SpeedModel(*self._made_of)
+        model = copy.copy(self)
+        model._factors = dict.fromkeys(self._factors, 1.0)
+        predicted = [model.relative_times(plan) for plan, _ in measured]
         factors = {}
-        for name in self._shares:
-            pairs = [(table.relative_times(plan)[name] - 1, times[name] - 1) for plan, times in measured]
+        for name in self._factors:
+            pairs = [(table[name] - 1, times[name] - 1) for table, (_, times) in zip(predicted, measured, strict=True)]
             products, squares = sum(x * y for x, y in pairs), sum(x * x for x, _ in pairs)
             factors[name] = max((products + _TRUST) / (squares + _TRUST), 0.0)
-        return SpeedModel(*self._made_of, corrections=factors)
+        model._factors = factors
+        return model
 
     def _key(self, group: Group) -> tuple[bool, tuple[Shape, ...]]:
         return group.ordered, tuple(shapes_of(group, None, self._structure))
@@ -164,7 +165,8 @@ class SpeedModel:
         return column[i - 1] + part * (column[i] - column[i - 1])
 
     def _time(self, name: str, group: Group, rank: int | None) -> float:
-        return sum(weight * self._microseconds(group, rank, rows) for rows, weight in self._weights[name].items())
+        table = sum(weight * self._microseconds(group, rank, rows) for rows, weight in self._weights[name].items())
+        return self._factors[name] * table
 
     def cost(self, group: Group, rank: int | None) -> float:
         """Predict the group's part of the mix's relative time; a `Cost` for `BudgetFit`."""

@@ -170,7 +170,13 @@ def read_comparison(path: Path) -> MixComparison:
 
 
 def open_engine(
-    model: Path, workloads: Mapping[str, Workload], settings: EngineSettings, *, sharing: int = 1, log: Path | None = None
+    model: Path,
+    workloads: Mapping[str, Workload],
+    settings: EngineSettings,
+    *,
+    sharing: int = 1,
+    load_format: str | None = None,
+    log: Path | None = None,
 ) -> Engine:
     """Build (not start) an engine large enough for every workload; `sharing` is how many engines share one GPU."""
     return Engine(
@@ -180,6 +186,7 @@ def open_engine(
         max_num_seqs=max(workload.concurrency for workload in workloads.values()),
         enforce_eager=settings.enforce_eager,
         gpu_memory_utilization=GPU_MEMORY / sharing if sharing > 1 else None,
+        load_format=load_format,
         log=log,
     )
 

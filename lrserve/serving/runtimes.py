@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,78 +18,40 @@ from lrserve.serving.onnx_engine import OnnxEngine, onnx_version
 from lrserve.serving.protocol import EngineProcess
 
 
-class Runtime(Protocol):
-    """An engine: what it loads, and how it is started."""
+class Open(Protocol):
+    """Builds (does not start) an engine large enough for every workload; `sharing` is how many engines share one GPU."""
 
-    @property
-    def dtype(self) -> str:
-        """Of its arithmetic."""
-
-    @property
-    def loads_sources(self) -> bool:
-        """Whether it takes the dense model's folder as it is, and not only what `exporter` writes."""
-
-    @property
-    def exporter(self) -> Exporter:
-        """What writes models for it."""
-
-    @property
-    def version(self) -> str:
-        """Name and version."""
-
-    def open(self, model: Path, workloads: Mapping[str, Workload], *, sharing: int = 1, log: Path | None = None) -> EngineProcess:
-        """Build (not start) an engine large enough for every workload; `sharing` is how many engines share one GPU."""
+    def __call__(
+        self, model: Path, workloads: Mapping[str, Workload], *, sharing: int = 1, log: Path | None = None
+    ) -> EngineProcess:
+        """Return the engine of a model."""
 
 
 @dataclass(frozen=True)
-class Vllm:
-    """vLLM."""
+class Runtime:
+    """An engine that can measure plans.
 
-    settings: EngineSettings
-    loads_sources: bool = True
+    version: its name and version.
+    dtype: of its arithmetic.
+    exporter: what writes models for it.
+    loads_sources: whether it takes the dense model's folder as it is, and not only what `exporter` writes.
+    open: builds the engine of a model.
+    """
 
-    @property
-    def dtype(self) -> str:
-        """The recipe's."""
-        return str(self.settings.dtype)
-
-    @property
-    def exporter(self) -> Exporter:
-        """A checkpoint."""
-        return VllmExporter()
-
-    @property
-    def version(self) -> str:
-        """As installed."""
-        return engine_version()
-
-    def open(self, model: Path, workloads: Mapping[str, Workload], *, sharing: int = 1, log: Path | None = None) -> EngineProcess:
-        """See `Runtime`."""
-        return open_engine(model, workloads, self.settings, sharing=sharing, log=log)
-
-
-@dataclass(frozen=True)
-class OnnxRuntime:
-    """ONNX Runtime on the CPU."""
-
-    dtype: str = "float32"
-    loads_sources: bool = False
-
-    @property
-    def exporter(self) -> Exporter:
-        """A graph."""
-        return OnnxExporter()
-
-    @property
-    def version(self) -> str:
-        """As installed."""
-        return onnx_version()
-
-    def open(self, model: Path, workloads: Mapping[str, Workload], *, sharing: int = 1, log: Path | None = None) -> EngineProcess:
-        """See `Runtime`; the graph takes any batch."""
-        return OnnxEngine(model, log=log)
+    version: str
+    dtype: str
+    exporter: Exporter
+    loads_sources: bool
+    open: Open
 
 
 def runtime_of(settings: EngineSettings) -> Runtime:
     """Return the recipe's engine."""
-    return OnnxRuntime() if settings.runtime == "onnx" else Vllm(settings)
+    if settings.runtime == "onnx":
+        return Runtime(onnx_version(), "float32", OnnxExporter(), loads_sources=False, open=_open_onnx)
+    opens = partial(open_engine, settings=settings)
+    return Runtime(engine_version(), settings.dtype, VllmExporter(), loads_sources=True, open=opens)
+
+
+def _open_onnx(model: Path, workloads: Mapping[str, Workload], *, sharing: int = 1, log: Path | None = None) -> EngineProcess:
+    return OnnxEngine(model, log=log)  # the graph takes any batch
