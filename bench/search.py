@@ -4,14 +4,14 @@
     python bench/search.py --seeds 2 --trials 12 --plans 2
     python bench/search.py --phase trials             without engines: may run beside other things, on one thread as well
     python bench/search.py --phase engine             the rest; wants the machine for itself
+    python bench/search.py --method lrserve --seeds 1 --plans 12 --repeats 6          a whole front: is its order the predicted one?
 
 Every method gets the same number of trials on the same validation text, from the same statistics:
 
     lrserve   the two-objective study as `lrserve compress-and-export` runs it without a target
     random    random draws from the same space, without the plans that the study begins with
     uniform   uniform ranks at as many ratios; needs no seed
-    bolaco    its 5x4 space for single linears (arXiv 2405.10616), a search for each of four ratios with a quarter of the trials;
-              vLLM multiplies some of them together, so what is measured has the same parameters in fused groups: fewer products
+    bolaco    its 5x4 space for single linears (arXiv 2405.10616), a search for each of four ratios with a quarter of the trials
 
 Of each search's front the few plans of the largest hypervolume, by predicted speed (by parameters for bolaco), are served by vLLM
 with random weights, which the clock does not see, and measured in turns with the dense model. What counts is the hypervolume of
@@ -234,16 +234,6 @@ class Bench:
         merged.apply({})
         return points
 
-    def fused(self, plan: RankPlan) -> RankPlan:
-        """Return a plan for fused groups with the parameters of one for single linears, which vLLM multiplies together."""
-        step, ranks = self.job.recipe.search.rank_step, {}
-        for group in self.job.groups:
-            own = [single for single, fused in self.pairs if fused.name == group.name]
-            budget = sum(single.parameters(plan.ranks[single.name], "low_rank") for single in own)
-            fitting = [r for r in range(step, group.full_rank, step) if group.parameters(r, "low_rank") <= budget]
-            ranks[group.name] = fitting[-1] if fitting and budget < group.dense_parameters else None
-        return RankPlan(ranks, "low_rank")
-
     def measured(self, chosen: Sequence[tuple[str, int, Point]]) -> list[MixComparison]:
         """Measure plans one by one in turns with the dense model, or read them."""
         recipe, found = self.job.recipe, []
@@ -255,8 +245,7 @@ class Bench:
                 path = stage / f"{fingerprint(point.plan.key())[:16]}.json"
                 if not path.is_file():
                     dense = dense or stack.enter_context(self._engine(None, []))
-                    plan, groups = (self.fused(point.plan), self.job.groups) if method == "bolaco" else (point.plan, self.job.units)
-                    with self._engine(plan, groups) as engine:
+                    with self._engine(point.plan, self.singles if method == "bolaco" else self.job.units) as engine:
                         found_now = compare(
                             dense,
                             engine,
@@ -308,12 +297,12 @@ def errors_of_prediction(
     return rows
 
 
-def report(bench: Bench, seeds: int, engine: bool) -> dict[str, Any]:
+def report(bench: Bench, methods: Sequence[str], seeds: int, engine: bool) -> dict[str, Any]:
     """Run what is missing and return all figures."""
     searches = {
         (method, seed): bench.searched(method, seed)
         for seed in range(seeds)
-        for method in METHODS
+        for method in methods
         if method != "uniform" or not seed
     }
     predicted = {key: hypervolume([(p.loss, p.predicted) for p in points if p.predicted]) for key, points in searches.items()}
@@ -358,6 +347,7 @@ def render(result: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, help="another model and texts [default: the demo's]")
+    parser.add_argument("--method", action="append", choices=METHODS, help="repeatable [default: all]")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--plans", type=int, default=3, help="plans of each front that are measured [default: 3]")
@@ -374,7 +364,7 @@ def main() -> None:
     job = open_job(Recipe.load(arguments.recipe or demo_recipe(), overrides), print)
     with work_folder(arguments.work, lambda line: None) as folder:
         bench = Bench(job, folder, arguments.trials, arguments.plans)
-        result = report(bench, arguments.seeds, arguments.phase == "engine")
+        result = report(bench, arguments.method or METHODS, arguments.seeds, arguments.phase == "engine")
     if "hypervolume" in result:
         print(render(result))
     print(json.dumps(result))

@@ -2,6 +2,7 @@
 
     python bench/speed.py                                    SmolLM2 and a 1.1B shape, every structure
     python bench/speed.py --model 1b --structure narrow --ratio 0.2
+    python bench/speed.py --model 1b --structure narrow --dense qkv --dense o       all that is saved comes from the MLPs
     python bench/speed.py --model smollm2 --plan demo/lrserve/plan.json
 
 Weights are random: the clock does not see values. Plans are uniform, but for `--plan`. For each structure one dense engine and one
@@ -44,7 +45,7 @@ from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.speed import Shape, shapes_of
 from lrserve.artifacts.card import table
 from lrserve.artifacts.store import fingerprint, write_json
-from lrserve.compression.groups import STRUCTURES, Group, allocated, find_groups
+from lrserve.compression.groups import KINDS, STRUCTURES, Group, allocated, find_groups
 from lrserve.compression.lowrank import quantization_config, specs_of
 from lrserve.job import progress_bar
 from lrserve.serving.engine import Engine, engine_version, in_turns
@@ -229,6 +230,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=MODELS, help="repeatable [default: all]")
     parser.add_argument("--structure", action="append", choices=STRUCTURES, help="repeatable [default: all]")
     parser.add_argument("--ratio", action="append", type=float, help="repeatable [default: 0.2, 0.4 and 0.6]")
+    parser.add_argument("--dense", action="append", choices=KINDS, default=[], help="kind of group that stays dense; repeatable")
     parser.add_argument("--plan", action="append", type=Path, help="measure this plan.json instead of uniform ones; repeatable")
     parser.add_argument("--quantized", action="store_true", help="in int8, beside dense in bfloat16, int8 and int4")
     parser.add_argument("--rounds", type=int, default=3)
@@ -247,8 +249,14 @@ def main() -> None:
             series.append(dense | {path.stem: contender(RankPlan.read(path)) for path in arguments.plan})
         else:
             for structure in arguments.structure or STRUCTURES:
-                fit = BudgetFit(allocated(groups, structure), STEP, structure)
-                plans = {ratio: uniform(fit, (1 - ratio) * fit.dense_cost) for ratio in arguments.ratio or RATIOS}
+                units = allocated(groups, structure)
+                kept = [unit for unit in units if unit.kind in arguments.dense]
+                fit = BudgetFit([unit for unit in units if unit not in kept], STEP, structure)
+                whole, spent = sum(unit.dense_parameters for unit in units), sum(unit.dense_parameters for unit in kept)
+                plans = {}
+                for ratio in arguments.ratio or RATIOS:
+                    ranks = uniform(fit, (1 - ratio) * whole - spent).ranks
+                    plans[ratio] = RankPlan({unit.name: ranks.get(unit.name) for unit in units}, structure)
                 if arguments.quantized:
                     others = {f"dense {precision}": contender(nothing, precision) for precision in ("int8", "int4")}
                     others |= {f"{structure} {ratio:g} int8": contender(plan, "int8") for ratio, plan in plans.items()}

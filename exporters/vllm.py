@@ -40,7 +40,7 @@ class VllmExporter:
         checkpoint that it is.
 
         Raises:
-            ArtifactError: the members of a fused group are not all factorized, or not alike.
+            ArtifactError: some linears of a fused group share a first factor, and others do not.
         """
         config = copy.deepcopy(model.config)
         if hasattr(config, "quantization_config"):  # a GGUF file's, or an older artifact's
@@ -70,10 +70,12 @@ class VllmExporter:
 
 
 def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
-    """Read off a causal LM which of its fused groups are compressed, as what and to which rank, in the artifact's terms.
+    """Read off a causal LM which of its fused groups, or of their linears, are compressed, as what and to which rank.
+
+    In the artifact's terms (docs/format.md).
 
     Raises:
-        ArtifactError: the members of a group are not all factorized, or not alike.
+        ArtifactError: some linears of a group share a first factor, and others do not.
         UnsupportedModelError: unknown architecture.
     """
     family = family_of(model.config)
@@ -82,22 +84,28 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
     for index in range(sum(1 for _ in layers.children())):
         prefix = f"{family.layers}.{index}."
         for kind, names in family.groups.items():
-            modules = [model.get_submodule(prefix + member) for member in names.members]
-            kinds = {
-                (module.structure, module.rank, module.ordered) if isinstance(module, LowRankLinear) else None for module in modules
-            }
-            if len(kinds) != 1:
-                found = ", ".join(sorted(f"{kind[0]} of rank {kind[1]}" if kind else "dense" for kind in kinds))
-                raise ArtifactError(
-                    f"{prefix}{names.fused}: its linears {', '.join(names.members)} must all be factorized alike and at one "
-                    f"rank, or all be dense; found {found}"
+            modules = {member: model.get_submodule(prefix + member) for member in names.members}
+            compressed = {member: module for member, module in modules.items() if isinstance(module, LowRankLinear)}
+            if len(modules) > 1 and not any(module.shares for module in compressed.values()):
+                for member, module in compressed.items():
+                    groups[prefix + member] = GroupSpec(module.rank, leaves([member]), module.structure, module.ordered)
+                continue
+            if not compressed:
+                continue
+            alike = {(id(module.first), module.structure, module.rank, module.ordered) for module in compressed.values()}
+            if len(alike) > 1 or len(compressed) < len(modules):
+                found = ", ".join(
+                    f"{member} {f'{own.structure} of rank {own.rank}' if (own := compressed.get(member)) else 'dense'}"
+                    for member in modules
                 )
-            if found_kind := kinds.pop():
-                stored, rank, ordered = found_kind
-                groups[prefix + names.fused] = GroupSpec(rank, leaves(names.members), stored, ordered)
-                if stored == "narrow_in":
-                    feeding = family.groups[ORDERED[kind]]
-                    groups[prefix + feeding.fused] = GroupSpec(rank, leaves(feeding.members), "narrow_out")
+                raise ArtifactError(
+                    f"{prefix}{names.fused}: its linears must all share one first factor, or each have its own; found {found}"
+                )
+            _, stored, rank, ordered = alike.pop()
+            groups[prefix + names.fused] = GroupSpec(rank, leaves(names.members), stored, ordered)
+            if stored == "narrow_in":
+                feeding = family.groups[ORDERED[kind]]
+                groups[prefix + feeding.fused] = GroupSpec(rank, leaves(feeding.members), "narrow_out")
     return groups
 
 

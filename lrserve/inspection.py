@@ -13,7 +13,7 @@ import torch
 from lrserve.allocation.plan import RankPlan
 from lrserve.artifacts.card import sizes, table
 from lrserve.artifacts.store import MANIFEST, read_manifest, verify_files
-from lrserve.compression.groups import KINDS, Group, find_groups
+from lrserve.compression.groups import Group, as_listed, find_groups
 from lrserve.compression.lowrank import QUANT_METHOD, GroupSpec, is_permutation, parse_groups, stored_tensors
 from lrserve.errors import ArtifactError
 from lrserve.inputs.source import Source, open_source
@@ -63,11 +63,11 @@ def inspect(model: str) -> str:
     specs = parse_groups(entry) if entry is not None else {}
     source = Source(name=model, path=folder) if entry is not None else open_source(model)
     skeleton = source.skeleton()
-    groups = find_groups(skeleton)
+    groups = as_listed(find_groups(skeleton), specs)
     plan = _StoredPlan({group.name: specs[group.name].rank if group.name in specs else None for group in groups}, specs=specs)
     lines = [f"{source.path}: {type(skeleton).__name__}"]
     rows = []
-    for kind in KINDS:
+    for kind in dict.fromkeys(group.kind for group in groups):
         members = [group for group in groups if group.kind == kind]
         found = [specs[group.name] for group in members if group.name in specs]
         ranks = [spec.rank for spec in found]
@@ -98,7 +98,8 @@ def verify(out: Path) -> str:
     if entry is not None and not faults:
         specs = parse_groups(entry)
         shapes, orders = stored_tensors(sorted(out.glob("*.safetensors")))
-        groups = {group.name: group for group in find_groups(Source(name=str(out), path=out).skeleton())}
+        skeleton = Source(name=str(out), path=out).skeleton()
+        groups = {group.name: group for group in as_listed(find_groups(skeleton), specs)}
         for name, spec in specs.items():
             if name not in groups:
                 faults.append(f"config.json names a group that the architecture does not have: {name}")

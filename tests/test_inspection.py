@@ -45,6 +45,26 @@ def test_verify_passes_both_structures(artifact: Path) -> None:
     assert "the factors of 6 groups have the right shapes" in verify(artifact)
 
 
+def test_linears_apart_from_their_group_are_told_and_verified(tmp_path: Path) -> None:
+    folder = write_artifact(factorized_model("LlamaForCausalLM", apart=True), tmp_path / "model")
+    write_manifest(folder, {"lrserve": "0"}, {})
+    text = inspect(str(folder))
+    rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in text.splitlines() if "|" in row}
+    assert rows["qkv"][2:5] == ["1", "identity_block", "16 to 16"]
+    assert [rows[kind][2:5] for kind in ("q", "k", "v", "up")] == [
+        ["1", "low_rank", "24 to 24"],
+        ["0", "-", "-"],
+        ["1", "identity_block", "16 to 16"],
+        ["0", "-", "-"],
+    ]
+    stored = sum(t.numel() for name, t in load_file(folder / "model.safetensors").items() if not name.endswith(".A.order"))
+    assert rows["model parameters"][1] == f"{stored:,}"
+    assert "the factors of 8 groups have the right shapes" in verify(folder)
+    rewrite(folder, **{"model.layers.1.self_attn.v_proj.A.order": None})
+    with pytest.raises(ArtifactError, match=r"v_proj.A.order has shape none, expected \(64,\)"):
+        verify(folder)
+
+
 def test_verify_names_a_half_of_an_mlp_that_has_other_neurons(tmp_path: Path) -> None:
     folder = write_artifact(factorized_model("LlamaForCausalLM", structure="narrow"), tmp_path / "model")
     write_manifest(folder, {"lrserve": "0"}, {})

@@ -8,11 +8,25 @@ from typing import Any, Final
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrserve.compression.groups import FAMILIES, STRUCTURES, Structure, allocated, find_groups
-from lrserve.compression.lowrank import GroupSpec, IdentityBlock, install_low_rank, keep_outputs, quantization_config, specs_of
+from lrserve.compression.groups import FAMILIES, STRUCTURES, Stored, Structure, allocated, find_groups
+from lrserve.compression.lowrank import (
+    GroupSpec,
+    IdentityBlock,
+    install_low_rank,
+    keep_outputs,
+    leaves,
+    quantization_config,
+    specs_of,
+)
 
 FACTORED: Final = ("identity_block", "low_rank")
 """What a group is stored as that has factors of its own; the structures in which every group has them."""
+APART: Final[dict[str, tuple[int, Stored]]] = {
+    "self_attn.q_proj": (24, "low_rank"),
+    "self_attn.v_proj": (16, "identity_block"),
+    "mlp.gate_proj": (20, "low_rank"),
+}
+"""Linears with factors of their own beside dense ones that the engine multiplies together with them."""
 FAMILIES_TESTED = sorted(FAMILIES)
 VOCABULARY = 256
 _MODEL_TYPES = {
@@ -56,10 +70,11 @@ def dense_model(architecture: str, *, layers: int = 2) -> Any:
     return model
 
 
-def factorized_model(architecture: str, *, layers: int = 2, structure: Structure | None = None) -> Any:
+def factorized_model(architecture: str, *, layers: int = 2, structure: Structure | None = None, apart: bool = False) -> Any:
     """In all layers but the second every group compressed (each to its own rank), in the second only some.
 
     In one structure, or by turns: identity blocks in the first layer, two factors in the second, fewer neurons in the third.
+    With `apart` the second layer's linears q, v and gate have factors of their own, and k and up are dense.
     """
     model = dense_model(architecture, layers=layers)
     groups = find_groups(model)
@@ -70,6 +85,9 @@ def factorized_model(architecture: str, *, layers: int = 2, structure: Structure
         unit = units[own].get(group.name)
         if unit is not None and (group.layer != 1 or group.kind in ("qkv", "down")):
             specs |= specs_of([(unit, 16 + 8 * (index % 4) + 4 * group.layer)], own)
+    if apart:
+        del specs["model.layers.1.self_attn.qkv_proj"]
+        specs |= apart_specs(layer=1)
     install(model, specs)
     torch.manual_seed(1)
     for module in model.modules():
@@ -82,6 +100,11 @@ def factorized_model(architecture: str, *, layers: int = 2, structure: Structure
             torch.nn.init.normal_(parameter, std=0.3)
     model.config.quantization_config = quantization_config(specs)
     return model
+
+
+def apart_specs(layer: int) -> dict[str, GroupSpec]:
+    """`APART` in one layer."""
+    return {f"model.layers.{layer}.{name}": GroupSpec(rank, leaves([name]), stored) for name, (rank, stored) in APART.items()}
 
 
 def install(model: Any, specs: dict[str, GroupSpec]) -> None:

@@ -7,7 +7,7 @@ A (r, n) and one stacked B (m, r), of which each member owns its rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
@@ -163,8 +163,8 @@ def allocated(groups: Sequence[Group], structure: Structure) -> list[Group]:
 def separate(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
     """Take fused groups apart into groups of one linear, each beside the fused group it came from.
 
-    For baselines that factorize q, k, v, gate and up on their own, as the papers do; its kind is the linear's name without
-    `_proj` (`q`). No engine serves them as such: exporters want the members of a group together.
+    For plans that factorize q, k, v, gate and up on their own, as the papers do; its kind is the linear's name without
+    `_proj` (`q`). The engine then multiplies once more for each (`serving/vllm_layer.py`).
     """
     return [
         (
@@ -182,6 +182,15 @@ def separate(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
         for group in groups
         for member, m in zip(group.members, group.out_features, strict=True)
     ]
+
+
+def as_listed(groups: Sequence[Group], names: Container[str]) -> list[Group]:
+    """Take those fused groups apart of whose linears some are in `names`, the names of an artifact's groups."""
+    listed: list[Group] = []
+    for group in groups:
+        alone = len(group.members) > 1 and any(member in names for member in group.members)
+        listed += [single for single, _ in separate([group])] if alone else [group]
+    return listed
 
 
 def family_of(config: Any) -> Family:

@@ -30,8 +30,9 @@ class GroupSpec:
     """What an artifact's config.json says about one compressed group.
 
     `rank` is the number of neurons where the structure is `narrow_in` or `narrow_out`. `members` are the names of the linears
-    relative to the group's parent module (`q_proj`, ...); a group of one linear carries that linear's own name. `ordered`: an
-    identity block whose inputs arrive as J and then Jc, so that it has no `order`.
+    relative to the group's parent module (`q_proj`, ...); a group of one linear carries that linear's own name, whether or not the
+    engine multiplies it together with others. `ordered`: an identity block whose inputs arrive as J and then Jc, so that it has
+    no `order`.
     """
 
     rank: int
@@ -178,6 +179,11 @@ class LowRankLinear(nn.Module):
     def first(self) -> nn.Linear | IdentityBlock | None:
         """What makes z of x, borrowed or owned; None where nothing has to be made."""
         return self._shared[0].A if self._shared is not None else self.A
+
+    @property
+    def shares(self) -> bool:
+        """Whether what makes z of x is borrowed, from the group that other linears are members of."""
+        return self._shared is not None
 
     @property
     def structure(self) -> Stored:

@@ -25,7 +25,7 @@ from lrserve.errors import EngineError
 from lrserve.recipe import Workload
 from lrserve.serving.engine import in_turns
 from lrserve.serving.loadtest import Paired
-from lrserve.serving.process import end_session, log_tail, open_log
+from lrserve.serving.process import Scratch, end_session, log_tail, open_log
 from lrserve.serving.server import on_cpu, preflight, server_command, server_environment
 
 _HOST: Final = "127.0.0.1"
@@ -54,6 +54,7 @@ class Server:
         self.model, self.url = model, ""
         self._arguments, self._wanted_log, self._start_timeout = arguments, log, start_timeout
         self._process: subprocess.Popen[bytes] | None = None
+        self._scratch: Scratch | None = None
         self._log_path = Path()
 
     def __enter__(self) -> Server:
@@ -62,6 +63,7 @@ class Server:
             free.bind((_HOST, 0))
             port = free.getsockname()[1]
         self.url = f"http://{_HOST}:{port}"
+        self._scratch = Scratch()
         with open_log(self._wanted_log) as log:
             self._log_path = Path(log.name)
             self._process = subprocess.Popen(
@@ -69,7 +71,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment({**os.environ, "VLLM_NO_USAGE_STATS": "1"}, cpu=on_cpu()),
+                env=server_environment(self._scratch.environment({**os.environ, "VLLM_NO_USAGE_STATS": "1"}), cpu=on_cpu()),
                 start_new_session=True,  # Ctrl-C reaches this process only, which then ends the server
             )
         try:
@@ -107,6 +109,8 @@ class Server:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             process.send_signal(signal.SIGTERM)
         end_session(process, _STOP_SECONDS)
+        if self._scratch is not None:
+            self._scratch.remove()
         if self._wanted_log is None and not keep_log:
             self._log_path.unlink(missing_ok=True)
 

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import signal
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
 _LOG_LINES: Final = 25
+
+
+class Scratch:
+    """A folder for the temporary files of processes: vLLM leaves a socket or two in TMPDIR each time it runs.
+
+    Compiled kernels stay where they would have been, so that the next process finds them.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="lrserve-", ignore_cleanup_errors=True)
+
+    def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        """Return an environment whose temporary files stand here."""
+        kernels = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+        return {"TORCHINDUCTOR_CACHE_DIR": str(kernels), **inherited, "TMPDIR": self._folder.name}
+
+    def remove(self) -> None:
+        """Delete the folder; safe to call twice."""
+        self._folder.cleanup()
 
 
 def open_log(wanted: Path | None) -> IO[bytes]:

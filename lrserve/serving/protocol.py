@@ -27,7 +27,7 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, Final
 
 import lrserve.errors
 from lrserve.errors import EngineError, LrserveError
-from lrserve.serving.process import end_session, log_tail, open_log
+from lrserve.serving.process import Scratch, end_session, log_tail, open_log
 
 if TYPE_CHECKING:
     from typing import Self
@@ -83,6 +83,7 @@ class EngineProcess(ABC):
         self._start_timeout, self._request_timeout = start_timeout, request_timeout
         self._report = report or (lambda message: None)
         self._process: subprocess.Popen[str] | None = None
+        self._scratch: Scratch | None = None
         self._log_path = Path()
         self._replies: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
@@ -105,6 +106,7 @@ class EngineProcess(ABC):
         log = open_log(self._wanted_log)
         self._log_path = Path(log.name)
         self._replies = queue.SimpleQueue()
+        self._scratch = Scratch()
         with log:
             self._process = subprocess.Popen(
                 command,
@@ -112,7 +114,7 @@ class EngineProcess(ABC):
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=self._environment,
+                env=self._scratch.environment(self._environment),
                 start_new_session=True,  # Ctrl-C reaches this process only, which then ends the worker
             )
         threading.Thread(target=_pump, args=(self._process.stdout, self._replies), daemon=True).start()
@@ -133,6 +135,8 @@ class EngineProcess(ABC):
             if process.stdin is not None:
                 process.stdin.close()
         end_session(process, _STOP_SECONDS)
+        if self._scratch is not None:
+            self._scratch.remove()
         if self._wanted_log is None and not keep_log:
             self._log_path.unlink(missing_ok=True)
 

@@ -20,7 +20,7 @@ _DRAFT_PREFIX = "draft_model."  # vLLM builds the draft model of speculative dec
 
 
 class LrserveConfig(QuantizationConfig):  # type: ignore[misc]
-    """Gives every listed group a `LowRankLinearMethod`, and every other layer vLLM's own unquantized method."""
+    """Gives every listed group a method of vllm_layer.py, and every other layer vLLM's own unquantized method."""
 
     def __init__(self, groups: Mapping[str, GroupSpec]) -> None:
         super().__init__()
@@ -98,8 +98,10 @@ class LrserveConfig(QuantizationConfig):  # type: ignore[misc]
         """Rename the groups as vLLM renames the model's modules."""
         self.groups = hf_to_vllm_mapper.apply_dict(self.groups)
 
-    def group_of(self, prefix: str) -> GroupSpec | None:
-        """Return what the artifact says about the layer `prefix`, None if it is dense.
+    def groups_of(self, prefix: str) -> list[GroupSpec | None]:
+        """Return what the artifact says about the layer `prefix`: one entry, or one for each linear that it is made of.
+
+        None is a dense layer, or a dense linear.
 
         Raises:
             ArtifactError: the artifact groups this layer's linears in another way than vLLM fuses them.
@@ -108,18 +110,24 @@ class LrserveConfig(QuantizationConfig):  # type: ignore[misc]
         parent, _, leaf = name.rpartition(".")
         fused = tuple(self.packed_modules_mapping.get(leaf) or (leaf,))
         spec = self.groups.get(name)
-        if spec is not None and spec.members != fused:
+        alone = [self.groups.get(f"{parent}.{member}") for member in fused if member != leaf]
+        if not any(alone):
+            if spec is not None and spec.members != fused:
+                raise ArtifactError(
+                    f"{name}: config.json groups {', '.join(spec.members)}, but vLLM multiplies {', '.join(fused)} as one "
+                    "layer. Export the artifact again with this lrserve"
+                )
+            return [spec]
+        wrong = [f"{name} as well"] if spec is not None else []
+        for member, own in zip(fused, alone, strict=True):
+            if own is not None and (own.members != (member,) or own.structure not in ("low_rank", "identity_block")):
+                wrong.append(f"{parent}.{member} as {own.structure} of {', '.join(own.members)}")
+        if wrong:
             raise ArtifactError(
-                f"{name}: config.json groups {', '.join(spec.members)}, but vLLM multiplies {', '.join(fused)} as one "
-                "layer. Export the artifact again with this lrserve"
+                f"{name}: config.json lists some of {', '.join(fused)} alone, and {', '.join(wrong)}. A linear alone is low_rank "
+                "or identity_block, and the only member of its group. Export the artifact again with this lrserve"
             )
-        alone = [f"{parent}.{member}" for member in fused if member != leaf and f"{parent}.{member}" in self.groups]
-        if alone:
-            raise ArtifactError(
-                f"{name}: config.json lists {', '.join(alone)} alone, but vLLM multiplies {', '.join(fused)} as one "
-                "layer. Export the artifact again with this lrserve"
-            )
-        return spec
+        return alone
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """Choose the method of one layer; None (vLLM's default) for what is not a linear, such as embeddings."""
@@ -127,9 +135,11 @@ class LrserveConfig(QuantizationConfig):  # type: ignore[misc]
 
         if not isinstance(layer, LinearBase):
             return None
-        from lrserve.serving.vllm_layer import DenseMethod, FewerOutputsMethod, LowRankLinearMethod
+        from lrserve.serving.vllm_layer import DenseMethod, FewerOutputsMethod, LowRankLinearMethod, PerShardMethod
 
-        spec, precision = self.group_of(prefix), self.precision_of(prefix)
-        if spec is None:
+        specs, precision = self.groups_of(prefix), self.precision_of(prefix)
+        if len(specs) > 1:
+            return PerShardMethod(prefix, self.packed_modules_mapping[prefix.rpartition(".")[2]], specs, precision)
+        if specs[0] is None:
             return UnquantizedLinearMethod() if precision is None else DenseMethod(precision)
-        return (FewerOutputsMethod if spec.structure == "narrow_out" else LowRankLinearMethod)(prefix, spec, precision)
+        return (FewerOutputsMethod if specs[0].structure == "narrow_out" else LowRankLinearMethod)(prefix, specs[0], precision)

@@ -2,7 +2,8 @@
 
 z = A x or, for an identity block, z = x_J + T x_Jc; where an MLP has lost neurons, z = x, and there is one multiplication. For the
 members of a fused group (q, k, v; gate, up) z is shared and the rows of B are stacked, so the group costs two multiplications
-however many members it has, with the bias in the second one's epilogue.
+however many members it has, with the bias in the second one's epilogue. Where the linears of a fused layer have factors of their
+own, or are dense, one multiplication gives every z and the dense outputs, and each B is one more (`PerShardMethod`).
 
 Tensor parallel, following vLLM's slicing of the dense layer:
 - column-parallel: A (r, n), or T and `order`, on every rank; of B and b each rank takes its rows of each member (key and
@@ -11,6 +12,7 @@ Tensor parallel, following vLLM's slicing of the dense layer:
   With LoRA the sum has to come after the output, where LoRA adds its own partial product. A rank that sees a stretch of x
   sees only some of an identity block's J and Jc: there its columns of [I T], put back into the order of the inputs, are
   made into an A while loading. That is the same map, at the cost of two factors (r n of T's r (n - r) values and r^2 more).
+  So are those of a linear alone in a fused layer, whose rows stand between the others'.
 - MLPs with fewer neurons: each rank takes its share of those that are left, as vLLM does with all of them.
 
 vLLM does not notice a quantized parameter that no tensor was loaded into, so this file counts what arrives.
@@ -19,6 +21,7 @@ vLLM does not notice a quantized parameter that no tensor was loaded into, so th
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,32 +68,35 @@ class _Loading:
 
     prefix: str
     spec: GroupSpec
-    first: Factor | None
+    first: torch.Tensor | None
+    """What A or T is loaded into."""
     second: Factor
     columns: _Slice
     """Of A; of B where there is no A."""
     rows: list[_Slice]
     """Of each member's B and b."""
+    materialise: bool = False
+    """Whether an identity block's T becomes (a part of) an A."""
     seen: set[str] = field(default_factory=set)
     T: torch.Tensor | None = None
-    """T (r, n - r), kept until `order` has come as well where columns of [I T] are made into an A."""
+    """T (r, n - r), kept until `order` has come as well where it becomes an A."""
     order: torch.Tensor | None = None
 
-    def load_first(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+    def load_first(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
         name, rank, n = f"{self.prefix}.A.weight", self.spec.rank, self.columns.full
         if self.spec.structure == "low_rank":
             self._check(name, tensor, (rank, n))
             parameter.data.copy_(self.columns.of(tensor, 1))
         else:
             self._check(name, tensor, (rank, n - rank))
-            if self.columns.length == n:
+            if not self.materialise:
                 parameter.data.copy_(tensor)
             else:
                 self.T = tensor.to(parameter.device, parameter.dtype, copy=True)  # vLLM may reuse the tensor's memory
         self.seen.add(name)
         self._materialise()
 
-    def load_order(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+    def load_order(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
         name, n = f"{self.prefix}.A.order", self.columns.full
         self._check(name, tensor, (n,))
         if not is_permutation(tensor):
@@ -105,11 +111,11 @@ class _Loading:
             return
         whole = torch.cat([torch.eye(len(self.T), dtype=self.T.dtype, device=self.T.device), self.T], dim=1)
         places = self.order.argsort()  # of the inputs in J and Jc
-        self.first.weight.data.copy_(whole.index_select(1, self.columns.of(places, 0)))
+        self.first.data.copy_(whole.index_select(1, self.columns.of(places, 0)))
         self.T = None
 
-    def load_second(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str | int | None = None) -> None:
-        index = _QKV[shard] if isinstance(shard, str) else shard or 0
+    def load_second(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        index = _index(shard)
         is_bias = parameter is self.second.bias
         name = f"{self._member(index)}.B.{'bias' if is_bias else 'weight'}"
         rows = self.rows[index]
@@ -119,7 +125,7 @@ class _Loading:
         parameter.data.narrow(0, offset, rows.length).copy_(part)
         self.seen.add(name)
 
-    def refuse(self, parameter: nn.Parameter, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+    def refuse(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
         """Loader of the dense layer's own parameters, which a factorized layer must not have."""
         raise ArtifactError(
             f"{self.prefix}: config.json says it is factorized, but the checkpoint also has a dense tensor "
@@ -175,10 +181,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 f"vLLM's layer is made of {len(output_partition_sizes)} linears. Export the artifact again"
             )
         rank, structure = self.spec.rank, self.spec.structure
-        if structure == "identity_block" and rank >= input_size:
-            raise ArtifactError(
-                f"{self.prefix}: an identity block of rank {rank} leaves nothing of {input_size} inputs. Export the artifact again"
-            )
+        _check_identity_block(self.prefix, self.spec, input_size)
         split_input = isinstance(layer, RowParallelLinear)
         if structure == "narrow_in":
             input_size_per_partition, input_size = _share(self.prefix, rank, layer.tp_size if split_input else 1), rank
@@ -201,10 +204,11 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         loading = _Loading(
             prefix=self.prefix,
             spec=self.spec,
-            first=layer.A,
+            first=None if layer.A is None else layer.A.weight,
             second=layer.B,
             columns=_Slice(input_size, position * input_size_per_partition, input_size_per_partition),
             rows=[_rows(layer, index, size) for index, size in enumerate(output_partition_sizes)],
+            materialise=self._materialised,
             order=places if self.spec.ordered else None,
         )
         if layer.A is not None:
@@ -258,6 +262,162 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return y
 
 
+class PerShardMethod(LinearMethodBase):  # type: ignore[misc]
+    """A layer of several linears (`members`), each with factors of its own or, where its spec is None, dense.
+
+    The first product is by one stacked weight: every A_i (r_i, n), and the dense members' W_i. z_i goes through B_i, and what the
+    dense members give is an output already.
+    """
+
+    def __init__(
+        self, prefix: str, members: Sequence[str], specs: Sequence[GroupSpec | None], precision: Precision | None = None
+    ) -> None:
+        self.prefix, self.members, self.specs, self.precision = prefix, tuple(members), tuple(specs), precision
+        self._widths: list[int] = []
+        """Of what the first product gives for each member: r_i, or this rank's outputs."""
+        self._loading: list[_Loading | None] = []
+        self._rows: list[_Slice] = []
+        self._seen: set[str] = set()
+        self._dummy = False
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Hang the stacked first weight into the layer as `layer.A`, and each member's B (m_i, r_i) as `layer.B.of[i]`."""
+        if len(output_partition_sizes) != len(self.specs):
+            raise ArtifactError(
+                f"{self.prefix}: config.json lists {', '.join(self.members)} one by one, vLLM's layer is made of "
+                f"{len(output_partition_sizes)} linears. Export the artifact again"
+            )
+        self._rows = [_rows(layer, index, size) for index, size in enumerate(output_partition_sizes)]
+        self._widths = [rows.length if spec is None else spec.rank for spec, rows in zip(self.specs, self._rows, strict=True)]
+        layer.A = Factor(input_size, sum(self._widths), bias=True, dtype=params_dtype)
+        layer.A.bias.data.zero_()  # of what no dense member's bias is loaded into
+        layer.B = nn.Module()
+        layer.B.of = nn.ModuleList()
+        places = torch.arange(input_size)
+        for index, (spec, rows) in enumerate(zip(self.specs, self._rows, strict=True)):
+            if spec is None:
+                layer.B.of.append(nn.Identity())
+                self._loading.append(None)
+                continue
+            prefix = self._name(index)
+            _check_identity_block(prefix, spec, input_size)
+            second = Factor(spec.rank, rows.length, bias=True, dtype=params_dtype)
+            layer.B.of.append(second)
+            self._loading.append(
+                _Loading(
+                    prefix=prefix,
+                    spec=spec,
+                    first=self._part(layer.A.weight, index),
+                    second=second,
+                    columns=_Slice(input_size, 0, input_size),
+                    rows=[rows],
+                    materialise=spec.structure == "identity_block",
+                    order=places if spec.ordered else None,
+                )
+            )
+
+        def load_first(parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+            loading = self._compressed(shard, "A.weight")
+            assert loading.first is not None
+            loading.load_first(loading.first, tensor)
+
+        def load_order(parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+            self._compressed(shard, "A.order").load_order(places.clone(), tensor)
+
+        def load_second(parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+            name = "bias" if parameter is layer.B.bias else "weight"
+            loading = self._compressed(shard, f"B.{name}")
+            loading.load_second(getattr(loading.second, name), tensor)
+
+        def load_dense(parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+            index = _index(shard)
+            loading, rows = self._loading[index], self._rows[index]
+            if loading is not None:
+                loading.refuse(parameter, tensor)
+            whole, name = (layer.A.bias, "bias") if tensor.ndim == 1 else (layer.A.weight, "weight")
+            expected = (rows.full, *whole.shape[1:])
+            if tuple(tensor.shape) != expected:
+                raise ArtifactError(
+                    f"{self._name(index)}.{name} is {tuple(tensor.shape)} in the checkpoint; the model's sizes make it {expected}. "
+                    "Export the artifact again"
+                )
+            self._part(whole, index).copy_(rows.of(tensor, 0))
+            self._seen.add(f"{self._name(index)}.{name}")
+
+        # vLLM renames q_proj.B.weight to qkv_proj.B.weight and finds the loader there; these parameters hold nothing.
+        layer.A.weight.weight_loader = load_first
+        for holder, name, loader in (
+            (layer.A, "order", load_order),
+            (layer.B, "weight", load_second),
+            (layer.B, "bias", load_second),
+            (layer, "weight", load_dense),
+        ):
+            empty = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+            empty.weight_loader = loader  # type: ignore[attr-defined]
+            setattr(holder, name, empty)
+        layer.weight_loader = load_dense  # of the dense layer's own bias, which vLLM makes after this
+        self._dummy = _is_dummy(get_current_vllm_config_or_none())
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check that every tensor has come, and bring the weights into the kernels' layout.
+
+        Raises:
+            ArtifactError: a tensor is missing from the checkpoint, by name.
+        """
+        if not self._dummy:
+            own = ["weight"] if layer.bias is None else ["weight", "bias"]
+            missing: list[str] = []
+            for index, loading in enumerate(self._loading):
+                if loading is not None:
+                    loading.check_complete()
+                else:
+                    missing += [name for kind in own if (name := f"{self._name(index)}.{kind}") not in self._seen]
+            if missing:
+                raise _incomplete(self.prefix, missing)
+        self._loading = []
+        if layer.bias is not None:
+            layer.bias.data.zero_()  # see LowRankLinearMethod
+        del layer.A.order, layer.B.weight, layer.B.bias
+        layer.A.pack(self.precision)
+        for second in layer.B.of:
+            if isinstance(second, Factor):
+                second.pack(self.precision)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Multiply x (..., n) -> (..., m); `bias`, the dense layer's own, is part of A's or B's and ignored."""
+        parts = layer.A.multiply(x).split_with_sizes(self._widths, -1)
+        outputs = [
+            second.multiply(part) if isinstance(second, Factor) else part for part, second in zip(parts, layer.B.of, strict=True)
+        ]
+        return torch.cat(outputs, -1)
+
+    def _name(self, index: int) -> str:
+        parent, _, _ = self.prefix.rpartition(".")
+        return f"{parent}.{self.members[index]}" if parent else self.members[index]
+
+    def _part(self, stacked: torch.Tensor, index: int) -> torch.Tensor:
+        return stacked.data.narrow(0, sum(self._widths[:index]), self._widths[index])
+
+    def _compressed(self, shard: str | int | None, tensor: str) -> _Loading:
+        index = _index(shard)
+        loading = self._loading[index]
+        if loading is None:
+            raise ArtifactError(
+                f"{self._name(index)}.{tensor} is in the checkpoint, but config.json says the layer is dense. "
+                "Export the artifact again"
+            )
+        return loading
+
+
 class DenseMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     """vLLM's own dense layer, quantized when its weight has been loaded if that is asked for."""
 
@@ -306,7 +466,7 @@ class FewerOutputsMethod(DenseMethod):
         layer.output_size, layer.output_size_per_partition = members * self.spec.rank, members * width
         load = extra_weight_attrs["weight_loader"]
 
-        def checked(parameter: nn.Parameter, tensor: torch.Tensor, shard: int = 0) -> None:
+        def checked(parameter: torch.Tensor, tensor: torch.Tensor, shard: int = 0) -> None:
             if tuple(tensor.shape) != (self.spec.rank, input_size):
                 raise ArtifactError(
                     f"{self.prefix}: {self.spec.members[shard]} is {tuple(tensor.shape)} in the checkpoint; config.json makes it "
@@ -336,6 +496,18 @@ class FewerOutputsMethod(DenseMethod):
         if self._missing:
             raise _incomplete(self.prefix, [self.spec.members[index] for index in sorted(self._missing)])
         super().process_weights_after_loading(layer)
+
+
+def _index(shard: str | int | None) -> int:
+    """Return the place among a layer's linears of what vLLM calls a shard."""
+    return _QKV[shard] if isinstance(shard, str) else shard or 0
+
+
+def _check_identity_block(prefix: str, spec: GroupSpec, n: int) -> None:
+    if spec.structure == "identity_block" and spec.rank >= n:
+        raise ArtifactError(
+            f"{prefix}: an identity block of rank {spec.rank} leaves nothing of {n} inputs. Export the artifact again"
+        )
 
 
 def _is_dummy(config: Any) -> bool:

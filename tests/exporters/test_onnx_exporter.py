@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import FACTORED, install
+from tiny import FACTORED, apart_specs, install
 from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
@@ -130,7 +130,7 @@ def randomize(model: Any, seed: int = 0) -> Any:
     return model.eval()
 
 
-def make(name: str, structure: Structure | None = None) -> Any:
+def make(name: str, structure: Structure | None = None, *, apart: bool = False) -> Any:
     model = MODELS[name]()
     model.config.architectures = [type(model).__name__]
     model.set_attn_implementation("eager")
@@ -138,6 +138,8 @@ def make(name: str, structure: Structure | None = None) -> Any:
         # Two groups of three, so that every kind stands compressed in one layer and dense in another.
         groups = [group for index, group in enumerate(allocated(find_groups(model), structure)) if index % 3 != 1]
         install(model, specs_of(((group, 8 + 8 * (index % 2)) for index, group in enumerate(groups)), structure))
+    if apart:
+        install(model, apart_specs(layer=1))
     return randomize(model)
 
 
@@ -208,6 +210,16 @@ def test_transcript_equals_transformers(name: str, structure: Structure | None, 
         expected = reference(model, prompt)
         assert max(expected.logprobs) - min(expected.logprobs) > 1.0, "a degenerate model proves nothing"
         assert_same(transcript, expected)
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "gemma3"])
+def test_linears_apart_from_their_group(name: str, source: Path, out: Path) -> None:
+    model = make(name, apart=True)
+    exporter = OnnxExporter()
+    exporter.export(model, source, out, torch.float32)
+    for transcript, prompt in zip(exporter.transcribe(out, prompts(), NEW_TOKENS)["onnxruntime"], prompts(), strict=True):
+        assert_same(transcript, reference(model, prompt))
+    assert {"model.layers.1.self_attn.v_proj.A.order", "model.layers.1.mlp.gate_proj.A.weight"} <= set(initializers(out))
 
 
 @pytest.mark.parametrize("name", ["llama-llama3-rope", "gemma3-untied-softcap"])

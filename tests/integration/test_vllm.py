@@ -45,8 +45,8 @@ def assert_agree(reference: Transcript, other: Transcript) -> None:
 
 @pytest.mark.parametrize("architecture", FAMILIES_TESTED)
 def test_vllm_computes_what_transformers_does(architecture: str, tmp_path: Path) -> None:
-    # five layers: every kind of group in every structure, and some that are dense
-    folder = write_artifact(factorized_model(architecture, layers=5), tmp_path / "model")
+    # five layers: every kind of group in every structure, linears apart from their group, and some that are dense
+    folder = write_artifact(factorized_model(architecture, layers=5, apart=True), tmp_path / "model")
     reference = transcribe_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), PROMPTS, NEW_TOKENS)
     with engine_for(folder) as engine:
         for expected, found in zip(reference, engine.transcribe(PROMPTS, NEW_TOKENS), strict=True):
@@ -84,7 +84,7 @@ def check_measurements(engine: Engine) -> None:
 
 
 def test_factors_and_dense_layers_are_served_in_int8(tmp_path: Path) -> None:
-    folder = write_artifact(factorized_model("LlamaForCausalLM", layers=5), tmp_path / "model")
+    folder = write_artifact(factorized_model("LlamaForCausalLM", layers=5, apart=True), tmp_path / "model")
     reference = transcribe_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), PROMPTS, NEW_TOKENS)
     settings = {"max_model_len": 64, "max_num_seqs": 4, "threads": 1, "kv_cache_gib": 0.05}
     with Engine(folder, dtype="float32", quantization="int8", **settings) as engine:  # type: ignore[arg-type]

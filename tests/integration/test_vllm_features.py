@@ -178,7 +178,7 @@ def load(folder: Path) -> Any:
 def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     @cache
     def make(architecture: str) -> Case:
-        folder = write_artifact(factorized_model(architecture), tmp_path_factory.mktemp(architecture) / "model")
+        folder = write_artifact(factorized_model(architecture, apart=True), tmp_path_factory.mktemp(architecture) / "model")
         return Case(folder, transcribe_model(load(folder), [*PROMPTS, LIKE_THE_FIRST], NEW_TOKENS))
 
     return make

@@ -137,6 +137,91 @@ def test_column_parallel_ranks_hold_their_heads(tp_size: int, qkv: Checkpoint) -
         assert torch.allclose(method.apply(layer, x), torch.cat(expected, dim=1), atol=1e-4)
 
 
+@dataclass(frozen=True)
+class Apart:
+    """q, k and v of a checkpoint one by one: each with factors of its own, or dense (`own` is None)."""
+
+    own: list[Checkpoint | None]
+    W: list[torch.Tensor]
+    bias: list[torch.Tensor]
+    """Of the dense."""
+
+    def compute(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [x @ W.T + b if own is None else own.compute(x)[0] for own, W, b in zip(self.own, self.W, self.bias, strict=True)]
+
+    def load(self, layer: Any) -> None:
+        for shard, own, W, b in zip("qkv", self.own, self.W, self.bias, strict=True):
+            if own is None:
+                layer.weight.weight_loader(layer.weight, W, shard)
+                layer.weight_loader(layer.bias, b, shard)
+                continue
+            layer.A.weight.weight_loader(layer.A.weight, own.a.clone(), shard)
+            if own.order is not None:
+                layer.A.order.weight_loader(layer.A.order, own.order, shard)
+            layer.B.weight.weight_loader(layer.B.weight, own.b[0], shard)
+            layer.B.bias.weight_loader(layer.B.bias, own.bias[0], shard)
+
+
+def apart() -> Apart:
+    heads = [HEADS, KV_HEADS, KV_HEADS]
+    own = [checkpoint("low_rank", [HEADS * HEAD]), None, checkpoint("identity_block", [KV_HEADS * HEAD])]
+    return Apart(own, [torch.randn(h * HEAD, N) for h in heads], [torch.randn(h * HEAD) for h in heads])
+
+
+def apart_layer(whole: Apart, tp_size: int = 1, tp_rank: int = 0) -> tuple[Any, Any]:
+    from lrserve.serving.vllm_layer import PerShardMethod
+
+    replicas = max(1, tp_size // KV_HEADS)
+    layer = bare("QKVParallelLinear", tp_size=tp_size, tp_rank=tp_rank, num_kv_head_replicas=replicas)
+    specs = [
+        None if own is None else GroupSpec(RANK, (name,), own.structure) for name, own in zip(QKV.members, whole.own, strict=True)
+    ]
+    method = PerShardMethod("layers.0.qkv_proj", QKV.members, specs)
+    sizes = [HEADS // tp_size * HEAD, *([max(1, KV_HEADS // tp_size) * HEAD] * 2)]
+    method.create_weights(layer, N, sizes, N, sum(sizes) * tp_size, torch.float32)
+    layer.bias = nn.Parameter(torch.full((sum(sizes),), float("nan")), requires_grad=False)
+    return layer, method
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
+def test_linears_apart_from_their_group_are_divided_as_vllm_divides_them(tp_size: int) -> None:
+    whole, x = apart(), torch.randn(5, N)
+    kv_heads = max(1, KV_HEADS // tp_size)
+    for rank in range(tp_size):
+        layer, method = apart_layer(whole, tp_size, rank)
+        whole.load(layer)
+        method.process_weights_after_loading(layer)
+        q, k, v = whole.compute(x)
+        kv_rank = rank // max(1, tp_size // KV_HEADS)
+        expected = [
+            q[:, rank * (HEADS // tp_size) * HEAD :][:, : HEADS // tp_size * HEAD],
+            *(part[:, kv_rank * kv_heads * HEAD :][:, : kv_heads * HEAD] for part in (k, v)),
+        ]
+        assert torch.allclose(method.apply(layer, x, layer.bias), torch.cat(expected, dim=1), atol=1e-4)
+        assert not layer.bias.any()
+
+
+def test_what_is_missing_or_too_much_of_linears_apart_is_named() -> None:
+    whole = apart()
+    layer, method = apart_layer(whole)
+    whole.load(layer)
+    with pytest.raises(ArtifactError, match=r"layers\.0\.q_proj: config.json says it is factorized"):
+        layer.weight.weight_loader(layer.weight, whole.W[0], "q")
+    with pytest.raises(ArtifactError, match=r"layers\.0\.k_proj\.B\.weight is in the checkpoint, but config.json says"):
+        layer.B.weight.weight_loader(layer.B.weight, whole.W[1], "k")
+    with pytest.raises(ArtifactError, match=r"layers\.0\.k_proj\.weight is \(31, 32\) in the checkpoint"):
+        layer.weight.weight_loader(layer.weight, whole.W[1][1:], "k")
+    layer, method = apart_layer(whole)
+    replace(whole, own=[whole.own[0], None, replace(whole.own[2], order=None)]).load(layer)
+    with pytest.raises(ArtifactError, match=r"missing from the checkpoint: layers\.0\.v_proj\.A\.order\."):
+        method.process_weights_after_loading(layer)
+    layer, method = apart_layer(whole)
+    whole.load(layer)
+    method._seen.remove("layers.0.k_proj.bias")
+    with pytest.raises(ArtifactError, match=r"missing from the checkpoint: layers\.0\.k_proj\.bias\."):
+        method.process_weights_after_loading(layer)
+
+
 INPUTS_OF_DOWN = [("low_rank", False), ("identity_block", False), ("identity_block", True)]
 
 
@@ -448,9 +533,11 @@ def config_of(**groups: tuple[str, ...]) -> Any:
 
 def test_groups_are_found_by_the_layers_name() -> None:
     config = config_of(qkv_proj=("q_proj", "k_proj", "v_proj"), o_proj=("o_proj",))
-    assert config.group_of("model.layers.0.qkv_proj").rank == 8
-    assert config.group_of("draft_model.model.layers.0.o_proj").rank == 8
-    assert config.group_of("model.layers.1.qkv_proj") is None
+    assert [spec.rank for spec in config.groups_of("model.layers.0.qkv_proj")] == [8]
+    assert [spec.rank for spec in config.groups_of("draft_model.model.layers.0.o_proj")] == [8]
+    assert config.groups_of("model.layers.1.qkv_proj") == [None]
+    alone = config_of(k_proj=("k_proj",)).groups_of("draft_model.model.layers.0.qkv_proj")
+    assert alone == [None, GroupSpec(8, ("k_proj",)), None]
 
 
 @pytest.mark.parametrize(
@@ -459,12 +546,19 @@ def test_groups_are_found_by_the_layers_name() -> None:
         {"qkv_proj": ("q_proj", "k_proj")},
         {"qkv_proj": ("k_proj", "q_proj", "v_proj")},
         {"qkv_proj": ("qkv_proj",)},
-        {"q_proj": ("q_proj",)},
     ],
 )
 def test_other_groupings_than_vllms_are_refused(groups: dict[str, tuple[str, ...]]) -> None:
     with pytest.raises(ArtifactError, match="vLLM multiplies q_proj, k_proj, v_proj as one"):
-        config_of(**groups).group_of("model.layers.0.qkv_proj")
+        config_of(**groups).groups_of("model.layers.0.qkv_proj")
+
+
+@pytest.mark.parametrize(
+    "groups", [{"qkv_proj": ("q_proj", "k_proj", "v_proj"), "q_proj": ("q_proj",)}, {"q_proj": ("q_proj", "k_proj")}]
+)
+def test_linears_alone_and_together_are_refused(groups: dict[str, tuple[str, ...]]) -> None:
+    with pytest.raises(ArtifactError, match=r"lists some of q_proj, k_proj, v_proj alone, and model\.layers\.0\.q"):
+        config_of(**groups).groups_of("model.layers.0.qkv_proj")
 
 
 def test_embeddings_and_the_output_layer_are_left_alone() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +21,13 @@ from lrserve.serving import worker
 from lrserve.serving.engine import Engine, Throughput, in_turns, worker_environment
 
 FAKE = """
-import os, sys, time
+import os, sys, tempfile, time
 from lrserve.errors import ArtifactError
 from lrserve.serving import worker
 
 def build(settings):
     print("loading", settings["model"])
+    print("temporary", tempfile.mkstemp()[1], os.environ["TORCHINDUCTOR_CACHE_DIR"])
     if settings["model"] == "wrapped":
         try:
             raise ArtifactError("layer 3 lacks its B")
@@ -94,6 +96,16 @@ def test_requests_are_answered_and_prints_go_to_the_log(tmp_path: Path) -> None:
     assert all(noise in log.read_text() for noise in ("loading m", "noise on standard output", "noise of a child"))
     assert said[0].startswith("starting vllm")
     assert "ready" in said[-1]
+
+
+def test_temporary_files_of_an_engine_go_with_it_and_compiled_kernels_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    log = tmp_path / "engine.log"
+    with Engine("m", log=log):
+        [(temporary, kernels)] = [line.split()[1:] for line in log.read_text().splitlines() if line.startswith("temporary")]
+        assert Path(temporary).is_file()
+    assert not Path(temporary).parent.exists()
+    assert Path(kernels).parent == Path(tempfile.gettempdir())
 
 
 def test_temporary_log_is_deleted_on_a_clean_end_and_kept_after_a_failure() -> None:

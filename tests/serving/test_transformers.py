@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FACTORED, FAMILIES_TESTED, VOCABULARY, dense_model, factorized_model, write_artifact
+from tiny import FACTORED, FAMILIES_TESTED, VOCABULARY, apart_specs, dense_model, factorized_model, write_artifact
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import lrserve
@@ -41,15 +41,21 @@ def artifact(tmp_path: Path) -> Path:
     return write_artifact(factorized_model("LlamaForCausalLM"), tmp_path / "model")
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("architecture", FAMILIES_TESTED)
-def test_loaded_model_computes_what_the_written_one_did(architecture: str, tmp_path: Path) -> None:
-    model = factorized_model(architecture)
+def test_loaded_model_computes_what_the_written_one_did(architecture: str, apart: bool, tmp_path: Path) -> None:
+    model = factorized_model(architecture, apart=apart)
     folder = write_artifact(model, tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert low_rank_groups(loaded) == low_rank_groups(model)
-    structures = [spec.structure for spec in low_rank_groups(loaded).values()]
-    assert structures == ["identity_block"] * 4 + ["low_rank"] * 2  # all of the first layer, two of the second
+    specs = low_rank_groups(loaded)
+    structures = [spec.structure for spec in specs.values()]
+    if apart:
+        assert list(specs)[4:] == [*apart_specs(layer=1), "model.layers.1.mlp.down_proj"]
+        assert specs.items() >= apart_specs(layer=1).items()
+    else:
+        assert structures == ["identity_block"] * 4 + ["low_rank"] * 2  # all of the first layer, two of the second
 
 
 @pytest.mark.parametrize("architecture", FAMILIES_TESTED)
@@ -235,7 +241,9 @@ def test_group_of_two_structures_is_not_exported(tmp_path: Path) -> None:
     group = find_groups(other)[0]
     install_low_rank(other, specs_of([(group, model.model.layers[0].self_attn.k_proj.rank)], "low_rank"))
     model.model.layers[0].self_attn.k_proj = other.model.layers[0].self_attn.k_proj
-    with pytest.raises(ArtifactError, match=r"qkv_proj: .*found identity_block of rank 16, low_rank of rank 16"):
+    with pytest.raises(
+        ArtifactError, match=r"qkv_proj: .*found self_attn.q_proj identity_block of rank 16, .*k_proj low_rank of rank 16"
+    ):
         write_artifact(model, tmp_path / "model")
 
 
