@@ -1,6 +1,8 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two tests at once, each on one thread: two threads each on two cores would wait for each other. vLLM is not to choose the core.
+PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n 2 --dist loadscope --durations=10
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 EXTRAS := cpu,onnx,dev
 
@@ -27,10 +29,10 @@ lint: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/python -m pytest -m "not engine and not real"
+	$(PYTEST) -m "not engine and not real"
 
 engine: setup
-	$(BIN)/python -m pytest -m "engine or real"
+	$(PYTEST) -m "engine or real"
 
 clean:
 	rm -rf .venv demo demo.work build *.egg-info

@@ -14,10 +14,10 @@ Every method gets the same number of trials on the same validation text, from th
     bolaco    its 5x4 space for single linears (arXiv 2405.10616), a search for each of four ratios with a quarter of the trials
 
 Of each search's front the few plans of the largest hypervolume, by predicted speed (by parameters for bolaco), are served by vLLM
-with random weights, which the clock does not see, and measured in turns with the dense model. What counts is the hypervolume of
-these measurements: the area of log(perplexity / dense) and speedup that the plans dominate, up to `REFERENCE`, dense's speed.
-The same measurements say how good the table's predictions are, for plans that were never measured before: first as they stand, then
-corrected by the factor that the plans of the *other* seeds and methods ask for.
+with random weights, which the clock does not see, and measured in turns with the dense model, six plans at once. What counts is the
+hypervolume of these measurements: the area of log(perplexity / dense) and speedup that the plans dominate, up to `REFERENCE`,
+dense's speed. The same measurements say how good the table's predictions are, for plans that were never measured before: first as
+they stand, then corrected by the factor that the plans of the *other* seeds and methods ask for.
 
 What is finished is kept in the work folder. The last line is JSON.
 """
@@ -70,6 +70,8 @@ WORKLOADS = {
     "decode": Workload(prompt_tokens=32, output_tokens=64, concurrency=1),
 }
 """The recipe's profiles with shorter answers, so that fifty plans can be measured within an hour."""
+TOGETHER = 6
+"""Plans whose engines are up at once."""
 REFERENCE = (FRONT_LIMIT, 1.0)  # nats above dense, throughput over dense: what is beyond dominates nothing
 
 
@@ -235,49 +237,62 @@ class Bench:
         return points
 
     def measured(self, chosen: Sequence[tuple[str, int, Point]]) -> list[MixComparison]:
-        """Measure plans one by one in turns with the dense model, or read them."""
-        recipe, found = self.job.recipe, []
-        identity = {"table": self.table[1], "settings": recipe.engine.model_dump(mode="json")}
-        stage = self.folder.stage("measured", identity)
-        with ExitStack() as stack, progress_bar(len(chosen), "engine") as progress:
-            dense: Engine | None = None
-            for index, (method, _, point) in enumerate(chosen):
-                path = stage / f"{fingerprint(point.plan.key())[:16]}.json"
-                if not path.is_file():
-                    dense = dense or stack.enter_context(self._engine(None, []))
-                    with self._engine(point.plan, self.singles if method == "bolaco" else self.job.units) as engine:
-                        found_now = compare(
-                            dense,
-                            engine,
-                            recipe.workloads,
-                            recipe.engine.repeats,
-                            version=self.runtime.version,
-                            seed=recipe.seed,
-                        )
-                    write_json(path, asdict(found_now))
-                found.append(read_comparison(path))
-                progress(index + 1)
-        return found
+        """Measure plans in turns with the dense model, or read what was measured.
 
-    def _engine(self, plan: RankPlan | None, groups: Sequence[Group]) -> Engine:
+        Those of lrserve and of random search with one seed run beside each other, so that one state of the machine is both's.
+        """
+        recipe, settings = self.job.recipe, self.job.recipe.engine
+        identity = {"table": self.table[1], "settings": settings.model_dump(mode="json"), "together": TOGETHER}
+        stage = self.folder.stage("measured", identity)
+        paths = [stage / f"{method}-{seed}-{fingerprint(point.plan.key())[:16]}.json" for method, seed, point in chosen]
+        missing: dict[int, list[int]] = {}
+        for index, (method, seed, _) in enumerate(chosen):
+            if not paths[index].is_file():
+                missing.setdefault(seed if method in ("lrserve", "random") else -1, []).append(index)
+        batches = [own[start : start + TOGETHER] for own in missing.values() for start in range(0, len(own), TOGETHER)]
+        with progress_bar(sum(map(len, batches)), "engine") as progress:
+            done = 0
+            for batch in batches:
+                with ExitStack() as stack:
+                    dense = stack.enter_context(self._engine("dense", None, []))
+                    engines = []
+                    for index in batch:
+                        method, _, point = chosen[index]
+                        groups = self.singles if method == "bolaco" else self.job.units
+                        engines.append(stack.enter_context(self._engine(f"candidate-{len(engines)}", point.plan, groups)))
+                    found = compare(
+                        dense, engines, recipe.workloads, settings.repeats, version=self.runtime.version, seed=recipe.seed
+                    )
+                for index, comparison in zip(batch, found, strict=True):
+                    write_json(paths[index], asdict(comparison))
+                done += len(batch)
+                progress(done)
+        return [read_comparison(path) for path in paths]
+
+    def _engine(self, name: str, plan: RankPlan | None, groups: Sequence[Group]) -> Engine:
         recipe, config = self.job.recipe, self.job.source.config()
-        folder = self.folder.root / ("dense" if plan is None else "candidate")
+        folder = self.folder.root / name
         folder.mkdir(exist_ok=True)
         if plan is not None:
             config.quantization_config = quantization_config(specs_of(plan.factorized(groups), plan.structure))
         config.save_pretrained(folder)
-        return open_engine(folder, recipe.workloads, recipe.engine, sharing=2, load_format="dummy")
+        return open_engine(folder, recipe.workloads, recipe.engine, sharing=1 + TOGETHER, load_format="dummy")
 
 
 def errors_of_prediction(
     bench: Bench, chosen: Sequence[tuple[str, int, Point]], found: Sequence[MixComparison]
 ) -> list[dict[str, Any]]:
-    """Hold predictions against measurements, each plan once; a correction sees only plans of other searches."""
-    rows, seen = [], set()
-    for (method, seed, point), comparison in zip(chosen, found, strict=True):
-        if point.predicted is None or point.plan.key() in seen:
+    """Hold predictions against measurements, each plan once, with the median where several seeds found it.
+
+    A correction sees only plans of other searches.
+    """
+    rows, measured = [], dict[Any, list[MixComparison]]()
+    for (_, _, point), comparison in zip(chosen, found, strict=True):
+        measured.setdefault(point.plan.key(), []).append(comparison)
+    for method, seed, point in chosen:
+        comparisons = measured.pop(point.plan.key(), [])
+        if point.predicted is None or not comparisons:
             continue
-        seen.add(point.plan.key())
         others = [
             (p.plan, c.relative_times)
             for (m, s, p), c in zip(chosen, found, strict=True)
@@ -290,8 +305,9 @@ def errors_of_prediction(
                 "seed": seed,
                 "predicted": point.predicted,
                 "corrected": corrected,
-                "measured": comparison.speedup,
-                "undisturbed": comparison.undisturbed_speedup,
+                "measured": statistics.median(comparison.speedup for comparison in comparisons),
+                "undisturbed": statistics.median(comparison.undisturbed_speedup for comparison in comparisons),
+                "times": len(comparisons),
             }
         )
     return rows
@@ -317,7 +333,7 @@ def report(bench: Bench, methods: Sequence[str], seeds: int, engine: bool) -> di
         volumes.setdefault(method, {})[seed] = hypervolume(points)
     rows = errors_of_prediction(bench, chosen, found)
     accuracy = {}
-    for kind in ("predicted", "corrected"):
+    for kind in ("predicted", "corrected")[: min(2, len({(row["method"], row["seed"]) for row in rows}))]:
         errors = [abs(row[kind] / row["measured"] - 1) for row in rows]
         correlation = spearmanr([row[kind] for row in rows], [row["measured"] for row in rows]).statistic
         accuracy[kind] = {"median_error": statistics.median(errors), "largest_error": max(errors), "spearman": float(correlation)}
@@ -351,7 +367,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--plans", type=int, default=3, help="plans of each front that are measured [default: 3]")
-    parser.add_argument("--repeats", type=int, default=2, help="counted rounds of a measurement [default: 2]")
+    parser.add_argument("--repeats", type=int, default=4, help="counted rounds of a measurement [default: 4]")
     parser.add_argument("--compiled", action="store_true", help="vLLM with torch.compile; the demo's recipe is without")
     parser.add_argument("--phase", choices=("trials", "engine"), default="engine", help="engine does both [default]")
     parser.add_argument("--work", type=Path, default=Path("search.work"), help="folder for what is finished [default: search.work]")

@@ -230,13 +230,17 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=MODELS, help="repeatable [default: all]")
     parser.add_argument("--structure", action="append", choices=STRUCTURES, help="repeatable [default: all]")
     parser.add_argument("--ratio", action="append", type=float, help="repeatable [default: 0.2, 0.4 and 0.6]")
-    parser.add_argument("--dense", action="append", choices=KINDS, default=[], help="kind of group that stays dense; repeatable")
+    parser.add_argument(
+        "--dense", action="append", choices=KINDS, default=[], help="kind that stays dense (narrow: an MLP is a down)"
+    )
     parser.add_argument("--plan", action="append", type=Path, help="measure this plan.json instead of uniform ones; repeatable")
     parser.add_argument("--quantized", action="store_true", help="in int8, beside dense in bfloat16, int8 and int4")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--work", type=Path, default=Path("speed.work"), help="folder for what is finished [default: speed.work]")
     arguments = parser.parse_args()
+    if arguments.dense and arguments.plan:
+        parser.error("--dense is for uniform plans; a plan.json says itself what stays dense")
     results = {}
     for name in arguments.model or MODELS:
         with torch.device("meta"):
@@ -250,9 +254,9 @@ def main() -> None:
         else:
             for structure in arguments.structure or STRUCTURES:
                 units = allocated(groups, structure)
-                kept = [unit for unit in units if unit.kind in arguments.dense]
-                fit = BudgetFit([unit for unit in units if unit not in kept], STEP, structure)
-                whole, spent = sum(unit.dense_parameters for unit in units), sum(unit.dense_parameters for unit in kept)
+                fit = BudgetFit([unit for unit in units if unit.kind not in arguments.dense], STEP, structure)
+                whole = sum(unit.dense_parameters for unit in units)
+                spent = whole - fit.dense_cost
                 plans = {}
                 for ratio in arguments.ratio or RATIOS:
                     ranks = uniform(fit, (1 - ratio) * whole - spent).ranks

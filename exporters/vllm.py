@@ -75,7 +75,8 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
     In the artifact's terms (docs/format.md).
 
     Raises:
-        ArtifactError: some linears of a group share a first factor, and others do not.
+        ArtifactError: some linears of a group share a first factor, and others do not; or those that feed an MLP with fewer
+            neurons are factorized.
         UnsupportedModelError: unknown architecture.
     """
     family = family_of(model.config)
@@ -105,6 +106,10 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
             groups[prefix + names.fused] = GroupSpec(rank, leaves(names.members), stored, ordered)
             if stored == "narrow_in":
                 feeding = family.groups[ORDERED[kind]]
+                if any(isinstance(model.get_submodule(prefix + member), LowRankLinear) for member in feeding.members):
+                    raise ArtifactError(
+                        f"{prefix}{feeding.fused}: has factors, and {names.fused} fewer neurons; one of the two must go"
+                    )
                 groups[prefix + feeding.fused] = GroupSpec(rank, leaves(feeding.members), "narrow_out")
     return groups
 

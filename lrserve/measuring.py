@@ -186,9 +186,9 @@ def measure_front(
                 checkpoint.mkdir()
                 runtime.exporter.export(job.compressed_model(candidate.plan, store), job.source.path, checkpoint, job.dtype)
                 with runtime.open(checkpoint, workloads, sharing=2) as engine:
-                    comparison = compare(
+                    [comparison] = compare(
                         beside,
-                        engine,
+                        [engine],
                         workloads,
                         settings.repeats,
                         version=runtime.version,

@@ -89,9 +89,21 @@ def parse_groups(config: Mapping[str, Any]) -> dict[str, GroupSpec]:
             raise ArtifactError(f"{name}: members {members!r} in config.json is not a list of layer names")
         if not isinstance(ordered, bool) or (ordered and structure != "identity_block"):
             raise ArtifactError(f"{name}: ordered {ordered!r} in config.json does not fit the structure {structure}")
+        if structure == "narrow_out" and tuple(members) == (str(name).rpartition(".")[2],):
+            raise ArtifactError(f"{name}: config.json removes neurons from one linear of an MLP only. Export the artifact again")
         specs[str(name)] = GroupSpec(rank=rank, members=tuple(members), structure=structure, ordered=ordered)
+    _check_apart(specs)
     _check_neurons(specs)
     return specs
+
+
+def _check_apart(specs: Mapping[str, GroupSpec]) -> None:
+    """No linear is listed both alone and in a group."""
+    for name, spec in specs.items():
+        parent, _, leaf = name.rpartition(".")
+        twice = [member for member in spec.members if member != leaf and f"{parent}.{member}" in specs]
+        if twice:
+            raise ArtifactError(f"{name}: config.json lists its member {twice[0]} alone as well. Export the artifact again")
 
 
 def _check_neurons(specs: Mapping[str, GroupSpec]) -> None:

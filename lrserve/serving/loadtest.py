@@ -193,26 +193,28 @@ def open_engine(
 
 def compare(
     dense: EngineProcess,
-    compressed: EngineProcess,
+    compressed: Sequence[EngineProcess],
     workloads: Mapping[str, Workload],
     repeats: int,
     *,
     version: str,
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
-) -> MixComparison:
-    """Measure two running engines in turns, workload by workload; `version` names the engine.
+) -> list[MixComparison]:
+    """Measure running engines and their dense one in turns, workload by workload; `version` names the engine.
 
-    Each round has prompts of its own; the first run of each workload on either engine is discarded.
+    Each round has prompts of its own; the first run of each workload on every engine is discarded.
     """
-    found = {}
+    found: list[dict[str, Comparison]] = [{} for _ in compressed]
+    engines = {str(place): engine for place, engine in enumerate([dense, *compressed])}
     for name, workload in workloads.items():
 
         def measure(engine: EngineProcess, seed: int, workload: Workload = workload) -> Throughput:
             return engine.throughput(workload.prompt_tokens, workload.output_tokens, workload.concurrency, seed=seed)
 
-        for engine in (compressed, dense):
+        for engine in reversed(engines.values()):
             measure(engine, seed)
-        engines = {"dense": dense, "compressed": compressed}
-        found[name] = Comparison(**in_turns(engines, measure, repeats, seed=seed, progress=lambda *_: progress()))
-    return MixComparison(workloads=found, shares=shares(workloads), engine=version)
+        of_dense, *others = in_turns(engines, measure, repeats, seed=seed, progress=lambda *_: progress()).values()
+        for own, runs in zip(found, others, strict=True):
+            own[name] = Comparison(of_dense, runs)
+    return [MixComparison(workloads=own, shares=shares(workloads), engine=version) for own in found]

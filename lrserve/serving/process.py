@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -18,7 +19,7 @@ _LOG_LINES: Final = 25
 class Scratch:
     """A folder for the temporary files of processes: vLLM leaves a socket or two in TMPDIR each time it runs.
 
-    Compiled kernels stay where they would have been, so that the next process finds them.
+    Compiled kernels stay where torch would have put them, so that the next process finds them.
     """
 
     def __init__(self) -> None:
@@ -26,7 +27,11 @@ class Scratch:
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """Return an environment whose temporary files stand here."""
-        kernels = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+        try:
+            user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+        except (KeyError, OSError):  # a container's user may have no name
+            user = f"uid_{os.getuid()}"
+        kernels = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
         return {"TORCHINDUCTOR_CACHE_DIR": str(kernels), **inherited, "TMPDIR": self._folder.name}
 
     def remove(self) -> None:

@@ -118,14 +118,14 @@ class LrserveConfig(QuantizationConfig):  # type: ignore[misc]
                     "layer. Export the artifact again with this lrserve"
                 )
             return [spec]
-        wrong = [f"{name} as well"] if spec is not None else []
+        wrong = []
         for member, own in zip(fused, alone, strict=True):
             if own is not None and (own.members != (member,) or own.structure not in ("low_rank", "identity_block")):
                 wrong.append(f"{parent}.{member} as {own.structure} of {', '.join(own.members)}")
         if wrong:
             raise ArtifactError(
-                f"{name}: config.json lists some of {', '.join(fused)} alone, and {', '.join(wrong)}. A linear alone is low_rank "
-                "or identity_block, and the only member of its group. Export the artifact again with this lrserve"
+                f"{name}: config.json lists {', '.join(wrong)}, but vLLM multiplies {', '.join(fused)} as one layer, of which a "
+                "part is one linear, low_rank or identity_block. Export the artifact again with this lrserve"
             )
         return alone
 

@@ -64,41 +64,44 @@ class _Slice:
 
 @dataclass
 class _Loading:
-    """Puts checkpoint tensors into one layer's factors, checks their shapes, and remembers which have come."""
+    """Puts checkpoint tensors into one group's factors, checks their shapes, and remembers which have come."""
 
     prefix: str
     spec: GroupSpec
-    first: torch.Tensor | None
-    """What A or T is loaded into."""
+    first: nn.Parameter | None
+    """What A or T is loaded into, from its row `first_row` on. Its data may move to another device in between."""
     second: Factor
     columns: _Slice
     """Of A; of B where there is no A."""
     rows: list[_Slice]
     """Of each member's B and b."""
+    first_row: int = 0
     materialise: bool = False
     """Whether an identity block's T becomes (a part of) an A."""
-    seen: set[str] = field(default_factory=set)
+    order: torch.Tensor | None = None
     T: torch.Tensor | None = None
     """T (r, n - r), kept until `order` has come as well where it becomes an A."""
-    order: torch.Tensor | None = None
+    seen: set[str] = field(default_factory=set)
 
     def load_first(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        self._check_together("A.weight", shard)
+        assert self.first is not None
         name, rank, n = f"{self.prefix}.A.weight", self.spec.rank, self.columns.full
-        if self.spec.structure == "low_rank":
-            self._check(name, tensor, (rank, n))
-            parameter.data.copy_(self.columns.of(tensor, 1))
+        block = self.spec.structure == "identity_block"
+        _check_shape(name, tensor, (rank, n - rank if block else n))
+        if self.materialise:
+            self.T = tensor.to(self.first.device, self.first.dtype, copy=True)  # vLLM may reuse the tensor's memory
         else:
-            self._check(name, tensor, (rank, n - rank))
-            if not self.materialise:
-                parameter.data.copy_(tensor)
-            else:
-                self.T = tensor.to(parameter.device, parameter.dtype, copy=True)  # vLLM may reuse the tensor's memory
+            self._put(tensor if block else self.columns.of(tensor, 1))
         self.seen.add(name)
         self._materialise()
 
     def load_order(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        self._check_together("A.order", shard)
         name, n = f"{self.prefix}.A.order", self.columns.full
-        self._check(name, tensor, (n,))
+        if not self.spec.gathers:
+            raise _unexpected(name, f"says {'that its inputs are ordered' if self.spec.ordered else self.spec.structure}")
+        _check_shape(name, tensor, (n,))
         if not is_permutation(tensor):
             raise ArtifactError(f"{name} is no permutation of the {n} inputs in int32. Export the artifact again")
         self.order = parameter.data.copy_(tensor)
@@ -107,19 +110,23 @@ class _Loading:
 
     def _materialise(self) -> None:
         """Make this rank's columns of [I T] into A (r, n / ranks) as soon as T and `order` have both come."""
-        if self.T is None or self.order is None or self.first is None:
+        if self.T is None or self.order is None:
             return
         whole = torch.cat([torch.eye(len(self.T), dtype=self.T.dtype, device=self.T.device), self.T], dim=1)
-        places = self.order.argsort()  # of the inputs in J and Jc
-        self.first.data.copy_(whole.index_select(1, self.columns.of(places, 0)))
+        places = self.order.argsort().to(whole.device)  # of the inputs in J and Jc
+        self._put(whole.index_select(1, self.columns.of(places, 0)))
         self.T = None
+
+    def _put(self, rows: torch.Tensor) -> None:
+        assert self.first is not None
+        self.first.data.narrow(0, self.first_row, len(rows)).copy_(rows)
 
     def load_second(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
         index = _index(shard)
         is_bias = parameter is self.second.bias
         name = f"{self._member(index)}.B.{'bias' if is_bias else 'weight'}"
         rows = self.rows[index]
-        self._check(name, tensor, (rows.full,) if is_bias else (rows.full, self.spec.rank))
+        _check_shape(name, tensor, (rows.full,) if is_bias else (rows.full, self.spec.rank))
         offset = sum(earlier.length for earlier in self.rows[:index])
         part = rows.of(tensor, 0) if is_bias or self.first is not None else self.columns.of(tensor, 1)
         parameter.data.narrow(0, offset, rows.length).copy_(part)
@@ -132,26 +139,24 @@ class _Loading:
             f"{tuple(tensor.shape)} for it. Export the artifact again"
         )
 
-    def check_complete(self) -> None:
+    def finish(self) -> list[str]:
+        """Let go of what loading needed, and return the names of tensors that have not come."""
         names = [] if self.first is None else [f"{self.prefix}.A.weight"]
         if self.spec.gathers:
             names.append(f"{self.prefix}.A.order")
         for index in range(len(self.rows)):
             names += [f"{self._member(index)}.B.weight", f"{self._member(index)}.B.bias"]
-        missing = [name for name in names if name not in self.seen]
-        if missing:
-            raise _incomplete(self.prefix, missing)
+        # vLLM keeps the loaders, and through them would keep these beside their packed forms
+        self.first = self.T = self.order = None
+        return [name for name in names if name not in self.seen]
 
     def _member(self, index: int) -> str:
-        parent, _, _ = self.prefix.rpartition(".")
-        return f"{parent}.{self.spec.members[index]}" if parent else self.spec.members[index]
+        return _sibling(self.prefix, self.spec.members[index])
 
-    def _check(self, name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
-        if tuple(tensor.shape) != expected:
-            raise ArtifactError(
-                f"{name} is {tuple(tensor.shape)} in the checkpoint; config.json's rank and the model's sizes make it "
-                f"{expected}. Export the artifact again"
-            )
+    def _check_together(self, tensor: str, shard: str | int | None) -> None:
+        if shard is not None:
+            name = f"{self._member(_index(shard))}.{tensor}"
+            raise _unexpected(name, f"lists {', '.join(self.spec.members)} as one group")
 
 
 class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
@@ -160,6 +165,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def __init__(self, prefix: str, spec: GroupSpec, precision: Precision | None = None) -> None:
         self.prefix, self.spec, self.precision = prefix, spec, precision
         self._loading: _Loading | None = None
+        self._dummy = False
         self._reduce_inside = False  # sum over the ranks between A and B
         self._first_rank_only = False  # the output is summed over the ranks later: b may be added once
         self._materialised = False  # A is made of a part of [I T]
@@ -225,7 +231,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
         config = get_current_vllm_config_or_none()
         lora = config is not None and config.lora_config is not None
-        self._loading = None if _is_dummy(config) else loading
+        self._loading, self._dummy = loading, _is_dummy(config)
         if lora and (self.spec.ordered or structure == "narrow_in"):
             warnings.warn(_REORDERED, stacklevel=2)
         if split_input and layer.tp_size > 1:
@@ -240,9 +246,10 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         Raises:
             ArtifactError: a factor is missing from the checkpoint, by name.
         """
-        if self._loading is not None:
-            self._loading.check_complete()
-            self._loading = None
+        assert self._loading is not None
+        missing = self._loading.finish()
+        if missing and not self._dummy:
+            raise _incomplete(self.prefix, missing)
         if layer.bias is not None:
             # The whole bias is B.bias. The dense layer's own was never loaded, and whoever still adds it (vLLM hands it
             # out where skip_bias_add is set) must add nothing.
@@ -275,9 +282,6 @@ class PerShardMethod(LinearMethodBase):  # type: ignore[misc]
         self.prefix, self.members, self.specs, self.precision = prefix, tuple(members), tuple(specs), precision
         self._widths: list[int] = []
         """Of what the first product gives for each member: r_i, or this rank's outputs."""
-        self._loading: list[_Loading | None] = []
-        self._rows: list[_Slice] = []
-        self._seen: set[str] = set()
         self._dummy = False
 
     def create_weights(
@@ -290,81 +294,52 @@ class PerShardMethod(LinearMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Hang the stacked first weight into the layer as `layer.A`, and each member's B (m_i, r_i) as `layer.B.of[i]`."""
+        """Hang the stacked first weight into the layer as `layer.A`, and each member's B (m_i, r_i) as `layer.B[i]`."""
         if len(output_partition_sizes) != len(self.specs):
             raise ArtifactError(
                 f"{self.prefix}: config.json lists {', '.join(self.members)} one by one, vLLM's layer is made of "
                 f"{len(output_partition_sizes)} linears. Export the artifact again"
             )
-        self._rows = [_rows(layer, index, size) for index, size in enumerate(output_partition_sizes)]
-        self._widths = [rows.length if spec is None else spec.rank for spec, rows in zip(self.specs, self._rows, strict=True)]
+        rows = [_rows(layer, index, size) for index, size in enumerate(output_partition_sizes)]
+        self._widths = [own.length if spec is None else spec.rank for spec, own in zip(self.specs, rows, strict=True)]
         layer.A = Factor(input_size, sum(self._widths), bias=True, dtype=params_dtype)
         layer.A.bias.data.zero_()  # of what no dense member's bias is loaded into
-        layer.B = nn.Module()
-        layer.B.of = nn.ModuleList()
-        places = torch.arange(input_size)
-        for index, (spec, rows) in enumerate(zip(self.specs, self._rows, strict=True)):
+        layer.B = nn.ModuleList()
+        parts: list[_Loading | _LoadingDense] = []
+        for index, (spec, own) in enumerate(zip(self.specs, rows, strict=True)):
+            name, start = _sibling(self.prefix, self.members[index]), sum(self._widths[:index])
             if spec is None:
-                layer.B.of.append(nn.Identity())
-                self._loading.append(None)
+                layer.B.append(nn.Identity())
+                parts.append(_LoadingDense(name, layer.A, own, start))
                 continue
-            prefix = self._name(index)
-            _check_identity_block(prefix, spec, input_size)
-            second = Factor(spec.rank, rows.length, bias=True, dtype=params_dtype)
-            layer.B.of.append(second)
-            self._loading.append(
+            _check_identity_block(name, spec, input_size)
+            layer.B.append(Factor(spec.rank, own.length, bias=True, dtype=params_dtype))
+            parts.append(
                 _Loading(
-                    prefix=prefix,
+                    prefix=name,
                     spec=spec,
-                    first=self._part(layer.A.weight, index),
-                    second=second,
+                    first=layer.A.weight,
+                    second=layer.B[index],
                     columns=_Slice(input_size, 0, input_size),
-                    rows=[rows],
+                    rows=[own],
+                    first_row=start,
                     materialise=spec.structure == "identity_block",
-                    order=places if spec.ordered else None,
+                    order=torch.arange(input_size) if spec.ordered else None,
                 )
             )
-
-        def load_first(parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
-            loading = self._compressed(shard, "A.weight")
-            assert loading.first is not None
-            loading.load_first(loading.first, tensor)
-
-        def load_order(parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
-            self._compressed(shard, "A.order").load_order(places.clone(), tensor)
-
-        def load_second(parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
-            name = "bias" if parameter is layer.B.bias else "weight"
-            loading = self._compressed(shard, f"B.{name}")
-            loading.load_second(getattr(loading.second, name), tensor)
-
-        def load_dense(parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
-            index = _index(shard)
-            loading, rows = self._loading[index], self._rows[index]
-            if loading is not None:
-                loading.refuse(parameter, tensor)
-            whole, name = (layer.A.bias, "bias") if tensor.ndim == 1 else (layer.A.weight, "weight")
-            expected = (rows.full, *whole.shape[1:])
-            if tuple(tensor.shape) != expected:
-                raise ArtifactError(
-                    f"{self._name(index)}.{name} is {tuple(tensor.shape)} in the checkpoint; the model's sizes make it {expected}. "
-                    "Export the artifact again"
-                )
-            self._part(whole, index).copy_(rows.of(tensor, 0))
-            self._seen.add(f"{self._name(index)}.{name}")
-
+        self._loading = _LoadingApart(self.prefix, parts)
         # vLLM renames q_proj.B.weight to qkv_proj.B.weight and finds the loader there; these parameters hold nothing.
-        layer.A.weight.weight_loader = load_first
+        layer.A.weight.weight_loader = self._loading.load_first
         for holder, name, loader in (
-            (layer.A, "order", load_order),
-            (layer.B, "weight", load_second),
-            (layer.B, "bias", load_second),
-            (layer, "weight", load_dense),
+            (layer.A, "order", self._loading.load_order),
+            (layer.B, "weight", self._loading.load_second),
+            (layer.B, "bias", self._loading.load_second_bias),
+            (layer, "weight", self._loading.load_dense),
         ):
             empty = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
             empty.weight_loader = loader  # type: ignore[attr-defined]
             setattr(holder, name, empty)
-        layer.weight_loader = load_dense  # of the dense layer's own bias, which vLLM makes after this
+        layer.weight_loader = self._loading.load_dense  # of the dense layer's own bias, which vLLM makes after this
         self._dummy = _is_dummy(get_current_vllm_config_or_none())
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -373,22 +348,14 @@ class PerShardMethod(LinearMethodBase):  # type: ignore[misc]
         Raises:
             ArtifactError: a tensor is missing from the checkpoint, by name.
         """
-        if not self._dummy:
-            own = ["weight"] if layer.bias is None else ["weight", "bias"]
-            missing: list[str] = []
-            for index, loading in enumerate(self._loading):
-                if loading is not None:
-                    loading.check_complete()
-                else:
-                    missing += [name for kind in own if (name := f"{self._name(index)}.{kind}") not in self._seen]
-            if missing:
-                raise _incomplete(self.prefix, missing)
-        self._loading = []
+        missing = self._loading.finish(biased=layer.bias is not None)
+        if missing and not self._dummy:
+            raise _incomplete(self.prefix, missing)
         if layer.bias is not None:
             layer.bias.data.zero_()  # see LowRankLinearMethod
         del layer.A.order, layer.B.weight, layer.B.bias
         layer.A.pack(self.precision)
-        for second in layer.B.of:
+        for second in layer.B:
             if isinstance(second, Factor):
                 second.pack(self.precision)
 
@@ -396,26 +363,79 @@ class PerShardMethod(LinearMethodBase):  # type: ignore[misc]
         """Multiply x (..., n) -> (..., m); `bias`, the dense layer's own, is part of A's or B's and ignored."""
         parts = layer.A.multiply(x).split_with_sizes(self._widths, -1)
         outputs = [
-            second.multiply(part) if isinstance(second, Factor) else part for part, second in zip(parts, layer.B.of, strict=True)
+            second.multiply(part) if isinstance(second, Factor) else part for part, second in zip(parts, layer.B, strict=True)
         ]
         return torch.cat(outputs, -1)
 
-    def _name(self, index: int) -> str:
-        parent, _, _ = self.prefix.rpartition(".")
-        return f"{parent}.{self.members[index]}" if parent else self.members[index]
 
-    def _part(self, stacked: torch.Tensor, index: int) -> torch.Tensor:
-        return stacked.data.narrow(0, sum(self._widths[:index]), self._widths[index])
+@dataclass
+class _LoadingDense:
+    """As `_Loading`, for a dense member, whose W and bias are `stacked`'s from row `first_row` on."""
+
+    prefix: str
+    stacked: Factor | None
+    rows: _Slice
+    first_row: int
+    seen: set[str] = field(default_factory=set)
+
+    def load(self, tensor: torch.Tensor) -> None:
+        assert self.stacked is not None
+        kind = "bias" if tensor.ndim == 1 else "weight"
+        whole = getattr(self.stacked, kind)
+        _check_shape(f"{self.prefix}.{kind}", tensor, (self.rows.full, *whole.shape[1:]))
+        whole.data.narrow(0, self.first_row, self.rows.length).copy_(self.rows.of(tensor, 0))
+        self.seen.add(kind)
+
+    def finish(self, *, biased: bool) -> list[str]:
+        self.stacked = None
+        return [f"{self.prefix}.{kind}" for kind in ("weight", "bias") if kind not in self.seen and (biased or kind == "weight")]
+
+
+@dataclass(frozen=True)
+class _LoadingApart:
+    """Sends a checkpoint's tensors to the member that they are of."""
+
+    prefix: str
+    parts: Sequence[_Loading | _LoadingDense]
+
+    def load_first(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        self._compressed(shard, "A.weight").load_first(parameter, tensor)
+
+    def load_order(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        self._compressed(shard, "A.order").load_order(torch.empty_like(tensor, dtype=torch.int64), tensor)
+
+    def load_second(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        part = self._compressed(shard, "B.weight")
+        part.load_second(part.second.weight, tensor)
+
+    def load_second_bias(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        part = self._compressed(shard, "B.bias")
+        assert part.second.bias is not None
+        part.load_second(part.second.bias, tensor)
+
+    def load_dense(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        part = self._part(shard, "bias" if tensor.ndim == 1 else "weight")
+        if isinstance(part, _LoadingDense):
+            part.load(tensor)
+        else:
+            part.refuse(parameter, tensor)
+
+    def finish(self, *, biased: bool) -> list[str]:
+        missing: list[str] = []
+        for part in self.parts:
+            missing += part.finish(biased=biased) if isinstance(part, _LoadingDense) else part.finish()
+        return missing
 
     def _compressed(self, shard: str | int | None, tensor: str) -> _Loading:
-        index = _index(shard)
-        loading = self._loading[index]
-        if loading is None:
-            raise ArtifactError(
-                f"{self._name(index)}.{tensor} is in the checkpoint, but config.json says the layer is dense. "
-                "Export the artifact again"
-            )
-        return loading
+        part = self._part(shard, tensor)
+        if isinstance(part, _LoadingDense):
+            raise _unexpected(f"{part.prefix}.{tensor}", "says that the layer is dense")
+        return part
+
+    def _part(self, shard: str | int | None, tensor: str) -> _Loading | _LoadingDense:
+        if shard is None:
+            raise _unexpected(f"{self.prefix}.{tensor}", "lists its linears one by one")
+        return self.parts[_index(shard)]
 
 
 class DenseMethod(UnquantizedLinearMethod):  # type: ignore[misc]
@@ -496,6 +516,24 @@ class FewerOutputsMethod(DenseMethod):
         if self._missing:
             raise _incomplete(self.prefix, [self.spec.members[index] for index in sorted(self._missing)])
         super().process_weights_after_loading(layer)
+
+
+def _sibling(prefix: str, member: str) -> str:
+    """Return the full name of a linear beside the module `prefix`."""
+    parent, _, _ = prefix.rpartition(".")
+    return f"{parent}.{member}" if parent else member
+
+
+def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ArtifactError(
+            f"{name} is {tuple(tensor.shape)} in the checkpoint; config.json's rank and the model's sizes make it "
+            f"{expected}. Export the artifact again"
+        )
+
+
+def _unexpected(name: str, config: str) -> ArtifactError:
+    return ArtifactError(f"{name} is in the checkpoint, but config.json {config}. Export the artifact again")
 
 
 def _index(shard: str | int | None) -> int:

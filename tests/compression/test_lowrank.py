@@ -243,6 +243,12 @@ def test_config_round_trip_and_what_is_refused() -> None:
             ArtifactError, match=rf"mlp: config.json removes neurons from one half of it only \(8 in {spec.structure}"
         ):
             parse_groups(quantization_config({name: spec}))
+    alone = {f"model.layers.0.mlp.{name}": GroupSpec(8, (name,), "narrow_out") for name in ("gate_proj", "up_proj")}
+    with pytest.raises(ArtifactError, match=r"gate_proj: config.json removes neurons from one linear of an MLP only"):
+        parse_groups(quantization_config({**halves, **alone}))
+    twice = specs_of([(groups[0], 8)], "low_rank") | {groups[0].members[1]: GroupSpec(8, ("k_proj",))}
+    with pytest.raises(ArtifactError, match=r"qkv_proj: config.json lists its member k_proj alone as well"):
+        parse_groups(quantization_config(twice))
     with pytest.raises(ArtifactError, match="97 of 96 neurons cannot be kept"):
         install_low_rank(dense_model("LlamaForCausalLM"), specs_of([(mlp, 97)], "narrow"))
     with pytest.raises(ArtifactError, match="does not have"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
@@ -109,34 +111,6 @@ def down_layer(structure: Stored, tp_size: int, tp_rank: int, *, ordered: bool =
     return layer, method
 
 
-@pytest.fixture(params=FACTORED)
-def structure(request: pytest.FixtureRequest) -> Stored:
-    return request.param  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def qkv(structure: Stored) -> Checkpoint:
-    return checkpoint(structure, [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD])
-
-
-@pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
-def test_column_parallel_ranks_hold_their_heads(tp_size: int, qkv: Checkpoint) -> None:
-    x = torch.randn(5, N)
-    whole = qkv.compute(x)
-    for rank in range(tp_size):
-        layer, method = qkv_layer(qkv.structure, tp_size, rank)
-        qkv.load(layer)
-        method.process_weights_after_loading(layer)
-        q_heads = HEADS // tp_size
-        kv_heads = max(1, KV_HEADS // tp_size)
-        kv_rank = rank // max(1, tp_size // KV_HEADS)
-        expected = [
-            whole[0][:, rank * q_heads * HEAD :][:, : q_heads * HEAD],
-            *(part[:, kv_rank * kv_heads * HEAD :][:, : kv_heads * HEAD] for part in whole[1:]),
-        ]
-        assert torch.allclose(method.apply(layer, x), torch.cat(expected, dim=1), atol=1e-4)
-
-
 @dataclass(frozen=True)
 class Apart:
     """q, k and v of a checkpoint one by one: each with factors of its own, or dense (`own` is None)."""
@@ -162,13 +136,14 @@ class Apart:
             layer.B.bias.weight_loader(layer.B.bias, own.bias[0], shard)
 
 
-def apart() -> Apart:
+def checkpoint_apart() -> Apart:
     heads = [HEADS, KV_HEADS, KV_HEADS]
+    torch.manual_seed(0)
     own = [checkpoint("low_rank", [HEADS * HEAD]), None, checkpoint("identity_block", [KV_HEADS * HEAD])]
     return Apart(own, [torch.randn(h * HEAD, N) for h in heads], [torch.randn(h * HEAD) for h in heads])
 
 
-def apart_layer(whole: Apart, tp_size: int = 1, tp_rank: int = 0) -> tuple[Any, Any]:
+def apart_layer(whole: Apart, tp_size: int = 1, tp_rank: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     from lrserve.serving.vllm_layer import PerShardMethod
 
     replicas = max(1, tp_size // KV_HEADS)
@@ -178,48 +153,50 @@ def apart_layer(whole: Apart, tp_size: int = 1, tp_rank: int = 0) -> tuple[Any, 
     ]
     method = PerShardMethod("layers.0.qkv_proj", QKV.members, specs)
     sizes = [HEADS // tp_size * HEAD, *([max(1, KV_HEADS // tp_size) * HEAD] * 2)]
-    method.create_weights(layer, N, sizes, N, sum(sizes) * tp_size, torch.float32)
-    layer.bias = nn.Parameter(torch.full((sum(sizes),), float("nan")), requires_grad=False)
+    method.create_weights(layer, N, sizes, N, sum(sizes) * tp_size, dtype)
+    layer.bias = nn.Parameter(torch.full((sum(sizes),), float("nan"), dtype=dtype), requires_grad=False)
     return layer, method
 
 
+def layer_of(whole: Checkpoint | Apart, tp_size: int = 1, tp_rank: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    if isinstance(whole, Apart):
+        return apart_layer(whole, tp_size, tp_rank, dtype)
+    return qkv_layer(whole.structure, tp_size, tp_rank, dtype)
+
+
+@pytest.fixture(params=FACTORED)
+def structure(request: pytest.FixtureRequest) -> Stored:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def qkv(structure: Stored) -> Checkpoint:
+    return checkpoint(structure, [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD])
+
+
+@pytest.fixture(params=[*FACTORED, "apart"])
+def attention(request: pytest.FixtureRequest) -> Checkpoint | Apart:
+    if request.param == "apart":
+        return checkpoint_apart()
+    return checkpoint(request.param, [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD])
+
+
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
-def test_linears_apart_from_their_group_are_divided_as_vllm_divides_them(tp_size: int) -> None:
-    whole, x = apart(), torch.randn(5, N)
-    kv_heads = max(1, KV_HEADS // tp_size)
+def test_column_parallel_ranks_hold_their_heads(tp_size: int, attention: Checkpoint | Apart) -> None:
+    x = torch.randn(5, N)
+    whole = attention.compute(x)
     for rank in range(tp_size):
-        layer, method = apart_layer(whole, tp_size, rank)
-        whole.load(layer)
+        layer, method = layer_of(attention, tp_size, rank)
+        attention.load(layer)
         method.process_weights_after_loading(layer)
-        q, k, v = whole.compute(x)
+        q_heads = HEADS // tp_size
+        kv_heads = max(1, KV_HEADS // tp_size)
         kv_rank = rank // max(1, tp_size // KV_HEADS)
         expected = [
-            q[:, rank * (HEADS // tp_size) * HEAD :][:, : HEADS // tp_size * HEAD],
-            *(part[:, kv_rank * kv_heads * HEAD :][:, : kv_heads * HEAD] for part in (k, v)),
+            whole[0][:, rank * q_heads * HEAD :][:, : q_heads * HEAD],
+            *(part[:, kv_rank * kv_heads * HEAD :][:, : kv_heads * HEAD] for part in whole[1:]),
         ]
-        assert torch.allclose(method.apply(layer, x, layer.bias), torch.cat(expected, dim=1), atol=1e-4)
-        assert not layer.bias.any()
-
-
-def test_what_is_missing_or_too_much_of_linears_apart_is_named() -> None:
-    whole = apart()
-    layer, method = apart_layer(whole)
-    whole.load(layer)
-    with pytest.raises(ArtifactError, match=r"layers\.0\.q_proj: config.json says it is factorized"):
-        layer.weight.weight_loader(layer.weight, whole.W[0], "q")
-    with pytest.raises(ArtifactError, match=r"layers\.0\.k_proj\.B\.weight is in the checkpoint, but config.json says"):
-        layer.B.weight.weight_loader(layer.B.weight, whole.W[1], "k")
-    with pytest.raises(ArtifactError, match=r"layers\.0\.k_proj\.weight is \(31, 32\) in the checkpoint"):
-        layer.weight.weight_loader(layer.weight, whole.W[1][1:], "k")
-    layer, method = apart_layer(whole)
-    replace(whole, own=[whole.own[0], None, replace(whole.own[2], order=None)]).load(layer)
-    with pytest.raises(ArtifactError, match=r"missing from the checkpoint: layers\.0\.v_proj\.A\.order\."):
-        method.process_weights_after_loading(layer)
-    layer, method = apart_layer(whole)
-    whole.load(layer)
-    method._seen.remove("layers.0.k_proj.bias")
-    with pytest.raises(ArtifactError, match=r"missing from the checkpoint: layers\.0\.k_proj\.bias\."):
-        method.process_weights_after_loading(layer)
+        assert torch.allclose(method.apply(layer, x), torch.cat(expected, dim=1), atol=1e-4)
 
 
 INPUTS_OF_DOWN = [("low_rank", False), ("identity_block", False), ("identity_block", True)]
@@ -334,30 +311,28 @@ def test_what_is_missing_of_a_narrow_mlp_is_named(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, N), (7, N), (2, 3, N), (0, N)])
-def test_any_leading_shape_in_every_dtype(shape: tuple[int, ...], dtype: torch.dtype, qkv: Checkpoint) -> None:
-    layer, method = qkv_layer(qkv.structure, 1, 0, dtype)
-    qkv.load(layer)
+def test_any_leading_shape_in_every_dtype(shape: tuple[int, ...], dtype: torch.dtype, attention: Checkpoint | Apart) -> None:
+    layer, method = layer_of(attention, dtype=dtype)
+    attention.load(layer)
     method.process_weights_after_loading(layer)
     x = torch.randn(shape).to(dtype)
     found = method.apply(layer, x)
     assert found.dtype == dtype
-    expected = torch.cat(qkv.compute(x.float()), dim=-1)
+    expected = torch.cat(attention.compute(x.float()), dim=-1)
     assert found.shape == expected.shape
     bound = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     assert (found.float() - expected).norm() <= bound * expected.norm()
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_int8_factors_are_within_what_rounding_allows(tokens: int, qkv: Checkpoint) -> None:
-    from lrserve.serving.vllm_layer import LowRankLinearMethod
-
-    layer, method = qkv_layer(qkv.structure, 1, 0)
-    assert isinstance(method, LowRankLinearMethod)
+def test_int8_factors_are_within_what_rounding_allows(tokens: int, attention: Checkpoint | Apart) -> None:
+    layer, method = layer_of(attention)
+    assert method.precision is None
     method.precision = "int8"
-    qkv.load(layer)
+    attention.load(layer)
     method.process_weights_after_loading(layer)
     x = torch.randn(tokens, N)
-    found, expected = method.apply(layer, x), torch.cat(qkv.compute(x), dim=-1)
+    found, expected = method.apply(layer, x), torch.cat(attention.compute(x), dim=-1)
     assert layer.A.weight is None or layer.A.weight.dtype == torch.int8  # the kernel keeps it, packed
     assert 1e-4 < float((found - expected).norm() / expected.norm()) < 0.03
     row = method.apply(layer, x[:1])
@@ -390,16 +365,16 @@ def test_int8_dense_layers_and_what_else_is_asked_for(monkeypatch: pytest.Monkey
             config.online_quantization_config = OnlineQuantizationConfig(QuantizationConfigArgs(**refused))
 
 
-def test_the_layer_can_be_compiled_whole(qkv: Checkpoint) -> None:
-    layer, method = qkv_layer(qkv.structure, 1, 0)
-    qkv.load(layer)
+def test_the_layer_can_be_compiled_whole(attention: Checkpoint | Apart) -> None:
+    layer, method = layer_of(attention)
+    attention.load(layer)
     method.process_weights_after_loading(layer)
     compiled = torch.compile(lambda x: method.apply(layer, x), backend="aot_eager", fullgraph=True, dynamic=True)
     with torch.inference_mode():
         for tokens in (3, 8):
             x = torch.randn(tokens, N)
             before = x.clone()
-            assert torch.allclose(compiled(x), torch.cat(qkv.compute(x), dim=-1), atol=1e-4)
+            assert torch.allclose(compiled(x), torch.cat(attention.compute(x), dim=-1), atol=1e-4)
             assert torch.equal(x, before)
 
 
@@ -426,13 +401,13 @@ def test_dummy_weights_leave_an_order_that_is_a_permutation(
     assert y.abs().max() < 1  # of the loader's small weights, not of memory that nobody wrote
 
 
-def test_the_dense_bias_is_neither_read_nor_added(qkv: Checkpoint) -> None:
-    layer, method = qkv_layer(qkv.structure, 1, 0)
-    qkv.load(layer)
-    layer.bias = nn.Parameter(torch.full((sum(len(x) for x in qkv.bias),), float("nan")), requires_grad=False)
+def test_the_dense_layers_bias_is_not_added(attention: Checkpoint | Apart) -> None:
+    layer, method = layer_of(attention)
+    layer.bias = nn.Parameter(torch.full((sum(len(x) for x in attention.bias),), float("nan")), requires_grad=False)
+    attention.load(layer)
     method.process_weights_after_loading(layer)
     x = torch.randn(3, N)
-    assert torch.allclose(method.apply(layer, x, layer.bias), torch.cat(qkv.compute(x), dim=1), atol=1e-4)
+    assert torch.allclose(method.apply(layer, x, layer.bias), torch.cat(attention.compute(x), dim=1), atol=1e-4)
     assert not layer.bias.any()  # where skip_bias_add hands it out
 
 
@@ -443,6 +418,71 @@ def test_missing_factors_are_named(qkv: Checkpoint) -> None:
     layer.B.bias.weight_loader(layer.B.bias, qkv.bias[0], "q")
     with pytest.raises(ArtifactError, match=r": layers\.0\.k_proj\.B\.weight, layers\.0\.k_proj\.B\.bias, layers\.0\.v_pr"):
         method.process_weights_after_loading(layer)
+
+
+def test_what_is_missing_or_too_much_of_linears_apart_is_named() -> None:
+    whole = checkpoint_apart()
+    layer, _ = apart_layer(whole)
+    a = layer.A
+    for loader, tensor, shard, message in (
+        (layer.weight.weight_loader, whole.W[0], "q", r"layers\.0\.q_proj: config.json says it is factorized"),
+        (layer.B.weight.weight_loader, whole.W[1], "k", r"k_proj\.B\.weight is in the checkpoint, but config.json says that"),
+        (layer.weight.weight_loader, whole.W[1][1:], "k", r"k_proj\.weight is \(31, 32\) in the checkpoint"),
+        (a.order.weight_loader, torch.arange(N, dtype=torch.int32), "q", r"q_proj\.A\.order is .*config.json says low_rank"),
+        (a.weight.weight_loader, whole.W[0], None, r"qkv_proj\.A\.weight is .*config.json lists its linears one by one"),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            loader(None, tensor, shard)
+    own = [whole.own[0], None, replace(whole.own[2], order=None)]
+    layer, method = apart_layer(whole)
+    replace(whole, own=own).load(layer)
+    with pytest.raises(ArtifactError, match=r"missing from the checkpoint: layers\.0\.v_proj\.A\.order\."):
+        method.process_weights_after_loading(layer)
+    layer, method = apart_layer(whole)
+    layer.A.weight.weight_loader(layer.A.weight, whole.own[0].a, "q")
+    missing = "layers.0.q_proj.B.weight, layers.0.q_proj.B.bias, layers.0.k_proj.weight, layers.0.k_proj.bias, layers.0.v_proj.A.w"
+    with pytest.raises(ArtifactError, match=f"missing from the checkpoint: {missing}"):
+        method.process_weights_after_loading(layer)
+
+
+def test_factors_of_single_linears_are_refused_where_they_are_listed_together(qkv: Checkpoint) -> None:
+    layer, _ = qkv_layer(qkv.structure, 1, 0)
+    with pytest.raises(ArtifactError, match=r"layers\.0\.k_proj\.A\.weight is .* lists q_proj, k_proj, v_proj as one group"):
+        layer.A.weight.weight_loader(layer.A.weight, qkv.a, "k")
+
+
+def test_nothing_that_was_loaded_stays_beside_its_packed_form(attention: Checkpoint | Apart) -> None:
+    layer, method = layer_of(attention)
+    loaded = weakref.ref(layer.A.weight)
+    loaders = [layer.weight.weight_loader, layer.weight_loader]  # which vLLM keeps
+    attention.load(layer)
+    method.process_weights_after_loading(layer)
+    gc.collect()
+    assert loaders
+    assert loaded() is None or loaded().numel() == 0
+
+
+def test_gate_alone_beside_a_dense_up() -> None:
+    from lrserve.serving.vllm_layer import PerShardMethod
+
+    gate, up = checkpoint("identity_block", [24]), torch.randn(24, N)
+    parts = []
+    for rank in range(2):
+        layer = bare("MergedColumnParallelLinear", tp_size=2, tp_rank=rank, output_sizes=[24, 24])
+        spec = GroupSpec(RANK, ("gate_proj",), "identity_block")
+        method = PerShardMethod("mlp.gate_up_proj", ("gate_proj", "up_proj"), [spec, None])
+        method.create_weights(layer, N, [12, 12], N, 48, torch.float32)
+        layer.A.order.weight_loader(layer.A.order, gate.order, 0)
+        layer.A.weight.weight_loader(layer.A.weight, gate.a, 0)
+        layer.B.weight.weight_loader(layer.B.weight, gate.b[0], 0)
+        layer.B.bias.weight_loader(layer.B.bias, gate.bias[0], 0)
+        layer.weight.weight_loader(layer.weight, up, 1)
+        method.process_weights_after_loading(layer)
+        parts.append((layer, method))
+    x = torch.randn(5, N)
+    halves = [method.apply(layer, x).chunk(2, dim=-1) for layer, method in parts]
+    assert torch.allclose(torch.cat([gate_half for gate_half, _ in halves], -1), *gate.compute(x), atol=1e-4)
+    assert torch.allclose(torch.cat([up_half for _, up_half in halves], -1), x @ up.T, atol=1e-4)
 
 
 @pytest.mark.parametrize("ordered", [True, False])
@@ -553,12 +593,9 @@ def test_other_groupings_than_vllms_are_refused(groups: dict[str, tuple[str, ...
         config_of(**groups).groups_of("model.layers.0.qkv_proj")
 
 
-@pytest.mark.parametrize(
-    "groups", [{"qkv_proj": ("q_proj", "k_proj", "v_proj"), "q_proj": ("q_proj",)}, {"q_proj": ("q_proj", "k_proj")}]
-)
-def test_linears_alone_and_together_are_refused(groups: dict[str, tuple[str, ...]]) -> None:
-    with pytest.raises(ArtifactError, match=r"lists some of q_proj, k_proj, v_proj alone, and model\.layers\.0\.q"):
-        config_of(**groups).groups_of("model.layers.0.qkv_proj")
+def test_a_group_of_some_of_the_linears_that_vllm_multiplies_together_is_refused() -> None:
+    with pytest.raises(ArtifactError, match=r"lists model\.layers\.0\.q_proj as low_rank of q_proj, k_proj, but vLLM multiplies"):
+        config_of(q_proj=("q_proj", "k_proj")).groups_of("model.layers.0.qkv_proj")
 
 
 def test_embeddings_and_the_output_layer_are_left_alone() -> None:

@@ -247,6 +247,13 @@ def test_group_of_two_structures_is_not_exported(tmp_path: Path) -> None:
         write_artifact(model, tmp_path / "model")
 
 
+def test_factors_before_fewer_neurons_are_not_exported(tmp_path: Path) -> None:
+    model, other = factorized_model("LlamaForCausalLM", layers=3), factorized_model("LlamaForCausalLM", apart=True)
+    model.model.layers[2].mlp.gate_proj = other.model.layers[1].mlp.gate_proj
+    with pytest.raises(ArtifactError, match=r"layers\.2\.mlp\.gate_up_proj: has factors, and mlp\.down_proj fewer neurons"):
+        write_artifact(model, tmp_path / "model")
+
+
 def test_tokenizer_files_are_copied_and_code_is_not(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
