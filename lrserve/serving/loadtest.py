@@ -1,4 +1,4 @@
-"""Throughput of a compressed model against its dense one, measured on two live engines in turns."""
+"""Throughput of compressed models against their dense one, measured on live engines in turns."""
 
 from __future__ import annotations
 
