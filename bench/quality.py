@@ -112,6 +112,7 @@ ROWS: Mapping[str, Row] = {
     "narrow-one-sided": Row("one-sided, fewer neurons, probed allocation", "features", "probed", "narrow"),
     "default": Row("**default**: two-sided, fewer neurons, loss-aware allocation", "fisher", "loss_aware", "narrow"),
     "narrow-mlp": Row("default, attention left dense", "fisher", "loss_aware_mlp", "narrow"),
+    "narrow-adam": Row("default + 25 Adam steps a block", "fisher", "loss_aware", "narrow", {"refine": "adam"}),
     "narrow-propagate": Row("default + error propagation", "fisher", "loss_aware", "narrow", {"propagate": True}),
     "propagate-recover": Row(
         "start + propagation + `--recover 10`", "fisher", "loss_aware", after={"propagate": True, "recover_minutes": 10.0}
