@@ -23,6 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -332,8 +333,8 @@ class PerShardMethod(LinearMethodBase):  # type: ignore[misc]
         layer.A.weight.weight_loader = self._loading.load_first
         for holder, name, loader in (
             (layer.A, "order", self._loading.load_order),
-            (layer.B, "weight", self._loading.load_second),
-            (layer.B, "bias", self._loading.load_second_bias),
+            (layer.B, "weight", partial(self._loading.load_second, "weight")),
+            (layer.B, "bias", partial(self._loading.load_second, "bias")),
             (layer, "weight", self._loading.load_dense),
         ):
             empty = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
@@ -404,14 +405,9 @@ class _LoadingApart:
     def load_order(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
         self._compressed(shard, "A.order").load_order(torch.empty_like(tensor, dtype=torch.int64), tensor)
 
-    def load_second(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
-        part = self._compressed(shard, "B.weight")
-        part.load_second(part.second.weight, tensor)
-
-    def load_second_bias(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
-        part = self._compressed(shard, "B.bias")
-        assert part.second.bias is not None
-        part.load_second(part.second.bias, tensor)
+    def load_second(self, kind: str, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        part = self._compressed(shard, f"B.{kind}")
+        part.load_second(getattr(part.second, kind), tensor)
 
     def load_dense(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
         part = self._part(shard, "bias" if tensor.ndim == 1 else "weight")
