@@ -25,7 +25,7 @@ from lrserve.compression.recover import recover
 from lrserve.compression.refine import adam, closed_form
 from lrserve.compression.sequential import Step, walk
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
-from lrserve.compression.training import TrainedFactors
+from lrserve.compression.training import TRAINED, TrainedFactors
 from lrserve.errors import ArtifactError, InputError
 from lrserve.evidence import collect_metrics, prove_agreement, report_perplexity, validate_improved, write_evidence
 from lrserve.job import Job, Say, first_tokens, open_job, progress_bar, reused, tensor_sha256
@@ -282,7 +282,7 @@ def improve_factors(
     calibration, seed = job.windows["calibration"], job.recipe.seed
     windows = first_tokens(calibration, settings.refine_tokens or calibration.numel() // 4)
     batch = job.recipe.calibration.batch_tokens
-    identity: dict[str, Any] = {"spectra": store.folder.name, "plan": fingerprint(plan.key()), "seed": seed}
+    identity: dict[str, Any] = {"spectra": store.folder.name, "plan": fingerprint(plan.key()), "seed": seed, "trained": TRAINED}
     model = job.source.load(job.dtype)
 
     def walked(name: str, step: Step) -> TrainedFactors:

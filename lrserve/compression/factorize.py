@@ -47,12 +47,16 @@ class Factors:
     Two factors: z = A x, A (r, n), and `order` is None. Identity block: z = x_J + A x_Jc, A (r, n - r), with J the first r and Jc
     the other entries of `order` (n,), a permutation of the inputs. Fewer inputs: z = x_J, A (r, 0), and `order` (r,) is J alone.
     B (m, r), b (m,).
+
+    `feeding` (members r, d): the rows that give those fewer inputs, in ascending order of the inputs and member after member, where
+    training changed them; None leaves them as they are in the dense model.
     """
 
     A: torch.Tensor
     B: torch.Tensor
     b: torch.Tensor
     order: torch.Tensor | None = None
+    feeding: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:

@@ -302,15 +302,30 @@ def load_factors(model: nn.Module, group: Group, factors: Factors, dtype: torch.
         if layer.first is not None:
             parameters.append((layer.first.weight, factors.A))
         for parameter, value in parameters:
-            rounded = value.to(dtype or parameter.dtype)
-            if not torch.isfinite(rounded).all():
-                raise CalibrationError(f"{member}: a factor is not finite in {rounded.dtype}; keep this group dense")
-            parameter.copy_(rounded)
+            _copy_rounded(member, parameter, value, dtype)
         if isinstance(layer.first, IdentityBlock):
             if factors.order is None:
                 raise TypeError(f"{member} is an identity block, the factors are not")
             if layer.first.order is not None:
                 layer.first.order.copy_(factors.order)
+
+
+def _copy_rounded(member: str, parameter: torch.Tensor, value: torch.Tensor, dtype: torch.dtype | None) -> None:
+    rounded = value.to(dtype or parameter.dtype)
+    if not torch.isfinite(rounded).all():
+        raise CalibrationError(f"{member}: a factor is not finite in {rounded.dtype}; keep this group dense")
+    parameter.copy_(rounded)
+
+
+@torch.no_grad()
+def load_feeding(model: Any, group: Group, feeding: torch.Tensor, dtype: torch.dtype) -> None:
+    """Copy trained rows (members k, d) into the linears of a group of which `keep_outputs` left k outputs, rounded to `dtype`.
+
+    Raises:
+        CalibrationError: a row that is not finite in that dtype.
+    """
+    for member, rows in zip(group.members, feeding.chunk(len(group.members)), strict=True):
+        _copy_rounded(member, model.get_submodule(member).weight, rows, dtype)
 
 
 @torch.no_grad()

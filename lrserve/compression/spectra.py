@@ -15,7 +15,7 @@ from lrserve.compression.baselines import BASELINES
 from lrserve.compression.calibrate import read_statistics
 from lrserve.compression.factorize import Factors, FactorSource, GradientOf, Spectrum, factorize
 from lrserve.compression.groups import Group, Structure
-from lrserve.compression.lowrank import install_low_rank, keep_outputs, load_factors, reorder_outputs, specs_of
+from lrserve.compression.lowrank import install_low_rank, keep_outputs, load_factors, load_feeding, reorder_outputs, specs_of
 from lrserve.compression.narrow import narrow
 from lrserve.compression.structure import structured
 from lrserve.errors import CalibrationError
@@ -150,6 +150,8 @@ def compress_model(
             orders.append((group, factors.order))
         if group.fed_by and factors.order is not None:
             keep_outputs(model, group.fed_by, factors.order)
+            if factors.feeding is not None:
+                load_feeding(model, group.fed_by, factors.feeding, dtype)
     for group, order in orders:  # now that the factors of the layers before are in place
         reorder_outputs(model, group, order)
     return round_parameters(model, dtype)

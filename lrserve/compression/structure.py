@@ -39,7 +39,7 @@ def structured(factors: Factors, stored: Stored) -> Factors:
         J = A.count_nonzero(0).nonzero()[:, 0]
         if len(J) != len(A):
             raise ValueError(f"factors of rank {len(A)} read {len(J)} inputs; narrow ones read as many as their rank")
-        return Factors(A=A[:, :0], B=B @ A[:, J], b=factors.b.double(), order=J.int())
+        return Factors(A=A[:, :0], B=B @ A[:, J], b=factors.b.double(), order=J.int(), feeding=factors.feeding)
     Q, R = torch.linalg.qr(A.T)
     orthonormal = Factors(A=Q.T.contiguous(), B=B @ R.T, b=factors.b.double())
     return orthonormal if stored == "low_rank" else _identity_block(orthonormal)

@@ -3,12 +3,13 @@
 The dense model stays in its own dtype and is frozen; in the place of each factorized group's linears stand layers that multiply by
 A (r, n) and by rows of B (m, r), both kept and updated in float32 and rounded to the activations' dtype for each product. Training
 two factors is training the map: afterwards they are stored in whatever structure the plan names (`structured`). Where an MLP
-loses neurons the linears before it give only those that are left.
+loses neurons the linears before it give only those that are left, and their rows learn as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,18 +18,31 @@ from torch import nn
 from lrserve.compression.factorize import Factors, FactorSource
 from lrserve.compression.groups import Group
 from lrserve.compression.lowrank import keep_outputs
+from lrserve.compression.spectra import stacked_weight
 from lrserve.compression.structure import structured
+
+TRAINED = 2
+"""Version of what is trained, in the names of work stages: 2 has the rows that feed an MLP with fewer neurons."""
+_FIELDS = ("A", "B", "b", "feeding")  # of trained factors; the last where an MLP has fewer neurons
 
 
 class TrainableGroup(nn.Module):
-    """One group's factors in float32: A (r, n), B (m, r), b (m,). An A that only picks inputs stays: `picked`, they come alone."""
+    """One group's factors in float32: A (r, n), B (m, r), b (m,).
 
-    def __init__(self, factors: Factors, device: torch.device | str, *, picked: bool = False) -> None:
+    With `feeding` (members r, d), the rows that give the inputs, A only picks inputs and stays: they come alone.
+    """
+
+    def __init__(self, factors: Factors, device: torch.device | str) -> None:
         super().__init__()
-        self.picked = picked
-        self.A = nn.Parameter(factors.A.to(device, torch.float32, copy=True), requires_grad=not picked)
-        self.B = nn.Parameter(factors.B.to(device, torch.float32, copy=True))
-        self.b = nn.Parameter(factors.b.to(device, torch.float32, copy=True))
+
+        def parameter(value: torch.Tensor, trained: bool = True) -> nn.Parameter:
+            return nn.Parameter(value.to(device, torch.float32, copy=True), requires_grad=trained)
+
+        self.picked = factors.feeding is not None
+        self.A = parameter(factors.A, not self.picked)
+        self.B = parameter(factors.B)
+        self.b = parameter(factors.b)
+        self.feeding = None if factors.feeding is None else parameter(factors.feeding)
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
@@ -45,7 +59,7 @@ class TrainableGroup(nn.Module):
 
     def factors(self) -> Factors:
         """Return the present values, on the CPU."""
-        return Factors(*(parameter.detach().cpu().clone() for parameter in (self.A, self.B, self.b)))
+        return Factors(**{name: parameter.detach().cpu().clone() for name, parameter in self.named_parameters()})
 
 
 class _Member(nn.Module):
@@ -63,6 +77,18 @@ class _Member(nn.Module):
         return y
 
 
+class _Feeding(nn.Module):
+    """One of the linears that give a group's inputs: the rows from `start` to `stop` of its `feeding`, and a bias that stays."""
+
+    def __init__(self, group: TrainableGroup, start: int, stop: int, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.group, self.rows, self.bias = group, slice(start, stop), bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.group.feeding is not None
+        return nn.functional.linear(x, self.group.feeding[self.rows].to(x.dtype), self.bias)
+
+
 def install_trainable(model: Any, ranks: Iterable[tuple[Group, int]], source: FactorSource) -> dict[str, TrainableGroup]:
     """Freeze a dense model, put trainable factors in the place of its factorized groups, and return them by group name.
 
@@ -73,9 +99,14 @@ def install_trainable(model: Any, ranks: Iterable[tuple[Group, int]], source: Fa
     for group, rank in ranks:
         device = model.get_submodule(group.members[0]).weight.device
         factors = orthonormal(group, source.cut(group.name, rank))
-        layer = TrainableGroup(factors, device, picked=group.fed_by is not None)
         if group.fed_by:
             keep_outputs(model, group.fed_by, factors.A.argmax(dim=1))
+            if factors.feeding is None:
+                factors = replace(factors, feeding=stacked_weight(model, group.fed_by)[0])
+        layer = TrainableGroup(factors, device)
+        for index, member in enumerate(group.fed_by.members if group.fed_by else ()):
+            bias = model.get_submodule(member).bias
+            model.set_submodule(member, _Feeding(layer, index * rank, (index + 1) * rank, bias))
         start = 0
         for member, rows in zip(group.members, group.out_features, strict=True):
             parent, _, leaf = member.rpartition(".")
@@ -92,7 +123,7 @@ def orthonormal(group: Group, factors: Factors) -> Factors:
     narrow = structured(factors, "narrow_in")
     assert narrow.order is not None
     A = nn.functional.one_hot(narrow.order.long(), factors.A.shape[1]).to(narrow.B)
-    return Factors(A=A, B=narrow.B, b=narrow.b)
+    return replace(narrow, A=A, order=None)
 
 
 class TrainedFactors:
@@ -114,10 +145,15 @@ class TrainedFactors:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return every tensor by a unique name, for a safetensors file."""
-        return {f"{name}.{field}": getattr(f, field).contiguous() for name, f in self._factors.items() for field in ("A", "B", "b")}
+        return {
+            f"{name}.{field}": tensor.contiguous()
+            for name, factors in self._factors.items()
+            for field in _FIELDS
+            if (tensor := getattr(factors, field)) is not None
+        }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> TrainedFactors:
         """Read back what `tensors` gave."""
         names = [name.removesuffix(".A") for name in tensors if name.endswith(".A")]
-        return cls({name: Factors(*(tensors[f"{name}.{field}"] for field in ("A", "B", "b"))) for name in names})
+        return cls({name: Factors(**{f: tensors[f"{name}.{f}"] for f in _FIELDS if f"{name}.{f}" in tensors}) for name in names})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny import VOCABULARY, dense_model
 
 from lrserve.allocation.quality import Divergence
 from lrserve.compression.calibrate import calibrate
-from lrserve.compression.factorize import FactorSource, Side, factorize, sensitivity
+from lrserve.compression.factorize import Factors, FactorSource, Side, factorize, sensitivity
 from lrserve.compression.groups import allocated, find_groups
 from lrserve.compression.narrow import narrow
 from lrserve.compression.propagate import propagation
@@ -22,6 +23,7 @@ from lrserve.compression.refine import adam, closed_form
 from lrserve.compression.sequential import Step, walk
 from lrserve.compression.spectra import SpectrumStore, compress_model, features, write_spectra
 from lrserve.compression.structure import structured
+from lrserve.compression.training import TrainedFactors, install_trainable
 from lrserve.errors import CalibrationError
 
 
@@ -171,3 +173,36 @@ def test_improvements_leave_the_neurons_where_they_are(tmp_path: Path, monkeypat
                 assert kept[0] is not None
                 assert kept[1] is not None
                 assert torch.equal(*kept), how
+    for how in ("trained", "recovered"):
+        for unit, rank in ranks:
+            if unit.fed_by:
+                factors = found[how].cut(unit.name, rank)
+                assert factors.feeding is not None
+                neurons = factors.A.argmax(dim=1)
+                dense_rows = [model.get_submodule(member).weight[neurons] for member in unit.fed_by.members]
+                assert not torch.equal(factors.feeding, torch.cat(dense_rows)), how  # the rows that are left learn too
+    exported = compress_model(dense_model("LlamaForCausalLM"), ranks, "narrow", found["trained"], torch.float32)
+    training = dense_model("LlamaForCausalLM")
+    install_trainable(training, ranks, found["trained"])
+    logits = [m(input_ids=windows, use_cache=False).logits for m in (exported, training)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
+def test_trained_rows_are_rounded_and_have_to_be_finite(tmp_path: Path) -> None:
+    model = dense_model("LlamaForCausalLM", layers=1)
+    unit = next(unit for unit in allocated(find_groups(model), "narrow") if unit.fed_by)
+    assert unit.fed_by is not None
+    A, B = torch.eye(unit.n)[[1, 4, 5]], torch.randn(unit.m, 3)
+    rows = torch.randn(6, unit.fed_by.n)
+
+    def exported(feeding: torch.Tensor, dtype: torch.dtype) -> Any:
+        source = TrainedFactors({unit.name: Factors(A=A, B=B, b=torch.zeros(unit.m), feeding=feeding)})
+        kept = TrainedFactors.from_tensors(source.tensors())
+        return compress_model(dense_model("LlamaForCausalLM", layers=1), [(unit, 3)], "narrow", kept, dtype)
+
+    found = exported(rows, torch.bfloat16)
+    gate, up = (found.get_submodule(member).weight for member in unit.fed_by.members)
+    assert torch.equal(torch.cat([gate, up]), rows.bfloat16().float())
+    rows[0, 0] = 1e6
+    with pytest.raises(CalibrationError, match="not finite in torch.float16"):
+        exported(rows, torch.float16)
