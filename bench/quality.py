@@ -110,14 +110,17 @@ ROWS: Mapping[str, Row] = {
     "identity-recover": Row("start + `--recover 10`", "fisher", "loss_aware", after={"recover_minutes": 10.0}),
     "narrow-uniform": Row("two-sided, fewer neurons, uniform", "fisher", structure="narrow"),
     "narrow-one-sided": Row("one-sided, fewer neurons, probed allocation", "features", "probed", "narrow"),
-    "default": Row("**default**: two-sided, fewer neurons, loss-aware allocation", "fisher", "loss_aware", "narrow"),
-    "narrow-mlp": Row("default, attention left dense", "fisher", "loss_aware_mlp", "narrow"),
-    "narrow-adam": Row("default + 25 Adam steps a block", "fisher", "loss_aware", "narrow", {"refine": "adam"}),
-    "narrow-propagate": Row("default + error propagation", "fisher", "loss_aware", "narrow", {"propagate": True}),
+    "narrow": Row("two-sided, fewer neurons, loss-aware allocation", "fisher", "loss_aware", "narrow"),
+    "narrow-mlp": Row("the same, attention left dense", "fisher", "loss_aware_mlp", "narrow"),
+    "narrow-propagate": Row("the same + error propagation", "fisher", "loss_aware", "narrow", {"propagate": True}),
+    "default": Row("**default**: fewer neurons + 25 Adam steps a block", "fisher", "loss_aware", "narrow", {"refine": "adam"}),
+    "adam-recover": Row(
+        "default, then `--recover 10`", "fisher", "loss_aware", "narrow", {"refine": "adam", "recover_minutes": 10.0}
+    ),
     "propagate-recover": Row(
         "start + propagation + `--recover 10`", "fisher", "loss_aware", after={"propagate": True, "recover_minutes": 10.0}
     ),
-    "recover": Row("default with `--recover 10`", "fisher", "loss_aware", "narrow", {"recover_minutes": 10.0}),
+    "recover": Row("fewer neurons with `--recover 10`", "fisher", "loss_aware", "narrow", {"recover_minutes": 10.0}),
 }
 
 
@@ -314,7 +317,7 @@ class Bench:
         """Improve the factors as the pipeline does, step by step; returns them with the names of the timed stages."""
         store = self.spectra(row)
         factors: FactorSource = store
-        steps: dict[str, Any] = {"propagate": False}
+        steps: dict[str, Any] = {"propagate": False, "refine": "none"}
         stages = []
         for step, value in row.after.items():
             steps[step] = value
@@ -333,8 +336,7 @@ class Bench:
             "ratio": ratio,
             "texts": {name: tensor_sha256(windows) for name, windows in self.texts.items()},
             "validation": tensor_sha256(self.job.windows["validation"]),
-            # the row has a structure of its own; None keeps the cells that were measured when the recipe's had no default
-            "factorization": self.job.recipe.factorization.model_dump(mode="json", exclude={"propagate"}) | {"structure": None},
+            "factorization": self.job.recipe.factorization.model_dump(mode="json", exclude={"propagate", "refine", "structure"}),
             "settings": [TRIALS, GENERATIONS, OFFSPRING, STEP, self.job.recipe.seed],
         }
         return self.folder.stage(f"row-{name}-{ratio}", inputs)

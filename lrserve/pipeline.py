@@ -184,7 +184,7 @@ def _say_intent(job: Job) -> None:
     settings = recipe.factorization
     backwards = f" and backwards on {settings.fisher_tokens}" if settings.fisher else ""
     may = {None: ["perhaps propagate errors"] * (recipe.structure != "narrow"), True: ["propagate errors"], False: []}
-    after = may[settings.propagate] + [f"refine the factors ({settings.refine})"] * (settings.refine != "none")
+    after = may[settings.propagate] + [f"refine the factors ({settings.refinement})"] * (settings.refinement != "none")
     after += [f"recover for {settings.recover_minutes:g} minutes"] * bool(settings.recover_minutes)
     then = "".join(f"{step}, " for step in after)
     job.say(
@@ -277,7 +277,8 @@ def improve_factors(
     propagate = settings.propagate
     if propagate is None:
         propagate = plan.structure != "narrow" and plan.ratio(job.units) >= _PROPAGATED_RATIO and not settings.recover_minutes
-    if not ranks or not (propagate or settings.refine != "none" or settings.recover_minutes):
+    refine = settings.refinement
+    if not ranks or not (propagate or refine != "none" or settings.recover_minutes):
         return factors, done
     calibration, seed = job.windows["calibration"], job.recipe.seed
     windows = first_tokens(calibration, settings.refine_tokens or calibration.numel() // 4)
@@ -295,12 +296,12 @@ def improve_factors(
         factors = walked("propagate", propagation(gradient))
         job.say(f"5/6 propagate: factors of {len(ranks)} groups for their compressed inputs")
         done["propagate"] = windows.numel()
-    if settings.refine != "none":
-        steps = settings.refine_steps if settings.refine == "adam" else 0
+    if refine != "none":
+        steps = settings.refine_steps if refine == "adam" else 0
         identity |= {"refine": tensor_sha256(windows), "steps": steps, "batch_tokens": batch if steps else None}
         factors = walked("refine", adam(factors, steps=steps, seed=seed) if steps else closed_form(factors))
-        job.say(f"5/6 refine: factors of {len(ranks)} groups, {settings.refine.replace('_', ' ')}")
-        done["refine"] = {"method": settings.refine, "tokens": windows.numel(), "steps": steps}
+        job.say(f"5/6 refine: factors of {len(ranks)} groups, {refine.replace('_', ' ')}")
+        done["refine"] = {"method": refine, "tokens": windows.numel(), "steps": steps}
     if settings.recover_minutes:
         seconds, texts = 60 * settings.recover_minutes, job.recovery_windows()
         stage = folder.stage("recover", {**identity, "windows": tensor_sha256(texts), "seconds": seconds})

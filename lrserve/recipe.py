@@ -90,18 +90,26 @@ class Factorization(_Frozen):
     None does so for plans that remove 30 % of the linears' parameters or more, where it pays on all text that we measured; but not
     where MLPs lose neurons, where it does not pay, nor before a recovery, which gets further from the factors of the search.
     """
-    refine: Literal["none", "closed_form", "adam"] = "none"
-    """Refine each block's factors against the dense block's outputs: by least squares, or by `refine_steps` of Adam."""
+    refine: Literal["none", "closed_form", "adam"] | None = None
+    """Refine each block's factors against the dense block's outputs: by least squares, or by `refine_steps` of Adam.
+
+    None takes Adam, but nothing before a recovery, which trains the same and more.
+    """
     refine_steps: Annotated[int, Field(ge=1)] = _REFINE_STEPS
     refine_tokens: Annotated[int, Field(ge=64)] | None = None
     """Calibration tokens that `propagate` and `refine` see; None for a quarter of them."""
     recover_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Time for distilling the dense model into the factors, once the ranks are chosen; 0 switches it off."""
 
+    @property
+    def refinement(self) -> Literal["none", "closed_form", "adam"]:
+        """What `refine` comes to."""
+        return self.refine or ("none" if self.recover_minutes else "adam")
+
     @model_validator(mode="after")
     def _steps_are_adams(self) -> Factorization:
-        if self.refine != "adam" and "refine_steps" in self.model_fields_set and self.refine_steps != _REFINE_STEPS:
-            raise ValueError(f"refine_steps counts steps of Adam; refine is {self.refine}")
+        if self.refinement != "adam" and "refine_steps" in self.model_fields_set and self.refine_steps != _REFINE_STEPS:
+            raise ValueError(f"refine_steps counts steps of Adam; refine is {self.refinement}")
         return self
 
 

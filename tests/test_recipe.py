@@ -43,7 +43,8 @@ def test_a_structure_is_one_that_plans_know() -> None:
     ("overrides", "message"),
     [
         ({"model": "m", "search.generations": 3, "target.min_speedup": 1.2}, r"goes with target\.ratio only"),
-        ({"model": "m", "factorization.refine_steps": 3}, "counts steps of Adam"),
+        ({"model": "m", "factorization.refine": "closed_form", "factorization.refine_steps": 3}, "counts steps of Adam"),
+        ({"model": "m", "factorization.recover_minutes": 1.0, "factorization.refine_steps": 3}, "refine is none"),
         ({"model": "m", "factorization.recover_minutes": float("inf")}, "finite number"),
         ({}, "no model: give one"),
         ({"model": "m", "target.ratio": 1.5}, r"target\.ratio: .*less than 1; got 1\.5"),
