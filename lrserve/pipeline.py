@@ -169,7 +169,10 @@ def _work_bytes(job: Job, weights: int) -> int:
     spectra = sum(unit.full_rank * (unit.m + unit.n) for unit in job.units)
     settings = job.recipe.factorization
     gradients = sum(min(group.n, group.m) ** 2 for group in job.groups if group.kind in settings.fisher)
-    trained = 3 * spectra if settings.recover_minutes else 0  # factors and Adam's two moments, at most
+    feeding = sum(unit.fed_by.m * unit.fed_by.n for unit in job.units if unit.fed_by)
+    improves = settings.propagate is not False or settings.refinement != "none"
+    copies = 3 if settings.recover_minutes else int(improves)  # factors, and a recovery's two moments of AdamW
+    trained = copies * (spectra + feeding)  # at most
     return 2 * hidden + 4 * (covariances + 2 * gradients + spectra + trained) + weights
 
 

@@ -93,7 +93,7 @@ class Factorization(_Frozen):
     refine: Literal["none", "closed_form", "adam"] | None = None
     """Refine each block's factors against the dense block's outputs: by least squares, or by `refine_steps` of Adam.
 
-    None takes Adam, but nothing before a recovery, which trains the same and more.
+    None takes Adam, but nothing before a recovery, which trains the same parameters.
     """
     refine_steps: Annotated[int, Field(ge=1)] = _REFINE_STEPS
     refine_tokens: Annotated[int, Field(ge=64)] | None = None

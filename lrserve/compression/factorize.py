@@ -48,8 +48,8 @@ class Factors:
     the other entries of `order` (n,), a permutation of the inputs. Fewer inputs: z = x_J, A (r, 0), and `order` (r,) is J alone.
     B (m, r), b (m,).
 
-    `feeding` (members r, d): the rows that give those fewer inputs, in ascending order of the inputs and member after member, where
-    training changed them; None leaves them as they are in the dense model.
+    `feeding` (members r, d): the rows that give those fewer inputs, in ascending order of the inputs and member after member, as
+    training left them; None takes the dense model's.
     """
 
     A: torch.Tensor

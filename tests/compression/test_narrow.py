@@ -188,7 +188,7 @@ def test_improvements_leave_the_neurons_where_they_are(tmp_path: Path, monkeypat
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
-def test_trained_rows_are_rounded_and_have_to_be_finite(tmp_path: Path) -> None:
+def test_trained_rows_are_rounded_and_have_to_be_finite() -> None:
     model = dense_model("LlamaForCausalLM", layers=1)
     unit = next(unit for unit in allocated(find_groups(model), "narrow") if unit.fed_by)
     assert unit.fed_by is not None
