@@ -172,7 +172,8 @@ def _work_bytes(job: Job, weights: int) -> int:
     feeding = sum(unit.fed_by.m * unit.fed_by.n for unit in job.units if unit.fed_by)
     improves = settings.propagate is not False or settings.refinement != "none"
     copies = 3 if settings.recover_minutes else int(improves)  # factors, and a recovery's two moments of AdamW
-    trained = copies * (spectra + feeding)  # at most
+    factors = sum(unit.full_rank * (unit.m if unit.fed_by else unit.m + unit.n) for unit in job.units)
+    trained = copies * (factors + feeding)  # at most
     return 2 * hidden + 4 * (covariances + 2 * gradients + spectra + trained) + weights
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -37,10 +38,10 @@ _FLOOR = 1e-6  # smallest power of a token that is divided by, over the batch's 
 
 
 def refit(factors: Factors, W: torch.Tensor, beta: torch.Tensor, pairs: PairedCovariance, damping: float) -> Factors:
-    """Return two factors with the same A, B' and b', float64.
+    """Return factors with the same A, B' and b', float64.
 
     Args:
-        factors: A (r, n) with orthonormal rows, B (m, r).
+        factors: A (r, n) with orthonormal rows, or fewer inputs (`order`); B (m, r).
         W: (m, n).
         beta: (m,).
         pairs: statistics of x and x^.
@@ -52,12 +53,17 @@ def refit(factors: Factors, W: torch.Tensor, beta: torch.Tensor, pairs: PairedCo
     if not damping > 0:
         raise ValueError(f"damping {damping} must be positive")
     A, B = factors.A.double(), factors.B.double()
-    S = A @ pairs.H @ A.T
+
+    def coordinates(x: torch.Tensor) -> torch.Tensor:
+        """Return z (r, ...) of x (n, ...)."""
+        return A @ x if factors.order is None else x[factors.order.long()]
+
+    S = coordinates(coordinates(pairs.H).T)
     d = damping * S.trace() / len(S)
     if d > 0:
         ridge = d * torch.eye(len(S), dtype=torch.float64)
-        B = torch.linalg.solve(S + ridge, (W @ pairs.G @ A.T + d * B).T).T  # S is symmetric
-    return Factors(A=A, B=B, b=beta + W @ pairs.mu - B @ (A @ pairs.mu_hat))
+        B = torch.linalg.solve(S + ridge, coordinates((W @ pairs.G).T) + d * B.T).T  # S is symmetric
+    return replace(factors, A=A, B=B, b=beta + W @ pairs.mu - B @ coordinates(pairs.mu_hat))
 
 
 def closed_form(source: FactorSource, *, damping: float = 1e-4) -> Step:

@@ -13,6 +13,8 @@ rounding the factors to bfloat16 can do. With u = 2^-8 and G the factor that mul
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import scipy.linalg
 import torch
@@ -29,12 +31,14 @@ def structured(factors: Factors, stored: Stored) -> Factors:
     """Return two factors A (r, n), B (m, r) as they are to be stored, in float64.
 
     `low_rank`: A with orthonormal rows. `identity_block`: `order` (n,) int32 and T in the place of A. `narrow_in`: `order` (r,)
-    int32, B for those inputs alone, and nothing in the place of A.
+    int32, B for those inputs alone, and nothing in the place of A; factors that are so already stay as they are.
 
     Raises:
         ValueError: factors that read more than r inputs, for `narrow_in`.
     """
     A, B = factors.A.double(), factors.B.double()
+    if stored == "narrow_in" and factors.order is not None:
+        return replace(factors, A=A, B=B, b=factors.b.double())
     if stored == "narrow_in":
         J = A.count_nonzero(0).nonzero()[:, 0]
         if len(J) != len(A):

@@ -21,16 +21,20 @@ from lrserve.compression.lowrank import keep_outputs
 from lrserve.compression.spectra import stacked_weight
 from lrserve.compression.structure import structured
 
-TRAINED = 2
-"""Version of what is trained, in the names of work stages: 2 has the rows that feed an MLP with fewer neurons."""
-_FIELDS = ("A", "B", "b", "feeding")  # of trained factors; the last where an MLP has fewer neurons
+TRAINED = 3
+"""Version of what training writes, in the names of work stages: 2 has the rows that feed an MLP with fewer neurons, 3 their numbers
+instead of a matrix that picks them."""
+_FIELDS = ("A", "B", "b", "order", "feeding")  # of trained factors; the last two where an MLP has fewer neurons
 
 
 class TrainableGroup(nn.Module):
     """One group's factors in float32: A (r, n), B (m, r), b (m,).
 
-    With `feeding` (members r, d), the rows that give the inputs, A only picks inputs and stays: they come alone.
+    With an `order` (r,), of a group that reads fewer inputs, those inputs come alone: A is empty, and `feeding` (members r, d),
+    the rows that give them, is trained.
     """
+
+    order: torch.Tensor | None
 
     def __init__(self, factors: Factors, device: torch.device | str) -> None:
         super().__init__()
@@ -38,8 +42,8 @@ class TrainableGroup(nn.Module):
         def parameter(value: torch.Tensor, trained: bool = True) -> nn.Parameter:
             return nn.Parameter(value.to(device, torch.float32, copy=True), requires_grad=trained)
 
-        self.picked = factors.feeding is not None
-        self.A = parameter(factors.A, not self.picked)
+        self.register_buffer("order", None if factors.order is None else factors.order.to(device))
+        self.A = parameter(factors.A, self.order is None)
         self.B = parameter(factors.B)
         self.b = parameter(factors.b)
         self.feeding = None if factors.feeding is None else parameter(factors.feeding)
@@ -47,7 +51,7 @@ class TrainableGroup(nn.Module):
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
         """Return z = A x, (..., r); the members of a group, called one after the other, share it."""
-        if self.picked:
+        if self.order is not None:
             return x
         if self._last is None or self._last[0] is not x:
             self._last = x, nn.functional.linear(x, self.A.to(x.dtype))
@@ -59,7 +63,7 @@ class TrainableGroup(nn.Module):
 
     def factors(self) -> Factors:
         """Return the present values, on the CPU."""
-        return Factors(**{name: parameter.detach().cpu().clone() for name, parameter in self.named_parameters()})
+        return Factors(**{name: tensor.cpu().clone() for name, tensor in self.state_dict().items()})
 
 
 class _Member(nn.Module):
@@ -92,15 +96,16 @@ class _Feeding(nn.Module):
 def install_trainable(model: Any, ranks: Iterable[tuple[Group, int]], source: FactorSource) -> dict[str, TrainableGroup]:
     """Freeze a dense model, put trainable factors in the place of its factorized groups, and return them by group name.
 
-    They start with orthonormal rows of A, whatever coordinates the source's come in: one learning rate then fits all.
+    They start with orthonormal rows of A, where they have any, whatever coordinates the source's come in: one learning rate then
+    fits all.
     """
     model.requires_grad_(False)
     trainable = {}
     for group, rank in ranks:
         device = model.get_submodule(group.members[0]).weight.device
         factors = orthonormal(group, source.cut(group.name, rank))
-        if group.fed_by:
-            keep_outputs(model, group.fed_by, factors.A.argmax(dim=1))
+        if group.fed_by and factors.order is not None:
+            keep_outputs(model, group.fed_by, factors.order)
             if factors.feeding is None:
                 factors = replace(factors, feeding=stacked_weight(model, group.fed_by)[0])
         layer = TrainableGroup(factors, device)
@@ -117,13 +122,8 @@ def install_trainable(model: Any, ranks: Iterable[tuple[Group, int]], source: Fa
 
 
 def orthonormal(group: Group, factors: Factors) -> Factors:
-    """Return two factors with orthonormal rows of A, float64; ones and zeros where a group reads fewer inputs."""
-    if not group.fed_by:
-        return structured(factors, "low_rank")
-    narrow = structured(factors, "narrow_in")
-    assert narrow.order is not None
-    A = nn.functional.one_hot(narrow.order.long(), factors.A.shape[1]).to(narrow.B)
-    return replace(narrow, A=A, order=None)
+    """Return two factors with orthonormal rows of A, or those of a group that reads fewer inputs, float64."""
+    return structured(factors, "narrow_in" if group.fed_by else "low_rank")
 
 
 class TrainedFactors:

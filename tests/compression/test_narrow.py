@@ -178,7 +178,8 @@ def test_improvements_leave_the_neurons_where_they_are(tmp_path: Path, monkeypat
             if unit.fed_by:
                 factors = found[how].cut(unit.name, rank)
                 assert factors.feeding is not None
-                neurons = factors.A.argmax(dim=1)
+                assert factors.order is not None
+                neurons = factors.order.long()
                 dense_rows = [model.get_submodule(member).weight[neurons] for member in unit.fed_by.members]
                 assert not torch.equal(factors.feeding, torch.cat(dense_rows)), how  # the rows that are left learn too
     exported = compress_model(dense_model("LlamaForCausalLM"), ranks, "narrow", found["trained"], torch.float32)
