@@ -22,6 +22,7 @@ from lrserve.artifacts.work import WorkFolder
 from lrserve.compression.spectra import SpectrumStore
 from lrserve.job import Job, progress_bar, reused
 from lrserve.serving.loadtest import MixComparison, compare, read_comparison
+from lrserve.serving.process import memory_environment
 from lrserve.serving.protocol import EngineProcess
 from lrserve.serving.runtimes import Runtime
 
@@ -45,8 +46,9 @@ class Measured:
 
 
 def machine() -> list[Any]:
-    """Identify what times depend on: processor or GPU, cores, and threads asked for."""
-    names = [platform.machine(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS")]
+    """Identify what times depend on: processor or GPU, cores, threads asked for, and how memory is allocated."""
+    allocator = memory_environment(os.environ)["GLIBC_TUNABLES"]
+    names = [platform.machine(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS"), allocator]
     if torch.cuda.is_available():
         return [*names, torch.cuda.get_device_name(), torch.cuda.device_count()]
     cpus = Path("/proc/cpuinfo")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from exporters.onnx import require_packages
+from lrserve.serving.process import memory_environment
 from lrserve.serving.protocol import EngineProcess
 from lrserve.serving.versions import onnx_version
 
@@ -51,7 +52,7 @@ class OnnxEngine(EngineProcess):
         super().__init__(
             model,
             {"model": str(model), "threads": threads},
-            os.environ,
+            memory_environment(os.environ),
             log=log,
             start_timeout=start_timeout,
             request_timeout=request_timeout,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from lrserve.errors import ArtifactError, EngineError
+from lrserve.serving.process import memory_environment
 from lrserve.serving.versions import installed_vllm, require_vllm
 
 DEFAULT_HOST: Final = "127.0.0.1"
@@ -36,9 +37,9 @@ def server_environment(base: Mapping[str, str], *, cpu: bool, local: bool = True
     """Add to the environment `base` what serving a folder wants where the user has not set it.
 
     `local`: the model is a folder, so nothing has to be asked of the Hugging Face hub. `cpu`: vLLM's CPU build, which
-    without VLLM_CPU_KVCACHE_SPACE (GiB) takes nearly all of the memory.
+    without VLLM_CPU_KVCACHE_SPACE (GiB) takes nearly all of the memory, and maps memory anew for every operation.
     """
-    environment = dict(base)
+    environment = memory_environment(base) if cpu else dict(base)
     if local:
         environment.setdefault("HF_HUB_OFFLINE", "1")
     if cpu:

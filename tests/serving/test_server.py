@@ -10,6 +10,7 @@ import pytest
 
 from lrserve.errors import ArtifactError, EngineError
 from lrserve.serving import server, versions
+from lrserve.serving.process import memory_environment
 from lrserve.serving.server import preflight, serve, server_command, server_environment
 
 GROUPS = {"model.layers.0.mlp.down_proj": {"structure": "low_rank", "rank": 8, "members": ["down_proj"]}}
@@ -48,9 +49,10 @@ def test_the_users_host_wins(host: list[str]) -> None:
 
 
 def test_environment_defaults_give_way_to_the_users() -> None:
-    assert server_environment({}, cpu=True) == {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    defaults = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    assert server_environment({}, cpu=True) == memory_environment(defaults)
     assert server_environment({}, cpu=False) == {"HF_HUB_OFFLINE": "1"}
-    mine = {"HF_HUB_OFFLINE": "0", "VLLM_CPU_KVCACHE_SPACE": "8", "OTHER": "x"}
+    mine = {"HF_HUB_OFFLINE": "0", "VLLM_CPU_KVCACHE_SPACE": "8", "GLIBC_TUNABLES": "glibc.malloc.arena_max=1", "OTHER": "x"}
     assert server_environment(mine, cpu=True) == mine
 
 
