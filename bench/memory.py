@@ -1,0 +1,78 @@
+"""What it is worth that engines on the CPU keep the memory they free (lrserve/serving/process.py), and what one process is worth.
+
+    python bench/memory.py                    the demo's dense model, on its workloads
+    python bench/memory.py --processes 3 --repeats 7 --compiled
+
+vLLM engines of one model are up together, some as lrserve starts them, some with malloc as it is, and run in turns. Each line is a
+workload and an engine, over the first plain one: what stands between two plain ones is the difference between two processes.
+
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from lrserve.artifacts.card import table
+from lrserve.inputs.demo import demo_recipe
+from lrserve.recipe import Recipe
+from lrserve.serving.engine import engine_version
+from lrserve.serving.loadtest import compare, open_engine
+
+
+@contextmanager
+def plain_malloc() -> Iterator[None]:
+    """Processes started within have malloc as it is: an empty setting is the user's, and stays."""
+    before = os.environ.get("GLIBC_TUNABLES")
+    os.environ["GLIBC_TUNABLES"] = ""
+    try:
+        yield
+    finally:
+        del os.environ["GLIBC_TUNABLES"]
+        if before is not None:
+            os.environ["GLIBC_TUNABLES"] = before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, help="a model and its workloads [default: the demo's]")
+    parser.add_argument("--processes", type=int, default=2, help="engines of each kind [default: 2]")
+    parser.add_argument("--repeats", type=int, default=5, help="counted rounds [default: 5]")
+    parser.add_argument("--compiled", action="store_true", help="vLLM with torch.compile; the demo's recipe is without")
+    arguments = parser.parse_args()
+    if "GLIBC_TUNABLES" in os.environ:
+        parser.error("GLIBC_TUNABLES is set, so there is nothing to compare; unset it")
+    recipe = Recipe.load(arguments.recipe or demo_recipe(), {})
+    workloads, model = recipe.workloads, Path(str(recipe.model))
+    settings = recipe.engine.model_copy(update={"enforce_eager": recipe.engine.enforce_eager and not arguments.compiled})
+    with ExitStack() as stack:
+        engines = {}
+        for number in range(arguments.processes):
+            with plain_malloc():
+                engines[f"plain {number + 1}"] = stack.enter_context(open_engine(model, workloads, settings))
+            engines[f"kept {number + 1}"] = stack.enter_context(open_engine(model, workloads, settings))
+        first, *others = engines.values()
+        found = compare(first, others, workloads, arguments.repeats, version=engine_version(), seed=recipe.seed)
+    lines, results = [], {}
+    for label, comparison in zip(list(engines)[1:], found, strict=True):
+        cells = [label]
+        for pair in [*comparison.workloads.values(), comparison]:
+            low, high = pair.spread
+            cells.append(f"{pair.speedup:.2f}x ({low:.2f} to {high:.2f})")
+        lines.append(cells)
+        results[label] = comparison.to_json()
+    seconds = ", ".join(
+        f"{name} {statistics.median(run.seconds for run in pair.dense):.2f} s" for name, pair in found[0].workloads.items()
+    )
+    print(f"{engine_version()}, over plain 1 ({seconds})\n\n{table(['', *workloads, 'all workloads'], lines)}")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
