@@ -70,7 +70,7 @@ def dense_checkpoint(job: Job, runtime: Runtime, folder: WorkFolder) -> Path:
 
 
 def measure_layers(job: Job, runtime: Runtime, dense: Path, folder: WorkFolder) -> tuple[dict[str, Any], str]:
-    """Measure, in one engine, the dense model's runs and the latency of single layers, dense and at a dozen ranks.
+    """Measure, in one engine, the dense model's runs and the latency of single layers, dense and at every rank.
 
     Returns:
         `dense_seconds` by workload, `tokens` (numbers of rows), and `rows`: shapes with `us`, microseconds for each number of rows;

@@ -19,14 +19,15 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+
+from scipy.optimize import isotonic_regression
 
 from lrserve.allocation.plan import RankPlan, rank_choices
 from lrserve.compression.groups import Group, Stored, Structure
 from lrserve.recipe import Workload, shares
 
 _PREFILL_CHUNK = 4096
-_TABLE_RANKS = 12  # ranks measured per shape; between them latency is interpolated
+_TABLE_RANKS = 128  # most ranks measured per shape; of more choices some are left out, and interpolated
 _TRUST = 0.05**2  # squared relative change of time at which a measured plan counts as much as the table
 
 
@@ -58,7 +59,7 @@ def shapes_of(group: Group, rank: int | None, structure: Structure) -> list[Shap
 
 
 def measured_ranks(group: Group, step: int, structure: Structure) -> list[int]:
-    """Return about a dozen ranks spread over the choices, the smallest and the largest among them."""
+    """Return every choice, or at most about `_TABLE_RANKS` of them, evenly spread, the smallest and the largest among them."""
     choices = rank_choices(group, step, structure)
     stride = max(1, math.ceil(len(choices) / _TABLE_RANKS))
     return list(dict.fromkeys([*choices[::stride], *choices[-1:]]))
@@ -85,6 +86,11 @@ def calls(workload: Workload) -> Counter[int]:
 def token_counts(workloads: Mapping[str, Workload]) -> list[int]:
     """Return every number of rows that a layer sees in one of the workloads, ascending."""
     return sorted({rows for workload in workloads.values() for rows in calls(workload)})
+
+
+def _ascending(times: list[float]) -> list[float]:
+    """Return the nearest times of which none is below the one before: more rank is never faster, what the clock says is noise."""
+    return isotonic_regression(times).x.tolist() if times else []
 
 
 class SpeedModel:
@@ -127,8 +133,7 @@ class SpeedModel:
                 return sum(latencies[shape][rows] for shape in shapes_of(group, rank, structure))
 
             ranks = measured_ranks(group, step, structure)
-            # more rank is never faster: what the clock says against that is noise
-            columns = {rows: list(accumulate((microseconds(rank, rows) for rank in ranks), max)) for rows in counts}
+            columns = {rows: _ascending([microseconds(rank, rows) for rank in ranks]) for rows in counts}
             self._curves[key] = ranks, columns, {rows: microseconds(None, rows) for rows in counts}
 
     def corrected(self, measured: Sequence[tuple[RankPlan, Mapping[str, float]]]) -> SpeedModel:

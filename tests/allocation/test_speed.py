@@ -29,8 +29,8 @@ def test_prediction_by_hand() -> None:
     assert speed.tokens_per_second(DENSE) == pytest.approx(2 * 11 / 0.1)
     # 10 decode steps and one prefill chunk: one layer saves 10 x 60 us + 4000 us
     assert speed.relative_times(RankPlan({"0": 16, "1": None}))["only"] == pytest.approx(1 - (10 * 60e-6 + 4000e-6) / 0.1)
-    # halfway between 16 and 32
-    assert speed.cost(GROUPS[0], 24) == pytest.approx((10 * 50e-6 + 1500e-6) / 0.1)
+    # halfway between 16 and 32, which shares its noise with 48
+    assert speed.cost(GROUPS[0], 24) == pytest.approx((10 * (40 + 55) / 2 * 1e-6 + 1500e-6) / 0.1)
 
 
 def test_a_mix_takes_each_workloads_share_of_the_time() -> None:
@@ -74,7 +74,7 @@ def test_a_layer_that_reorders_its_inputs_is_another_shape() -> None:
 def test_noise_never_makes_more_rank_cheaper() -> None:
     latencies = {**LATENCIES, Shape(128, 128, 48): {2: 1.0, 200: 1.0}}
     speed = SpeedModel(GROUPS, WORKLOADS, SECONDS, latencies, 16, "low_rank")
-    assert speed.cost(GROUPS[0], 48) == speed.cost(GROUPS[0], 32)
+    assert speed.cost(GROUPS[0], 48) == speed.cost(GROUPS[0], 32) == pytest.approx((10 * 101e-6 / 3 + 1000.5e-6) / 0.1)
 
 
 def test_a_speed_budget_is_met_by_construction() -> None:
@@ -85,13 +85,20 @@ def test_a_speed_budget_is_met_by_construction() -> None:
 
 
 @pytest.mark.parametrize("structure", FACTORED)
-def test_the_table_covers_dense_and_the_range_of_ranks_once_per_shape(structure: Structure) -> None:
+def test_the_table_covers_dense_and_every_rank_once_per_shape(structure: Structure) -> None:
     shapes = shapes_to_measure(GROUPS, 8, structure)
-    assert len(shapes) == len(set(shapes)) <= 14
+    ranks = [shape.rank for shape in shapes]
+    assert ranks == [None, *range(8, max(rank or 0 for rank in ranks) + 1, 8)]
     # two factors of a square layer save up to half of its width, an identity block all the way; both pay for a bias
     assert {None, 8, 56 if structure == "low_rank" else 112} <= {shape.rank for shape in shapes}
     assert max(shape.rank or 0 for shape in shapes) == (56 if structure == "low_rank" else 112)
     assert {shape.structure for shape in shapes if shape.rank is not None} == {structure}
+
+
+def test_of_very_many_ranks_the_table_has_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrserve.allocation.speed._TABLE_RANKS", 3)
+    shapes = [shape.rank for shape in shapes_to_measure(GROUPS, 8, "low_rank")]
+    assert shapes == [None, 8, 32, 56]
 
 
 def test_an_mlp_with_fewer_neurons_is_timed_as_smaller_dense_layers() -> None:
