@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import platform
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -112,7 +114,7 @@ def measure_layers(job: Job, runtime: Runtime, dense: Path, folder: WorkFolder) 
             progress(next(ran))
             for number in range(2, _DENSE_RUNS):  # on the other side of the table: the machine's speed drifts
                 run(number)
-        rows = [{**asdict(shape), "us": us} for shape, us in zip(shapes, table, strict=True)]
+        rows = [{**asdict(shape), "us": [round(cell, 2) for cell in us]} for shape, us in zip(shapes, table, strict=True)]
         write_json(path, {"dense_seconds": {name: min(s) for name, s in seconds.items()}, "tokens": tokens, "rows": rows})
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     rates = ", ".join(
@@ -126,10 +128,13 @@ def measure_layers(job: Job, runtime: Runtime, dense: Path, folder: WorkFolder) 
 
 
 def published(study: Any, table: dict[str, Any]) -> dict[str, Any]:
-    """Return the table of a shared study's first worker, so that all predict alike; that is this one where there was none."""
+    """Return the table of a shared study's first worker, so that all predict alike; that is this one where there was none.
+
+    It is kept compressed, since MySQL takes no more than 64 KiB in an attribute.
+    """
     if _TABLE not in study.user_attrs:
-        study.set_user_attr(_TABLE, table)
-    found: dict[str, Any] = study.user_attrs[_TABLE]
+        study.set_user_attr(_TABLE, base64.b85encode(zlib.compress(json.dumps(table).encode(), 9)).decode())
+    found: dict[str, Any] = json.loads(zlib.decompress(base64.b85decode(study.user_attrs[_TABLE])))
     return found
 
 
