@@ -24,7 +24,6 @@ from lrserve.compression.calibrate import calibrate
 from lrserve.inputs.demo import demo_recipe
 from lrserve.job import open_job
 from lrserve.recipe import Recipe
-from lrserve.serving.process import keep_memory
 
 
 def main() -> None:
@@ -33,7 +32,6 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    keep_memory()
     job = open_job(Recipe.load(arguments.recipe or demo_recipe(), {}), print)
     settings = job.recipe.calibration
     model = job.source.load(job.dtype)

@@ -3,8 +3,8 @@
     python bench/memory.py                    the demo's dense model, on its workloads
     python bench/memory.py --processes 3 --repeats 7 --compiled
 
-vLLM engines of one model are up together, some as lrserve starts them, some with malloc as it is, and run in turns. Each line is a
-workload and an engine, over the first plain one: what stands between two plain ones is the difference between two processes.
+vLLM engines of one model are up together, some as lrserve starts them, some with malloc as it is, and run in turns. Each line is an
+engine, over the first plain one: what stands between two plain ones is the difference between two processes.
 
 The last line is JSON.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from lrserve.artifacts.card import table
 from lrserve.inputs.demo import demo_recipe
+from lrserve.job import open_job
 from lrserve.recipe import Recipe
 from lrserve.serving.engine import engine_version
 from lrserve.serving.loadtest import compare, open_engine
@@ -29,14 +30,11 @@ from lrserve.serving.loadtest import compare, open_engine
 @contextmanager
 def plain_malloc() -> Iterator[None]:
     """Processes started within have malloc as it is: an empty setting is the user's, and stays."""
-    before = os.environ.get("GLIBC_TUNABLES")
     os.environ["GLIBC_TUNABLES"] = ""
     try:
         yield
     finally:
         del os.environ["GLIBC_TUNABLES"]
-        if before is not None:
-            os.environ["GLIBC_TUNABLES"] = before
 
 
 def main() -> None:
@@ -49,7 +47,7 @@ def main() -> None:
     if "GLIBC_TUNABLES" in os.environ:
         parser.error("GLIBC_TUNABLES is set, so there is nothing to compare; unset it")
     recipe = Recipe.load(arguments.recipe or demo_recipe(), {})
-    workloads, model = recipe.workloads, Path(str(recipe.model))
+    workloads, model = recipe.workloads, open_job(recipe, print).source.path
     settings = recipe.engine.model_copy(update={"enforce_eager": recipe.engine.enforce_eager and not arguments.compiled})
     with ExitStack() as stack:
         engines = {}

@@ -58,7 +58,6 @@ from lrserve.inputs.text import read_documents, token_windows
 from lrserve.job import Job, first_tokens, open_job, tensor_sha256
 from lrserve.pipeline import backpropagate, calibrate_blocks, gradient_reader, improve_factors
 from lrserve.recipe import Recipe, Target
-from lrserve.serving.process import keep_memory
 from lrserve.tuning import probe_groups
 
 RATIOS = (0.2, 0.4, 0.6)
@@ -106,7 +105,7 @@ ROWS: Mapping[str, Row] = {
     "adam": Row("start + 25 Adam steps a block", "fisher", "loss_aware", after={"refine": "adam"}),
     "evolution": Row("start + evolutionary level switching", "fisher", "evolution"),
     "propagate": Row("start + error propagation", "fisher", "loss_aware", after={"propagate": True}),
-    "identity-recover": Row("start with `--recover 10`", "fisher", "loss_aware", after={"recover_minutes": 10.0}),
+    "identity-recover": Row("start + `--recover 10`", "fisher", "loss_aware", after={"recover_minutes": 10.0}),
     "narrow-uniform": Row("two-sided, fewer neurons, uniform", "fisher", structure="narrow"),
     "narrow-one-sided": Row("one-sided, fewer neurons, probed allocation", "features", "probed", "narrow"),
     "narrow": Row("two-sided, fewer neurons, loss-aware allocation", "fisher", "loss_aware", "narrow"),
@@ -116,7 +115,7 @@ ROWS: Mapping[str, Row] = {
     "adam-recover": Row(
         "default, then `--recover 10`", "fisher", "loss_aware", "narrow", {"refine": "adam", "recover_minutes": 10.0}
     ),
-    "recover": Row("fewer neurons with `--recover 10`", "fisher", "loss_aware", "narrow", {"recover_minutes": 10.0}),
+    "recover": Row("fewer neurons, with `--recover 10`", "fisher", "loss_aware", "narrow", {"recover_minutes": 10.0}),
 }
 
 
@@ -422,7 +421,6 @@ def main() -> None:
         for name, row in ROWS.items():
             print(f"{name:18} {row.label}")
         return
-    keep_memory()
     recipe = Recipe.load(arguments.recipe or demo_recipe(), {})
     job = open_job(recipe, print)
     if arguments.domain:

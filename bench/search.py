@@ -58,7 +58,6 @@ from lrserve.pipeline import backpropagate, calibrate_blocks, factorize_groups
 from lrserve.recipe import Recipe, Target, Workload
 from lrserve.serving.engine import Engine
 from lrserve.serving.loadtest import MixComparison, compare, open_engine, read_comparison
-from lrserve.serving.process import keep_memory
 from lrserve.serving.runtimes import Runtime, runtime_of
 from lrserve.tuning import choose_windows, judge, probed_losses
 
@@ -373,7 +372,6 @@ def main() -> None:
     parser.add_argument("--phase", choices=("trials", "engine"), default="engine", help="engine does both [default]")
     parser.add_argument("--work", type=Path, default=Path("search.work"), help="folder for what is finished [default: search.work]")
     arguments = parser.parse_args()
-    keep_memory()
     overrides = {
         "engine.repeats": arguments.repeats,
         "engine.enforce_eager": False if arguments.compiled else None,

@@ -15,8 +15,7 @@ from lrserve.job import Say, progress_bar
 from lrserve.recipe import EngineSettings, Recipe, Workload, shares
 from lrserve.serving.loadtest import GPU_MEMORY, Mix
 from lrserve.serving.online import Server, compare_online
-from lrserve.serving.server import on_cpu
-from lrserve.serving.versions import engine_version
+from lrserve.serving.versions import engine_version, on_cpu
 
 _SLACK_TOKENS = 8  # of a sequence, for what a tokenizer puts around a prompt
 

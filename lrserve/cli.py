@@ -64,9 +64,7 @@ def compress_and_export(
     """Compress a model, search its ranks, export the result and prove it."""
     from lrserve.pipeline import compress_and_export as run
     from lrserve.recipe import Recipe
-    from lrserve.serving.process import keep_memory
 
-    keep_memory()
     overrides: dict[str, Any] = {
         "model": model,
         "target.ratio": ratio,

@@ -49,8 +49,8 @@ class Measured:
 
 def machine() -> list[Any]:
     """Identify what times depend on: processor or GPU, cores, threads asked for, and how memory is allocated."""
-    allocator = memory_environment(os.environ)["GLIBC_TUNABLES"]
-    names = [platform.machine(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS"), allocator]
+    allocator = [memory_environment(os.environ).get(name) for name in ("GLIBC_TUNABLES", "LD_PRELOAD")]
+    names = [platform.machine(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS"), *allocator]
     if torch.cuda.is_available():
         return [*names, torch.cuda.get_device_name(), torch.cuda.device_count()]
     cpus = Path("/proc/cpuinfo")
@@ -72,7 +72,7 @@ def dense_checkpoint(job: Job, runtime: Runtime, folder: WorkFolder) -> Path:
 
 
 def measure_layers(job: Job, runtime: Runtime, dense: Path, folder: WorkFolder) -> tuple[dict[str, Any], str]:
-    """Measure, in one engine, the dense model's runs and the latency of single layers, dense and at every rank.
+    """Measure, in one engine, the dense model's runs and the latency of single layers, dense and at `measured_ranks`.
 
     Returns:
         `dense_seconds` by workload, `tokens` (numbers of rows), and `rows`: shapes with `us`, microseconds for each number of rows;
@@ -87,8 +87,7 @@ def measure_layers(job: Job, runtime: Runtime, dense: Path, folder: WorkFolder) 
         "machine": machine(),
         "settings": job.recipe.engine.model_dump(mode="json", exclude={"repeats"}),
         "workloads": {name: workload.model_dump(mode="json", exclude={"share"}) for name, workload in workloads.items()},
-        "rank_step": job.recipe.search.rank_step,
-        "structure": job.recipe.structure,
+        "shapes": fingerprint([asdict(shape) for shape in shapes]),
     }
     stage = folder.stage("latency", identity)
     path = stage / "latency.json"

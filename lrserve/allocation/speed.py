@@ -27,7 +27,8 @@ from lrserve.compression.groups import Group, Stored, Structure
 from lrserve.recipe import Workload, shares
 
 _PREFILL_CHUNK = 4096
-_TABLE_RANKS = 128  # most ranks measured per shape; of more choices some are left out, and interpolated
+_TABLE_WEIGHTS = 10**9  # dense weights of a group times ranks measured: larger layers are measured at fewer ranks, and interpolated
+_FEWEST_RANKS = 12  # but at about so many
 _TRUST = 0.05**2  # squared relative change of time at which a measured plan counts as much as the table
 
 
@@ -59,9 +60,12 @@ def shapes_of(group: Group, rank: int | None, structure: Structure) -> list[Shap
 
 
 def measured_ranks(group: Group, step: int, structure: Structure) -> list[int]:
-    """Return every choice, or at most about `_TABLE_RANKS` of them, evenly spread, the smallest and the largest among them."""
+    """Return every choice or, of large layers, some of them, evenly spread, the smallest and the largest among them.
+
+    Times of large layers are smooth and take long to measure.
+    """
     choices = rank_choices(group, step, structure)
-    stride = max(1, math.ceil(len(choices) / _TABLE_RANKS))
+    stride = max(1, math.ceil(len(choices) / max(_FEWEST_RANKS, _TABLE_WEIGHTS // group.dense_parameters)))
     return list(dict.fromkeys([*choices[::stride], *choices[-1:]]))
 
 

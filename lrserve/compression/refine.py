@@ -1,7 +1,7 @@
 """Refinement of a plan's factors, block by block, against the dense model's outputs and behind the blocks refined before.
 
 Notation, besides that of sequential.py (x, x^, mu, mu^, G, H)
-    z (t, r)       A x^, with the rows of A orthonormal
+    z (t, r)       A x^, with the rows of A orthonormal; x^_J where a group reads fewer inputs
     y (t, m)       W x + beta, the outputs that the dense model has there
     S (r, r)       covariance of z = A H A^T;  Y (m, r) covariance of y with z = W G A^T
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -63,7 +62,7 @@ def refit(factors: Factors, W: torch.Tensor, beta: torch.Tensor, pairs: PairedCo
     if d > 0:
         ridge = d * torch.eye(len(S), dtype=torch.float64)
         B = torch.linalg.solve(S + ridge, coordinates((W @ pairs.G).T) + d * B.T).T  # S is symmetric
-    return replace(factors, A=A, B=B, b=beta + W @ pairs.mu - B @ coordinates(pairs.mu_hat))
+    return Factors(A=A, order=factors.order, B=B, b=beta + W @ pairs.mu - B @ coordinates(pairs.mu_hat))
 
 
 def closed_form(source: FactorSource, *, damping: float = 1e-4) -> Step:

@@ -34,7 +34,7 @@ def structured(factors: Factors, stored: Stored) -> Factors:
     int32, B for those inputs alone, and nothing in the place of A; factors that are so already stay as they are.
 
     Raises:
-        ValueError: factors that read more than r inputs, for `narrow_in`.
+        ValueError: factors that read more than r inputs, for `narrow_in`; or that are no two factors any more, for the others.
     """
     A, B = factors.A.double(), factors.B.double()
     if stored == "narrow_in" and factors.order is not None:
@@ -44,6 +44,8 @@ def structured(factors: Factors, stored: Stored) -> Factors:
         if len(J) != len(A):
             raise ValueError(f"factors of rank {len(A)} read {len(J)} inputs; narrow ones read as many as their rank")
         return Factors(A=A[:, :0], B=B @ A[:, J], b=factors.b.double(), order=J.int(), feeding=factors.feeding)
+    if factors.order is not None:
+        raise ValueError(f"factors that are stored by the order of their inputs cannot become {stored}")
     Q, R = torch.linalg.qr(A.T)
     orthonormal = Factors(A=Q.T.contiguous(), B=B @ R.T, b=factors.b.double())
     return orthonormal if stored == "low_rank" else _identity_block(orthonormal)

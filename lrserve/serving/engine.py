@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from exporters.base import Transcript
 from lrserve.serving.process import memory_environment
 from lrserve.serving.protocol import EngineProcess, Throughput
-from lrserve.serving.versions import engine_version, require_vllm
+from lrserve.serving.versions import engine_version, on_cpu, require_vllm
 
 if TYPE_CHECKING:
     from lrserve.allocation.speed import Shape
@@ -130,7 +130,7 @@ class Engine(EngineProcess):
 
 def worker_environment(model: str, threads: int | None) -> dict[str, str]:
     """Environment of the worker: this process's own, plus what an offline, single-process engine wants."""
-    environment = memory_environment(os.environ)
+    environment = memory_environment(os.environ) if on_cpu() else dict(os.environ)
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and worker in one process, whose CPU time is theirs
     environment["VLLM_NO_USAGE_STATS"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"

@@ -22,8 +22,11 @@ def latency_table(entries: Sequence[Entry], tokens: Sequence[int], dtype: torch.
         layer = _build(entry, dtype)
         return layer if device == "cpu" else _finished(layer)
 
+    most = max(tokens) * max(entry["n"] for entry in entries)
+    values = torch.randn(most, dtype=dtype, device=device)
+
     def rows(count: int, n: int) -> torch.Tensor:
-        return torch.randn(count, n, dtype=dtype, device=device)
+        return values[: count * n].view(count, n)  # one memory for all: each layer's own would be gigabytes
 
     return time_layers(entries, tokens, dtype.itemsize, build, rows)
 

@@ -26,7 +26,8 @@ from lrserve.recipe import Workload
 from lrserve.serving.engine import in_turns
 from lrserve.serving.loadtest import Paired
 from lrserve.serving.process import Scratch, end_session, log_tail, open_log
-from lrserve.serving.server import on_cpu, preflight, server_command, server_environment
+from lrserve.serving.server import preflight, server_command, server_environment
+from lrserve.serving.versions import on_cpu
 
 _HOST: Final = "127.0.0.1"
 _STOP_SECONDS: Final = 30.0

@@ -3,15 +3,15 @@ nothing behind.
 
 A model on the CPU allocates and frees tens of megabytes with every operation. glibc's malloc maps each such piece from the kernel
 and gives it back, so the kernel clears its pages again and again, a fifth of a prefill of SmolLM2 (docs/performance.md).
-`memory_environment` and `keep_memory` let malloc keep what is freed.
+`memory_environment` lets malloc keep what is freed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import getpass
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -21,30 +21,21 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 _LOG_LINES: Final = 25
-_LARGEST_KEPT: Final = 2**30  # bytes of one piece; larger ones are mapped
-_KEPT: Final = 2**31 - 1  # bytes at the end of the heap; the most that mallopt's int takes
-_MALLOC: Final = {"hugetlb": 1, "mmap_threshold": _LARGEST_KEPT, "trim_threshold": _KEPT}
-_M_TRIM_THRESHOLD: Final = -1  # of mallopt(3)
-_M_MMAP_THRESHOLD: Final = -3
+_MALLOC: Final = {"hugetlb": 1, "mmap_threshold": 2**28, "trim_threshold": 2**31}  # bytes: of one piece, of the heap's free end
+_GLIBC: Final = (2, 35)  # the first that knows `hugetlb`; earlier ones refuse such a threshold, and then map more than before
 
 
 def memory_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return an environment in which glibc's malloc keeps what a process frees, and asks for huge pages.
 
-    A GLIBC_TUNABLES that is there already stays. Other C libraries, and allocators that are preloaded, do not see it.
+    Settings of malloc that are there already stay as they are, and other or older C libraries get none.
     """
+    name, version = platform.libc_ver()
+    known = name == "glibc" and tuple(map(int, version.split(".")[:2])) >= _GLIBC
+    if not known or any(variable == "GLIBC_TUNABLES" or variable.startswith("MALLOC_") for variable in environment):
+        return dict(environment)
     tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in _MALLOC.items())
     return {"GLIBC_TUNABLES": tunables, **environment}
-
-
-def keep_memory() -> None:
-    """Let malloc keep what this process frees, unless GLIBC_TUNABLES is set; does nothing where the C library is not glibc."""
-    if "GLIBC_TUNABLES" in os.environ:
-        return
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 class Scratch:

