@@ -2,7 +2,7 @@
 nothing behind.
 
 A model on the CPU allocates and frees tens of megabytes with every operation. glibc's malloc maps each such piece from the kernel
-and gives it back, so the kernel clears its pages again and again, a fifth of a prefill of SmolLM2 (docs/performance.md).
+and gives it back, so the kernel clears its pages again and again: an eighth to a fifth of a prefill (docs/performance.md).
 `memory_environment` lets malloc keep what is freed.
 """
 
