@@ -19,12 +19,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from lrserve.artifacts.card import table
+from lrserve.artifacts.card import speedup_cell, table
 from lrserve.inputs.demo import demo_recipe
 from lrserve.job import open_job
 from lrserve.recipe import Recipe
 from lrserve.serving.engine import engine_version
 from lrserve.serving.loadtest import compare, open_engine
+from lrserve.serving.process import memory_environment
 
 
 @contextmanager
@@ -44,8 +45,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="counted rounds [default: 5]")
     parser.add_argument("--compiled", action="store_true", help="vLLM with torch.compile; the demo's recipe is without")
     arguments = parser.parse_args()
-    if "GLIBC_TUNABLES" in os.environ:
-        parser.error("GLIBC_TUNABLES is set, so there is nothing to compare; unset it")
+    if memory_environment(os.environ) == os.environ:
+        parser.error("lrserve leaves malloc as it is here: the environment has settings for it, or glibc is too old")
     recipe = Recipe.load(arguments.recipe or demo_recipe(), {})
     workloads, model = recipe.workloads, open_job(recipe, print).source.path
     settings = recipe.engine.model_copy(update={"enforce_eager": recipe.engine.enforce_eager and not arguments.compiled})
@@ -57,14 +58,8 @@ def main() -> None:
             engines[f"kept {number + 1}"] = stack.enter_context(open_engine(model, workloads, settings))
         first, *others = engines.values()
         found = compare(first, others, workloads, arguments.repeats, version=engine_version(), seed=recipe.seed)
-    lines, results = [], {}
-    for label, comparison in zip(list(engines)[1:], found, strict=True):
-        cells = [label]
-        for pair in [*comparison.workloads.values(), comparison]:
-            low, high = pair.spread
-            cells.append(f"{pair.speedup:.2f}x ({low:.2f} to {high:.2f})")
-        lines.append(cells)
-        results[label] = comparison.to_json()
+    results = {label: comparison.to_json() for label, comparison in zip(list(engines)[1:], found, strict=True)}
+    lines = [[label, *map(speedup_cell, [*mix["workloads"].values(), mix])] for label, mix in results.items()]
     seconds = ", ".join(
         f"{name} {statistics.median(run.seconds for run in pair.dense):.2f} s" for name, pair in found[0].workloads.items()
     )

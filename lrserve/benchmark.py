@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrserve.artifacts.card import table
+from lrserve.artifacts.card import speedup_cell, table
 from lrserve.artifacts.store import read_manifest, whole, write_json
 from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.source import open_source
@@ -124,7 +124,6 @@ def render(figures: Mapping[str, Any]) -> str:
         for side in ("dense", "compressed"):
             found = result[side]
             rate = found["tokens_per_second"]
-            speedup = f"{result['speedup']:.2f}x ({result['speedup_lowest']:.2f} to {result['speedup_highest']:.2f})"
             rows.append(
                 [
                     title if side == "dense" else "",
@@ -132,7 +131,7 @@ def render(figures: Mapping[str, Any]) -> str:
                     f"{rate['median']:.1f} ({rate['lowest']:.1f} to {rate['highest']:.1f})",
                     latency(found["time_to_first_token_ms"]),
                     latency(found["time_per_output_token_ms"]),
-                    speedup if side == "compressed" else "",
+                    speedup_cell(result) if side == "compressed" else "",
                     result["verdict"] if side == "compressed" else "",
                 ]
             )
@@ -142,7 +141,7 @@ def render(figures: Mapping[str, Any]) -> str:
     promised = "" if figures["promised"] is None else f"; the search measured {figures['promised']:.2f}x, without a server"
     return (
         f"{table(header, rows)}\n\n"
-        f"All of it: {mix['speedup']:.2f}x ({mix['speedup_lowest']:.2f} to {mix['speedup_highest']:.2f}){promised}. "
+        f"All of it: {speedup_cell(mix)}{promised}. "
         f"{figures['engine']}, {'eager' if settings['enforce_eager'] else 'compiled'}, {settings['dtype']}; "
         f"concurrency x (prompt + output tokens); {rounds} rounds in turns, each with prompts of its own, medians and spread; "
         "`undecided`: dense's speed lies within the spread"

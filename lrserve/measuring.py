@@ -87,6 +87,8 @@ def measure_layers(job: Job, runtime: Runtime, dense: Path, folder: WorkFolder) 
         "machine": machine(),
         "settings": job.recipe.engine.model_dump(mode="json", exclude={"repeats"}),
         "workloads": {name: workload.model_dump(mode="json", exclude={"share"}) for name, workload in workloads.items()},
+        "rank_step": job.recipe.search.rank_step,
+        "structure": job.recipe.structure,
         "shapes": fingerprint([asdict(shape) for shape in shapes]),
     }
     stage = folder.stage("latency", identity)

@@ -63,7 +63,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
-def _speedup(figures: Mapping[str, Any]) -> str:
+def speedup_cell(figures: Mapping[str, Any]) -> str:
+    """Format a speedup and its spread, as `loadtest.Rounds.speedup_json` gives them."""
     return f"{figures['speedup']:.2f}x ({figures['speedup_lowest']:.2f} to {figures['speedup_highest']:.2f})"
 
 
@@ -82,12 +83,12 @@ def summary(metrics: Mapping[str, Any]) -> str:
                 f"output tokens/s, {name}: {workload['concurrency']} x ({workload['prompt_tokens']} + {workload['output_tokens']})",
                 f"{found['dense']['tokens_per_second']:.1f}",
                 f"{found['compressed']['tokens_per_second']:.1f}",
-                _speedup(found),
+                speedup_cell(found),
             ]
             for name, found in speed["workloads"].items()
             for workload in [metrics["workloads"][name]]
         ),
-        ["the same requests, all workloads", "", "", _speedup(speed)],
+        ["the same requests, all workloads", "", "", speedup_cell(speed)],
     ]
     names = {
         "linear_parameters": "parameters of the linears",

@@ -37,15 +37,15 @@ def structured(factors: Factors, stored: Stored) -> Factors:
         ValueError: factors that read more than r inputs, for `narrow_in`; or that are no two factors any more, for the others.
     """
     A, B = factors.A.double(), factors.B.double()
-    if stored == "narrow_in" and factors.order is not None:
+    if factors.order is not None:
+        if stored != "narrow_in":
+            raise ValueError(f"factors that are stored by the order of their inputs cannot become {stored}")
         return replace(factors, A=A, B=B, b=factors.b.double())
     if stored == "narrow_in":
         J = A.count_nonzero(0).nonzero()[:, 0]
         if len(J) != len(A):
             raise ValueError(f"factors of rank {len(A)} read {len(J)} inputs; narrow ones read as many as their rank")
         return Factors(A=A[:, :0], B=B @ A[:, J], b=factors.b.double(), order=J.int(), feeding=factors.feeding)
-    if factors.order is not None:
-        raise ValueError(f"factors that are stored by the order of their inputs cannot become {stored}")
     Q, R = torch.linalg.qr(A.T)
     orthonormal = Factors(A=Q.T.contiguous(), B=B @ R.T, b=factors.b.double())
     return orthonormal if stored == "low_rank" else _identity_block(orthonormal)

@@ -8,7 +8,7 @@ import torch
 from vllm.platforms import current_platform
 
 from lrserve.serving.kernels import Factor, first_factor
-from lrserve.serving.timing import Entry, time_layers
+from lrserve.serving.timing import Entry, input_elements, time_layers
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -22,11 +22,10 @@ def latency_table(entries: Sequence[Entry], tokens: Sequence[int], dtype: torch.
         layer = _build(entry, dtype)
         return layer if device == "cpu" else _finished(layer)
 
-    most = max(tokens) * max(entry["n"] for entry in entries)
-    values = torch.randn(most, dtype=dtype, device=device)
+    values = torch.randn(input_elements(entries, tokens), dtype=dtype, device=device)
 
     def rows(count: int, n: int) -> torch.Tensor:
-        return values[: count * n].view(count, n)  # one memory for all: each layer's own would be gigabytes
+        return values[: count * n].view(count, n)
 
     return time_layers(entries, tokens, dtype.itemsize, build, rows)
 

@@ -18,15 +18,14 @@ from torch import nn
 from exporters.onnx import open_session
 from exporters.onnx_graph import build_layer, save_graph
 from lrserve.compression.lowrank import GroupSpec, LowRankLinear, first_factor
-from lrserve.serving.timing import Entry, time_layers
+from lrserve.serving.timing import Entry, input_elements, time_layers
 
 
 def latency_table(entries: Sequence[Entry], tokens: Sequence[int], threads: int | None) -> list[list[float]]:
     """Return the lower-quartile microseconds of entry i at tokens[j] rows of float32 input."""
     from onnxruntime import OrtValue
 
-    most = max(tokens) * max(entry["n"] for entry in entries)
-    values = np.random.default_rng(0).standard_normal(most, np.float32)
+    values = np.random.default_rng(0).standard_normal(input_elements(entries, tokens), np.float32)
 
     def build(entry: Entry) -> Callable[[Any], Any]:
         session = open_layer(random_layer(entry), entry["n"], threads)

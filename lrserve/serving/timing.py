@@ -53,6 +53,11 @@ def time_layers(
     return table
 
 
+def input_elements(entries: Sequence[Entry], tokens: Sequence[int]) -> int:
+    """Count the values of the largest input. All layers share one memory: an input of its own for each would be gigabytes."""
+    return max(tokens) * max(int(entry["n"]) for entry in entries)
+
+
 def elements(entry: Entry) -> int:
     """Count the weights that a layer multiplies by."""
     n, m, rank = entry["n"], entry["m"], entry["rank"]
