@@ -11,9 +11,9 @@ for each ratio are up at once and measured in turns: decode steps with 1, 8 and 
     step      milliseconds of one decode step: (time of 65 output tokens - time of 1) / 64; median of the rounds
     speedup   the dense step over this one, round by round: median (lowest to highest)
     bound     share of what the machine can do: for decode the time in which the model's weights can be read, for prefill the time
-              of its multiplications, both at the rate that vLLM's own kernel reaches on one large matrix in the same process, over
-              the measured time
-    GEMM      share of the step that its matrix products take, by the table of single layers (`lrserve/serving/latency.py`)
+              of its multiplications (linears, causal attention, and the output layer for one token), at the rate that vLLM's own
+              kernel reaches on one large matrix in the same process and the same round, over the measured time; median
+    GEMM      share of that time that its matrix products take, by the table of single layers (`lrserve/serving/latency.py`)
 
 With `--quantized` the plans are served in int8 (W8A8, `--quantization-config` of `vllm serve`), beside the dense model in bfloat16,
 in int8 the same way, and in int4 (GPTQ's format, groups of 32, activations in bfloat16) by vLLM's own kernel.
@@ -54,6 +54,7 @@ RATIOS = (0.2, 0.4, 0.6)
 CONCURRENCIES = (1, 8, 32)
 PROMPT, STEPS = 16, 64  # of a decode measurement
 PREFILL = 512  # tokens of one prompt
+SAMPLES = 3  # of one request, of the prefill and of the bounds' rates, in each round
 LARGE = Shape(8192, 8192, None)  # whose rates are the bounds
 STEP = 64
 
@@ -82,19 +83,34 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Timed:
-    """One round of one engine: seconds of a decode step by concurrency, and of the prefill."""
+    """One round of one engine: seconds of a decode step by concurrency, of the prefill, and what the large matrix reached."""
 
     decode: dict[int, float]
     prefill: float
+    bytes_per_second: float
+    flops_per_second: float
+
+
+def decode(engine: Engine, concurrency: int, seed: int) -> float:
+    """Seconds of one decode step."""
+    short, long = (engine.throughput(PROMPT, tokens, concurrency, seed=seed).seconds for tokens in (1, 1 + STEPS))
+    return (long - short) / STEPS
 
 
 def measure(engine: Engine, seed: int) -> Timed:
-    """Measure one round."""
-    decode = {}
-    for concurrency in CONCURRENCIES:
-        short, long = (engine.throughput(PROMPT, tokens, concurrency, seed=seed).seconds for tokens in (1, 1 + STEPS))
-        decode[concurrency] = (long - short) / STEPS
-    return Timed(decode, engine.throughput(PREFILL, 1, 1, seed=seed).seconds)
+    """Measure one round: several requests once; one request, the prefill and between them the rates several times, for the median.
+
+    The machine's bandwidth drifts within seconds, so the rates are those of the same seconds.
+    """
+    steps = {concurrency: decode(engine, concurrency, seed) for concurrency in CONCURRENCIES[1:]}
+    runs = []
+    for i in range(SAMPLES):
+        step = decode(engine, 1, seed + i)
+        (large,) = engine.latency_table([LARGE], [1, PREFILL])
+        runs.append([step, engine.throughput(PREFILL, 1, 1, seed=seed + i).seconds, *large])
+    step, prefill, read, multiplied = map(statistics.median, zip(*runs, strict=True))
+    weights = LARGE.n * LARGE.m
+    return Timed({1: step, **steps}, prefill, 2 * weights / (1e-6 * read), 2 * weights * PREFILL / (1e-6 * multiplied))
 
 
 @dataclass(frozen=True)
@@ -138,6 +154,13 @@ class Contender:
         """Parameters of the decoder's linears."""
         return self.plan.parameters(self.units)
 
+    def prefill_flops(self, tokens: int) -> int:
+        """Operations that a prompt takes: linears, attention's two products over the positions up to each, one row of logits."""
+        config = self.config
+        positions = tokens * (tokens + 1) // 2
+        attention = 2 * 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * positions
+        return 2 * self.linear_parameters * tokens + attention + 2 * self.output_layer.n * self.output_layer.m
+
     @property
     def read_bytes(self) -> float:
         """Bytes of weights that a token reads: linears with the scales of int4's groups, and the output layer in bfloat16."""
@@ -155,13 +178,14 @@ def model_config(name: str) -> LlamaConfig:
 def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int, eager: bool) -> Any:
     """Measure the contenders, one of which is `dense`, in turns, or read what an earlier run measured."""
     keys = {label: [contender.plan.key(), contender.precision] for label, contender in contenders.items()}
-    path = work / f"{name}-{fingerprint([name, keys, rounds, eager, engine_version(), transformers_version])[:16]}.json"
+    identity = [name, keys, rounds, eager, engine_version(), transformers_version, list(Timed.__dataclass_fields__)]
+    path = work / f"{name}-{fingerprint(identity)[:16]}.json"
     if not path.is_file():
         with progress_bar(rounds * len(contenders), name) as progress, ExitStack() as stack:
             engines = {
                 label: stack.enter_context(
                     Engine(
-                        contender.write(work / name / label),
+                        contender.write(work / name / label.replace("/", "-")),
                         max_model_len=1024,
                         max_num_seqs=max(CONCURRENCIES),
                         enforce_eager=eager,
@@ -177,7 +201,7 @@ def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int,
             done = count(1)
             found = in_turns(engines, measure, rounds, seed=1, progress=lambda *_: progress(next(done)))
             calls = {label: contender.calls() for label, contender in contenders.items() if contender.precision == "bfloat16"}
-            shapes = list(dict.fromkeys([LARGE, *(shape for of_plan in calls.values() for shape in of_plan)]))
+            shapes = list(dict.fromkeys(shape for of_plan in calls.values() for shape in of_plan))
             tokens = [*CONCURRENCIES, PREFILL]
             rows = dict(zip(shapes, engines["dense"].latency_table(shapes, tokens), strict=True))
         gemm = {
@@ -187,8 +211,6 @@ def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int,
         result = {
             "rounds": {label: [asdict(timed) for timed in timeds] for label, timeds in found.items()},
             "gemm_seconds": gemm,
-            "read_bytes_per_second": 2 * LARGE.n * LARGE.m / (1e-6 * rows[LARGE][0]),
-            "flops_per_second": 2 * LARGE.n * LARGE.m * PREFILL / (1e-6 * rows[LARGE][-1]),
         }
         write_json(path, result)
     return json.loads(path.read_text(encoding="utf-8"))
@@ -205,24 +227,43 @@ def render(name: str, contenders: Mapping[str, Contender], result: Mapping[str, 
     header = ["", "MB read", "products a layer"]
     for concurrency in CONCURRENCIES:
         header += [f"{concurrency}: step, ms", "speedup", "GEMM"] + ["bound"] * (concurrency == 1)
-    header += [f"prefill {PREFILL}, ms", "speedup", "bound"]
+    header += [f"prefill {PREFILL}, ms", "speedup", "GEMM", "bound"]
     lines = []
     for label, contender in contenders.items():
         products = sum(number * (2 if shape.rank is not None else 1) for shape, number in contender.calls().items()) - 1
         cells = [label, f"{contender.read_bytes / 1e6:.0f}", f"{products / contender.config.num_hidden_layers:.1f}"]
         rounds, dense = result["rounds"][label], result["rounds"]["dense"]
+        gemm = result["gemm_seconds"].get(label)
         for concurrency in map(str, CONCURRENCIES):
             own, other = ([timed["decode"][concurrency] for timed in side] for side in (rounds, dense))
-            step, gemm = statistics.median(own), result["gemm_seconds"].get(label)
-            cells += [f"{1e3 * step:.1f}", speedup(own, other), f"{gemm[concurrency] / step:.0%}" if gemm else ""]
+            cells += times(own, other, gemm and gemm[concurrency])
             if concurrency == "1":
-                cells.append(f"{contender.read_bytes / result['read_bytes_per_second'] / step:.0%}")
+                cells.append(share_of_bound(own, [contender.read_bytes / timed["bytes_per_second"] for timed in rounds]))
         own, other = ([timed["prefill"] for timed in side] for side in (rounds, dense))
-        bound = 2 * contender.linear_parameters * PREFILL / result["flops_per_second"] / statistics.median(own)
-        cells += [f"{1e3 * statistics.median(own):.0f}", speedup(own, other), f"{bound:.0%}" if gemm else ""]
+        cells += times(own, other, gemm and gemm[str(PREFILL)])
+        flops = contender.prefill_flops(PREFILL)
+        cells.append(share_of_bound(own, [flops / timed["flops_per_second"] for timed in rounds]) if gemm else "")
         lines.append(cells)
-    rates = f"{result['read_bytes_per_second'] / 1e9:.1f} GB/s read, {result['flops_per_second'] / 1e9:.0f} GFLOP/s"
+    every = [timed for rounds in result["rounds"].values() for timed in rounds]
+    rates = ", ".join(
+        f"{min(values):.0f} to {max(values):.0f} {unit}"
+        for values, unit in (
+            ([timed["bytes_per_second"] / 1e9 for timed in every], "GB/s read"),
+            ([timed["flops_per_second"] / 1e9 for timed in every], "GFLOP/s"),
+        )
+    )
     return f"{name}, {engine_version()}; the bounds' rates: {rates}\n\n{table(header, lines)}\n"
+
+
+def times(own: Sequence[float], dense: Sequence[float], gemm: float | None) -> list[str]:
+    """Milliseconds, speedup and the share of matrix products."""
+    median = statistics.median(own)
+    return [f"{1e3 * median:.{1 if median < 0.2 else 0}f}", speedup(own, dense), f"{gemm / median:.0%}" if gemm else ""]
+
+
+def share_of_bound(own: Sequence[float], least: Sequence[float]) -> str:
+    """Median of the rounds' shares of the least time over the measured one."""
+    return f"{statistics.median(bound / seconds for bound, seconds in zip(least, own, strict=True)):.0%}"
 
 
 def main() -> None:
@@ -250,7 +291,7 @@ def main() -> None:
         dense = {"dense": contender(nothing)}
         series: list[dict[str, Contender]] = []
         if arguments.plan:
-            series.append(dense | {path.stem: contender(RankPlan.read(path)) for path in arguments.plan})
+            series.append(dense | {path.with_suffix("").as_posix(): contender(RankPlan.read(path)) for path in arguments.plan})
         else:
             for structure in arguments.structure or STRUCTURES:
                 units = allocated(groups, structure)
