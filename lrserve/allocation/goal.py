@@ -183,8 +183,9 @@ def choose(measured: Sequence[Found], goal: Goal) -> Evaluated:
         left = [found for found in left if found.at_least > 1]
         if not left:
             lowest = "; ".join(f"{row}, at least {f.at_least:.2f}x" for row, f in zip(rows, measured, strict=True))
+            which = f"no plan that reaches {goal.target.min_speedup:g}x" if goal.target.min_speedup else "no plan"
             raise InfeasibleTargetError(
-                f"no plan is faster than dense beyond the spread of its measurements ({lowest}); serve the dense model, "
+                f"{which} is faster than dense beyond the spread of its measurements ({lowest}); serve the dense model, "
                 "allow more loss, or measure on a quieter machine or with more engine.repeats"
             )
     if goal.target.front:

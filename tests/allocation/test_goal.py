@@ -81,6 +81,12 @@ def test_nothing_is_called_faster_within_the_spread(target: Target) -> None:
         choose([found(B, 1.1, at_least=0.99)], goal(target))
 
 
+def test_a_refusal_speaks_of_the_plans_that_are_fast_enough() -> None:
+    measured = [found(A, 1.03, at_least=1.01), found(B, 1.1, at_least=0.99)]
+    with pytest.raises(InfeasibleTargetError, match=r"no plan that reaches 1\.05x is faster .* 1\.01x; .* at least 0\.99x"):
+        choose(measured, goal(Target(min_speedup=1.05)))
+
+
 def test_a_speedup_below_one_may_be_asked_for() -> None:
     assert choose([found(A, 0.9)], goal(Target(min_speedup=0.8))) is A
 
