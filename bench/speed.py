@@ -16,7 +16,8 @@ for each ratio are up at once and measured in turns: decode steps with 1, 8 and 
     GEMM      share of that time that its matrix products take, by the table of single layers (`lrserve/serving/latency.py`)
 
 With `--quantized` the plans are served in int8 (W8A8, `--quantization-config` of `vllm serve`), beside the dense model in bfloat16,
-in int8 the same way, and in int4 (GPTQ's format, groups of 32, activations in bfloat16) by vLLM's own kernel.
+in int8 by lrserve's layers (`dense int8`) and by vLLM's (compressed-tensors' format), and in int4 by vLLM's (GPTQ's format, groups
+of 32, activations in bfloat16).
 
 What is finished is kept in the work folder. Run it with nothing else on the machine. The last line is JSON.
 """
@@ -80,6 +81,27 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 }
 """SmolLM2-135M, and TinyLlama-1.1B."""
 
+BYTES = {"bfloat16": 2.0, "int8": 1.0, "int8 by vLLM": 1.0, "int4": 0.5 + 2 / 32}
+"""Of a weight, by precision."""
+
+_INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+THEIRS: Mapping[str, Mapping[str, Any]] = {
+    "int8 by vLLM": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**_INT8, "strategy": "channel"},
+                "input_activations": {**_INT8, "strategy": "token", "dynamic": True},
+            }
+        },
+    },
+    "int4": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
+}
+"""Checkpoints that vLLM serves without lrserve: `quantization_config` by precision."""
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -115,7 +137,7 @@ def measure(engine: Engine, seed: int) -> Timed:
 
 @dataclass(frozen=True)
 class Contender:
-    """What one engine serves: a plan for a model of this config and these groups, in bfloat16, int8 or int4."""
+    """What one engine serves: a plan for a model of this config and these groups, in one of `BYTES`' precisions."""
 
     config: LlamaConfig
     groups: Sequence[Group]
@@ -137,8 +159,8 @@ class Contender:
         folder.mkdir(parents=True, exist_ok=True)
         config = copy.deepcopy(self.config)
         ranks = self.plan.factorized(self.units)
-        if self.precision == "int4":
-            config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+        if self.precision in THEIRS:
+            config.quantization_config = THEIRS[self.precision]
         elif ranks or self.precision == "int8":
             config.quantization_config = quantization_config(specs_of(ranks, self.plan.structure))
         config.save_pretrained(folder)
@@ -164,8 +186,7 @@ class Contender:
     @property
     def read_bytes(self) -> float:
         """Bytes of weights that a token reads: linears with the scales of int4's groups, and the output layer in bfloat16."""
-        size = {"bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}[self.precision]
-        return size * self.linear_parameters + 2 * self.output_layer.n * self.output_layer.m
+        return BYTES[self.precision] * self.linear_parameters + 2 * self.output_layer.n * self.output_layer.m
 
 
 def model_config(name: str) -> LlamaConfig:
@@ -303,7 +324,7 @@ def main() -> None:
                     ranks = uniform(fit, (1 - ratio) * whole - spent).ranks
                     plans[ratio] = RankPlan({unit.name: ranks.get(unit.name) for unit in units}, structure)
                 if arguments.quantized:
-                    others = {f"dense {precision}": contender(nothing, precision) for precision in ("int8", "int4")}
+                    others = {f"dense {precision}": contender(nothing, precision) for precision in ("int8", *THEIRS)}
                     others |= {f"{structure} {ratio:g} int8": contender(plan, "int8") for ratio, plan in plans.items()}
                 else:
                     others = {f"{structure} {ratio:g}": contender(plan) for ratio, plan in plans.items()}

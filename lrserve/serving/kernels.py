@@ -4,7 +4,9 @@ The compressed layers multiply with these, and so does the table of single-layer
 
 Quantized products are W8A8: each row of W has a scale of its own, found from its largest entry when the weight is loaded, and each
 token's activations are scaled when they come. That is what `compressed-tensors` calls channel-wise weights and dynamic per-token
-activations; the kernels are the same.
+activations; the kernels are the same, but for int8 on CPUs with AVX-512 and without AMX. There vLLM scales the activations and
+multiplies in two calls. Its build also has SGLang's kernel, which does both in one and which vLLM takes where there is AMX; a
+decode step of small layers is as long as its calls, so lrserve takes it wherever it runs (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -25,10 +27,44 @@ Precision = Literal["int8", "fp8"]
 """What the weights and activations of a quantized product are rounded to."""
 
 
-def quantized_kernel(layer: nn.Module, precision: Precision) -> Any:
-    """Quantize a module's loaded `weight` (m, n) in place and return vLLM's kernel that multiplies by it.
+class _Int8InOneCall:
+    """SGLang's W8A8 product in vLLM's build: x is scaled by tokens and multiplied by an int8 W (m, n) in one operation."""
 
-    The kernel keeps what it needs on the module; its `bias`, if it has one, stays.
+    @staticmethod
+    def takes(weight: torch.Tensor) -> bool:
+        """Say whether this machine, build and shape have the kernel; its blocks are 32 rows by 32 columns of W."""
+        m, n = weight.shape
+        return (
+            current_platform.is_cpu()
+            and weight.dtype == torch.bfloat16
+            and torch.cpu._is_vnni_supported()
+            and torch.cpu._is_avx512_bf16_supported()  # the one of vLLM's builds that it was tried in
+            and hasattr(torch.ops._C, "int8_scaled_mm_with_quant")
+            and m % 32 == 0
+            and n % 32 == 0
+        )
+
+    def __init__(self, layer: Any, rounded: torch.Tensor, scale: torch.Tensor) -> None:
+        """Keep an int8 W (m, n) on the module, packed, as its `weight`, scale (m, 1) as `weight_scale`, the bias as `bias_fp32`."""
+        bias = None if layer.bias is None else nn.Parameter(layer.bias.float(), requires_grad=False)
+        layer.register_parameter("bias_fp32", bias)
+        layer.weight = nn.Parameter(torch.ops._C.convert_weight_packed(rounded), requires_grad=False)
+        layer.weight_scale = nn.Parameter(scale.flatten(), requires_grad=False)
+
+    def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Multiply x (..., n) -> (..., m); `bias` is the module's own, or None."""
+        rows, m = x.reshape(-1, x.shape[-1]), len(layer.weight_scale)
+        if not len(rows):  # the kernel would divide by it
+            return x.new_empty(*x.shape[:-1], m)
+        own = None if bias is None else layer.bias_fp32
+        y: torch.Tensor = torch.ops._C.int8_scaled_mm_with_quant(rows, layer.weight, layer.weight_scale, own, x.dtype, True)
+        return y.view(*x.shape[:-1], m)
+
+
+def quantized_kernel(layer: nn.Module, precision: Precision) -> Any:
+    """Quantize a module's loaded `weight` (m, n) in place and return the kernel that multiplies by it.
+
+    That is vLLM's, or `_Int8InOneCall`, which has its method. It keeps what it needs on the module, whose `bias` stays.
 
     Raises:
         ValueError: vLLM has no such kernel for this platform.
@@ -38,11 +74,13 @@ def quantized_kernel(layer: nn.Module, precision: Precision) -> Any:
     largest = weight.abs().amax(dim=1, keepdim=True).float().clamp_min(torch.finfo(torch.float16).tiny)
     kernel: Any
     if precision == "int8":
+        scale = largest / torch.iinfo(torch.int8).max
+        rounded = (weight / scale).round().to(torch.int8)
+        if _Int8InOneCall.takes(weight):
+            return _Int8InOneCall(layer, rounded, scale)
         kernel = init_int8_linear_kernel(
             is_channelwise=True, is_static_input_scheme=False, input_symmetric=True, module_name="lrserve"
         )
-        scale = largest / torch.iinfo(torch.int8).max
-        rounded = (weight / scale).round().to(torch.int8)
     else:
         kernel = init_fp8_linear_kernel(
             activation_quant_key=kFp8DynamicTokenSym,

@@ -339,6 +339,33 @@ def test_int8_factors_are_within_what_rounding_allows(tokens: int, attention: Ch
     torch.testing.assert_close(row, found[:1], atol=1e-4, rtol=1e-4)  # every token has a scale of its own
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("n", "m"), [(64, 96), (64, 48), (48, 96)])
+def test_int8_takes_one_call_where_the_kernel_fits(n: int, m: int, dtype: torch.dtype) -> None:
+    from lrserve.serving.kernels import Factor
+
+    factor = Factor(n, m, bias=True, dtype=dtype)
+    W, b = torch.randn(m, n).to(dtype), torch.randn(m).to(dtype)
+    factor.weight.data.copy_(W)
+    factor.bias.data.copy_(b)
+    factor.pack("int8")
+    known = torch.cpu._is_vnni_supported() and torch.cpu._is_avx512_bf16_supported()
+    fits = known and dtype == torch.bfloat16 and n % 32 == m % 32 == 0
+    assert hasattr(factor, "bias_fp32") == fits
+    compiled = torch.compile(factor.multiply, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((0, n), (1, n), (9, n), (2, 3, n)):
+        wide = torch.randn(*shape[:-1], n + 8).to(dtype)
+        x = wide[..., 4 : 4 + n]  # rows that do not touch, as a part of a wider product
+        for with_bias in (True, False):
+            expected = x.float() @ W.float().T + with_bias * b.float()
+            found = factor.multiply(x, with_bias=with_bias)
+            assert (found.shape, found.dtype) == (expected.shape, dtype)
+            assert (found.float() - expected).norm() <= 0.02 * expected.norm()
+            if x.numel() and fits:
+                torch.testing.assert_close(compiled(x, with_bias=with_bias), found)
+    assert factor.multiply(torch.zeros(2, n, dtype=dtype)).allclose(b, rtol=1e-2)
+
+
 def test_int8_dense_layers_and_what_else_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.config.quantization import QuantizationConfigArgs
     from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
