@@ -23,8 +23,8 @@ from lrserve.artifacts.store import fingerprint, write_json
 from lrserve.artifacts.work import WorkFolder
 from lrserve.compression.spectra import SpectrumStore
 from lrserve.job import Job, progress_bar, reused
+from lrserve.serving.cpu import CPU_VARIABLES, cpu_environment
 from lrserve.serving.loadtest import MixComparison, compare, read_comparison
-from lrserve.serving.process import memory_environment
 from lrserve.serving.protocol import EngineProcess
 from lrserve.serving.runtimes import Runtime
 
@@ -48,9 +48,9 @@ class Measured:
 
 
 def machine() -> list[Any]:
-    """Identify what times depend on: processor or GPU, cores, threads asked for, and how memory is allocated."""
-    allocator = [memory_environment(os.environ).get(name) for name in ("GLIBC_TUNABLES", "LD_PRELOAD")]
-    names = [platform.machine(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS"), *allocator]
+    """Identify what times depend on: processor or GPU, cores, threads asked for, and how engines are started on the CPU."""
+    start = [cpu_environment(os.environ).get(name) for name in CPU_VARIABLES]
+    names = [platform.machine(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS"), *start]
     if torch.cuda.is_available():
         return [*names, torch.cuda.get_device_name(), torch.cuda.device_count()]
     cpus = Path("/proc/cpuinfo")

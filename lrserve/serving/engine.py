@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from exporters.base import Transcript
-from lrserve.serving.process import memory_environment
+from lrserve.serving.cpu import compilation, cpu_environment
 from lrserve.serving.protocol import EngineProcess, Throughput
 from lrserve.serving.versions import engine_version, on_cpu, require_vllm
 
@@ -97,10 +97,13 @@ class Engine(EngineProcess):
             "gpu_memory_utilization": gpu_memory_utilization,
             "kv_cache_bytes": int(kv_cache_gib * 2**30),
         }
+        environment = worker_environment(str(model), threads)
+        if on_cpu() and not enforce_eager:
+            settings["compilation_config"] = compilation(environment)
         super().__init__(
             model,
             settings,
-            worker_environment(str(model), threads),
+            environment,
             log=log,
             start_timeout=start_timeout,
             request_timeout=request_timeout,
@@ -130,7 +133,7 @@ class Engine(EngineProcess):
 
 def worker_environment(model: str, threads: int | None) -> dict[str, str]:
     """Environment of the worker: this process's own, plus what an offline, single-process engine wants."""
-    environment = memory_environment(os.environ) if on_cpu() else dict(os.environ)
+    environment = cpu_environment(os.environ) if on_cpu() else dict(os.environ)
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and worker in one process, whose CPU time is theirs
     environment["VLLM_NO_USAGE_STATS"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"

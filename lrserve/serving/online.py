@@ -65,14 +65,17 @@ class Server:
             port = free.getsockname()[1]
         self.url = f"http://{_HOST}:{port}"
         self._scratch = Scratch()
+        cpu = on_cpu()
+        environment = server_environment(self._scratch.environment({**os.environ, "VLLM_NO_USAGE_STATS": "1"}), cpu=cpu)
+        arguments = [*self._arguments, "--host", _HOST, "--port", str(port)]
         with open_log(self._wanted_log) as log:
             self._log_path = Path(log.name)
             self._process = subprocess.Popen(
-                server_command(self.model, [*self._arguments, "--host", _HOST, "--port", str(port)]),
+                server_command(self.model, arguments, environment, cpu=cpu),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(self._scratch.environment({**os.environ, "VLLM_NO_USAGE_STATS": "1"}), cpu=on_cpu()),
+                env=environment,
                 start_new_session=True,  # Ctrl-C reaches this process only, which then ends the server
             )
         try:

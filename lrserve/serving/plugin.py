@@ -2,7 +2,8 @@
 
 vLLM calls `register` in every one of its processes, sometimes more than once, and for every model that anybody serves
 where lrserve is installed. So it only registers a name, and checks nothing: whether this vLLM is one that lrserve was
-tested with is asked when an lrserve artifact is loaded (vllm_config.py), not when somebody serves another model.
+tested with is asked when an lrserve artifact is loaded (vllm_config.py), not when somebody serves another model. Processes
+that lrserve starts say so in their environment, and there it does the same for dense models as for artifacts.
 """
 
 from __future__ import annotations
@@ -10,9 +11,23 @@ from __future__ import annotations
 
 def register() -> None:
     """Tell vLLM which class reads a `quantization_config` whose `quant_method` is `lrserve`."""
+    import os
+
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from lrserve.compression.lowrank import QUANT_METHOD
+    from lrserve.serving.cpu import ATTENTION
     from lrserve.serving.vllm_config import LrserveConfig
 
     register_quantization_config(QUANT_METHOD)(LrserveConfig)
+    if os.environ.get(ATTENTION) == "1":
+        register_attention()
+
+
+def register_attention() -> None:
+    """Let models that this process builds from now on attend by serving/attention.py, on the CPU; safe to call again."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if current_platform.is_cpu():
+        register_backend(AttentionBackendEnum.CPU_ATTN, "lrserve.serving.attention.OneCallBackend")

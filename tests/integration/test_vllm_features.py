@@ -85,6 +85,13 @@ def run_eager(llm):
         return [module.compiled for module in compiled]
     return {"was_compiled": llm.collective_rpc(switch)}
 
+def in_use(llm):
+    def ask(rank):
+        model = rank.get_model()
+        impls = {type(module.impl).__name__ for module in model.modules() if hasattr(module, "impl")}
+        return [*impls, rank.vllm_config.compilation_config.inductor_compile_config.get("cpp_wrapper")]
+    return {"in_use": llm.collective_rpc(ask)}
+
 def drafts(llm):
     prefix = "vllm:spec_decode_num_"
     return {metric.name.removeprefix(prefix): metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
@@ -98,7 +105,7 @@ def shut_down(llm):
     return {}
 
 worker.build_engine = build
-worker.REQUESTS.update(generate=generate, run_eager=run_eager, drafts=drafts, shut_down=shut_down)
+worker.REQUESTS.update(generate=generate, run_eager=run_eager, in_use=in_use, drafts=drafts, shut_down=shut_down)
 worker.main()
 """
 
@@ -118,6 +125,10 @@ class FeatureEngine(Engine):
         """Call the model uncompiled from now on; return, for each rank, whether what was compiled so far is."""
         compiled: list[list[bool]] = self._request("run_eager")["was_compiled"]
         return compiled
+
+    def in_use(self) -> list[tuple[str, bool]]:
+        """For each rank, the class that attends and whether the compiled graph is C++."""
+        return [tuple(found) for found in self._request("in_use")["in_use"]]
 
     def drafted_and_accepted(self) -> tuple[int, int]:
         """Tokens that a draft proposed, and those that the model would have said itself."""
@@ -205,6 +216,7 @@ def continuations(transcripts: Sequence[Transcript]) -> list[Transcript]:
 
 def assert_agrees_compiled_and_eager(engine: FeatureEngine, case: Case, ranks: int) -> None:
     """With the first prompt's prefill in three chunks, and a prompt that finds its beginning in the cache."""
+    assert engine.in_use() == [("OneCallAttention", True)] * ranks
     assert_agree(case.reference[:3], engine.transcribe(PROMPTS, NEW_TOKENS))
     found, cached = engine.generate([LIKE_THE_FIRST])
     assert cached == [2 * BLOCK]

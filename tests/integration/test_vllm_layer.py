@@ -629,6 +629,29 @@ def test_embeddings_and_the_output_layer_are_left_alone() -> None:
     assert config_of().get_quant_method(nn.Embedding(4, 4), "lm_head") is None
 
 
+@pytest.mark.parametrize(("said", "by_plugin", "by_artifact"), [(None, False, True), ("0", False, False), ("1", True, True)])
+def test_attention_is_ours_where_lrserve_or_an_artifact_is_served(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, by_plugin: bool, by_artifact: bool
+) -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from lrserve.serving import plugin
+
+    backend = AttentionBackendEnum.CPU_ATTN
+    monkeypatch.delenv("LRSERVE_CPU_ATTENTION", raising=False)
+    if said is not None:
+        monkeypatch.setenv("LRSERVE_CPU_ATTENTION", said)
+    backend.clear_override()  # of other tests' layers
+    try:
+        plugin.register()
+        assert backend.is_overridden() == by_plugin
+        config_of().get_quant_method(bare("QKVParallelLinear"), "model.layers.0.qkv_proj")
+        assert backend.is_overridden() == by_artifact
+        assert (backend.get_class().get_impl_cls().__name__ == "OneCallAttention") == by_artifact
+    finally:
+        backend.clear_override()
+
+
 def test_untested_vllm_is_refused_when_an_artifact_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     from lrserve.serving import plugin, versions
     from lrserve.serving.vllm_config import LrserveConfig

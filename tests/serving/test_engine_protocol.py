@@ -237,12 +237,14 @@ def test_local_models_are_loaded_offline(tmp_path: Path, monkeypatch: pytest.Mon
     assert local["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 
-def test_engines_on_the_cpu_keep_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+def test_engines_on_the_cpu_keep_memory_and_attend_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GLIBC_TUNABLES", "LRSERVE_CPU_ATTENTION"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("lrserve.serving.engine.on_cpu", lambda: True)
     assert "mmap_threshold" in worker_environment("owner/name", None)["GLIBC_TUNABLES"]
+    assert worker_environment("owner/name", None)["LRSERVE_CPU_ATTENTION"] == "1"
     monkeypatch.setattr("lrserve.serving.engine.on_cpu", lambda: False)
-    assert "GLIBC_TUNABLES" not in worker_environment("owner/name", None)
+    assert not {"GLIBC_TUNABLES", "LRSERVE_CPU_ATTENTION"} & set(worker_environment("owner/name", None))
 
 
 def test_transcript_is_read_out_of_vllms_output() -> None:

@@ -110,7 +110,7 @@ def test_a_server_that_does_not_start_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, timeout: float, message: str
 ) -> None:
     monkeypatch.setattr(online, "preflight", lambda model: None)
-    monkeypatch.setattr(online, "server_command", lambda model, arguments: [sys.executable, "-c", code])
+    monkeypatch.setattr(online, "server_command", lambda *_, **__: [sys.executable, "-c", code])
     server: Any = Server(tmp_path, log=tmp_path / "log", start_timeout=timeout)
     with pytest.raises(EngineError, match=message), server:
         pass
@@ -131,7 +131,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 def test_a_server_is_there_once_it_is_healthy_and_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr(online, "preflight", lambda model: None)
-    monkeypatch.setattr(online, "server_command", lambda model, arguments: [sys.executable, "-c", ANSWERS, arguments[-1]])
+    monkeypatch.setattr(online, "server_command", lambda model, arguments, *_, **__: [sys.executable, "-c", ANSWERS, arguments[-1]])
     with Server(tmp_path, ["--port", "1"]) as server:
         address = server.url.removeprefix("http://")
         connection = http.client.HTTPConnection(address, timeout=5)

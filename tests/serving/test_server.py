@@ -10,9 +10,10 @@ import pytest
 
 from lrserve.errors import ArtifactError, EngineError
 from lrserve.serving import versions
-from lrserve.serving.process import memory_environment
+from lrserve.serving.cpu import cpu_environment
 from lrserve.serving.server import preflight, serve, server_command, server_environment
 
+THEIRS = ("--compilation-config", "{}")
 GROUPS = {"model.layers.0.mlp.down_proj": {"structure": "low_rank", "rank": 8, "members": ["down_proj"]}}
 
 
@@ -36,7 +37,7 @@ def write_config(folder: Path, quantization: dict[str, Any] | None) -> None:
 
 
 def test_command_binds_to_this_machine_and_passes_arguments_on() -> None:
-    command = server_command(Path("out"), ["--max-model-len", "1024", "--port=8001"])
+    command = server_command(Path("out"), ["--max-model-len", "1024", "--port=8001"], {}, cpu=True)
     module = "vllm.entrypoints.openai.api_server"
     expected = [sys.executable, "-m", module, "--model", "out", "--host", "127.0.0.1"]
     assert command == [*expected, "--max-model-len", "1024", "--port=8001"]
@@ -44,14 +45,25 @@ def test_command_binds_to_this_machine_and_passes_arguments_on() -> None:
 
 @pytest.mark.parametrize("host", [["--host", "0.0.0.0"], ["--host=0.0.0.0"]])
 def test_the_users_host_wins(host: list[str]) -> None:
-    assert server_command(Path("out"), host)[5:] == host
+    assert server_command(Path("out"), host, {}, cpu=True)[5:] == host
+
+
+def test_the_graph_is_compiled_to_cpp_on_the_cpu_unless_the_user_says_otherwise() -> None:
+    def added(environment: dict[str, str], *, cpu: bool = True) -> list[str]:
+        return server_command(Path("out"), [*THEIRS], server_environment(environment, cpu=cpu), cpu=cpu)[7 : -len(THEIRS)]
+
+    name, value = added({})
+    assert (name, json.loads(value)) == ("--compilation-config", {"inductor_compile_config": {"cpp_wrapper": True}})
+    assert added({"VLLM_USE_LAYERNAME": "1"}) == []  # with which it would not compile
+    assert added({}, cpu=False) == []
 
 
 def test_environment_defaults_give_way_to_the_users() -> None:
     defaults = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    assert server_environment({}, cpu=True) == memory_environment(defaults)
+    assert server_environment({}, cpu=True) == cpu_environment(defaults)
     assert server_environment({}, cpu=False) == {"HF_HUB_OFFLINE": "1"}
     mine = {"HF_HUB_OFFLINE": "0", "VLLM_CPU_KVCACHE_SPACE": "8", "GLIBC_TUNABLES": "glibc.malloc.arena_max=1", "OTHER": "x"}
+    mine |= {"VLLM_USE_LAYERNAME": "1", "LRSERVE_CPU_ATTENTION": "0"}
     assert server_environment(mine, cpu=True) == mine
 
 
@@ -128,7 +140,8 @@ def test_serve_becomes_the_server(artifact: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(Replaced):
         serve(artifact, ["--port", "8001"])
     [(path, command, environment)] = calls
-    assert (path, command) == (sys.executable, server_command(artifact, ["--port", "8001"]))
+    assert (path, command) == (sys.executable, server_command(artifact, ["--port", "8001"], environment, cpu=True))
+    assert "--compilation-config" in command
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
 
 
