@@ -1,12 +1,13 @@
 """What factors do to speed: dense against ratios 0.2, 0.4 and 0.6 in vLLM, and where the time goes.
 
-    python bench/speed.py                                    SmolLM2 and a 1.1B shape, every structure
+    python bench/speed.py                                    SmolLM2 and two shapes of 1.1B and 1.2B, every structure
     python bench/speed.py --model 1b --structure narrow --ratio 0.2
     python bench/speed.py --model 1b --structure narrow --dense qkv --dense o       all that is saved comes from the MLPs
     python bench/speed.py --model smollm2 --plan demo/lrserve/plan.json
 
 Weights are random: the clock does not see values. Plans are uniform, but for `--plan`. For each structure one dense engine and one
 for each ratio are up at once and measured in turns: decode steps with 1, 8 and 32 requests at once, and the prefill of one prompt.
+All are started as lrserve starts vLLM (`lrserve/serving/cpu.py`); with `--alone` there is a row for the dense model without that.
 
     step      milliseconds of one decode step: (time of 65 output tokens - time of 1) / 64; median of the rounds
     speedup   the dense step over this one, round by round: median (lowest to highest)
@@ -16,8 +17,8 @@ for each ratio are up at once and measured in turns: decode steps with 1, 8 and 
     GEMM      share of that time that its matrix products take, by the table of single layers (`lrserve/serving/latency.py`)
 
 With `--quantized` the plans are served in int8 (W8A8, `--quantization-config` of `vllm serve`), beside the dense model in bfloat16,
-in int8 by lrserve's layers (`dense int8`) and by vLLM's (compressed-tensors' format), and in int4 by vLLM's (GPTQ's format, groups
-of 32, activations in bfloat16).
+in int8 by lrserve's layers (`dense int8`) and by vLLM alone (compressed-tensors' format), and in int4 by vLLM alone (GPTQ's format,
+groups of 32, activations in bfloat16).
 
 What is finished is kept in the work folder. Run it with nothing else on the machine. The last line is JSON.
 """
@@ -27,10 +28,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
@@ -49,6 +51,8 @@ from lrserve.artifacts.store import fingerprint, write_json
 from lrserve.compression.groups import KINDS, STRUCTURES, Group, allocated, find_groups
 from lrserve.compression.lowrank import quantization_config, specs_of
 from lrserve.job import progress_bar
+from lrserve.measuring import machine
+from lrserve.serving.cpu import ATTENTION
 from lrserve.serving.engine import Engine, engine_version, in_turns
 
 RATIOS = (0.2, 0.4, 0.6)
@@ -78,8 +82,17 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "vocab_size": 32000,
         "tie_word_embeddings": False,
     },
+    "llama-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
 }
-"""SmolLM2-135M, and TinyLlama-1.1B."""
+"""SmolLM2-135M, TinyLlama-1.1B and Llama-3.2-1B."""
 
 BYTES = {"bfloat16": 2.0, "int8": 1.0, "int8 by vLLM": 1.0, "int4": 0.5 + 2 / 32}
 """Of a weight, by precision."""
@@ -119,14 +132,14 @@ def decode(engine: Engine, concurrency: int, seed: int) -> float:
     return (long - short) / STEPS
 
 
-def measure(engine: Engine, seed: int) -> Timed:
+def measure(engine: Engine, seed: int, samples: int = SAMPLES) -> Timed:
     """Measure one round: several requests once; one request, the prefill and between them the rates several times, for the median.
 
     The machine's bandwidth drifts within seconds, so the rates are those of the same seconds.
     """
     steps = {concurrency: decode(engine, concurrency, seed) for concurrency in CONCURRENCIES[1:]}
     runs = []
-    for i in range(SAMPLES):
+    for i in range(samples):
         step = decode(engine, 1, seed + i)
         (large,) = engine.latency_table([LARGE], [1, PREFILL])
         runs.append([step, engine.throughput(PREFILL, 1, 1, seed=seed + i).seconds, *large])
@@ -143,6 +156,8 @@ class Contender:
     groups: Sequence[Group]
     plan: RankPlan
     precision: str = "bfloat16"
+    alone: bool = False
+    """Whether vLLM is as anybody starts it who has no lrserve."""
 
     @property
     def units(self) -> list[Group]:
@@ -196,16 +211,30 @@ def model_config(name: str) -> LlamaConfig:
     return config
 
 
+@contextmanager
+def without_lrserve() -> Iterator[None]:
+    """Engines built within are started as vLLM comes: what the environment says stays."""
+    theirs = {ATTENTION: "0", "VLLM_USE_LAYERNAME": "1", "GLIBC_TUNABLES": ""}
+    before = {name: os.environ.get(name) for name in theirs}
+    os.environ.update(theirs)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int, eager: bool) -> Any:
     """Measure the contenders, one of which is `dense`, in turns, or read what an earlier run measured."""
-    keys = {label: [contender.plan.key(), contender.precision] for label, contender in contenders.items()}
-    identity = [name, keys, rounds, eager, engine_version(), transformers_version, list(Timed.__dataclass_fields__)]
+    keys = {label: [contender.plan.key(), contender.precision, contender.alone] for label, contender in contenders.items()}
+    identity = [name, keys, rounds, eager, engine_version(), transformers_version, machine(), list(Timed.__dataclass_fields__)]
     path = work / f"{name}-{fingerprint(identity)[:16]}.json"
     if not path.is_file():
         with progress_bar(rounds * len(contenders), name) as progress, ExitStack() as stack:
-            engines = {
-                label: stack.enter_context(
-                    Engine(
+            engines = {}
+            for label, contender in contenders.items():
+                with without_lrserve() if contender.alone else nullcontext():
+                    engine = Engine(
                         contender.write(work / name / label.replace("/", "-")),
                         max_model_len=1024,
                         max_num_seqs=max(CONCURRENCIES),
@@ -214,19 +243,23 @@ def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int,
                         load_format="dummy",
                         kv_cache_gib=0.5,
                     )
-                )
-                for label, contender in contenders.items()
-            }
+                engines[label] = stack.enter_context(engine)
             for engine in engines.values():
-                measure(engine, 0)
+                measure(engine, 0, samples=1)
             done = count(1)
             found = in_turns(engines, measure, rounds, seed=1, progress=lambda *_: progress(next(done)))
             calls = {label: contender.calls() for label, contender in contenders.items() if contender.precision == "bfloat16"}
             shapes = list(dict.fromkeys(shape for of_plan in calls.values() for shape in of_plan))
             tokens = [*CONCURRENCIES, PREFILL]
             rows = dict(zip(shapes, engines["dense"].latency_table(shapes, tokens), strict=True))
+        last = contenders["dense"].output_layer  # which multiplies one row of a prompt, its last
+        prompt = {shape: row[0] if shape == last else row[-1] for shape, row in rows.items()}
+        columns = [*({shape: row[i] for shape, row in rows.items()} for i in range(len(CONCURRENCIES))), prompt]
         gemm = {
-            label: {n: 1e-6 * sum(number * rows[shape][i] for shape, number in of_plan.items()) for i, n in enumerate(tokens)}
+            label: {
+                n: 1e-6 * sum(number * column[shape] for shape, number in of_plan.items())
+                for n, column in zip(tokens, columns, strict=True)
+            }
             for label, of_plan in calls.items()
         }
         result = {
@@ -297,6 +330,7 @@ def main() -> None:
     )
     parser.add_argument("--plan", action="append", type=Path, help="measure this plan.json instead of uniform ones; repeatable")
     parser.add_argument("--quantized", action="store_true", help="in int8, beside dense in bfloat16, int8 and int4")
+    parser.add_argument("--alone", action="store_true", help="dense also as vLLM starts where there is no lrserve")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--work", type=Path, default=Path("speed.work"), help="folder for what is finished [default: speed.work]")
@@ -310,6 +344,8 @@ def main() -> None:
         contender = partial(Contender, model_config(name), groups)
         nothing = RankPlan(dict.fromkeys((group.name for group in groups), None), "low_rank")
         dense = {"dense": contender(nothing)}
+        if arguments.alone:
+            dense["dense, vLLM alone"] = contender(nothing, alone=True)
         series: list[dict[str, Contender]] = []
         if arguments.plan:
             series.append(dense | {path.with_suffix("").as_posix(): contender(RankPlan.read(path)) for path in arguments.plan})
@@ -324,7 +360,8 @@ def main() -> None:
                     ranks = uniform(fit, (1 - ratio) * whole - spent).ranks
                     plans[ratio] = RankPlan({unit.name: ranks.get(unit.name) for unit in units}, structure)
                 if arguments.quantized:
-                    others = {f"dense {precision}": contender(nothing, precision) for precision in ("int8", *THEIRS)}
+                    others = {"dense int8": contender(nothing, "int8")}
+                    others |= {f"dense {precision}": contender(nothing, precision, alone=True) for precision in THEIRS}
                     others |= {f"{structure} {ratio:g} int8": contender(plan, "int8") for ratio, plan in plans.items()}
                 else:
                     others = {f"{structure} {ratio:g}": contender(plan) for ratio, plan in plans.items()}

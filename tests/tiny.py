@@ -38,6 +38,11 @@ _MODEL_TYPES = {
 }
 
 
+def _windows(layers: int) -> dict[str, Any]:
+    """Attention over the last 24 tokens from the fourth layer on."""
+    return {"sliding_window": 24, "layer_types": [*["full_attention"] * 3, *["sliding_attention"] * (layers - 3)][:layers]}
+
+
 def dense_model(architecture: str, *, layers: int = 2) -> Any:
     """A random model whose outputs depend visibly on every weight and bias."""
     # vLLM's CPU attention wants a head_dim of at least 32, which in its Qwen2 is hidden_size / heads.
@@ -57,6 +62,7 @@ def dense_model(architecture: str, *, layers: int = 2) -> Any:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        **(_windows(layers) if architecture == "Gemma3ForCausalLM" else {}),
     )
     config.dtype = "float32"
     torch.manual_seed(0)
