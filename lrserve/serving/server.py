@@ -30,7 +30,8 @@ def server_command(model_dir: Path, extra_args: Sequence[str], environment: Mapp
     """
     host = [] if any(_is_option(argument, "--host") for argument in extra_args) else ["--host", DEFAULT_HOST]
     module = "vllm.entrypoints.openai.api_server"
-    settings = compilation(environment) if cpu else {}
+    from_file = any(_is_option(argument, "--config") for argument in extra_args)  # whose settings would give way to ours
+    settings = compilation(environment) if cpu and not from_file else {}
     compiled = ["--compilation-config", json.dumps(settings)] if settings else []
     return [sys.executable, "-m", module, "--model", str(model_dir), *host, *compiled, *extra_args]
 

@@ -56,6 +56,9 @@ def test_the_graph_is_compiled_to_cpp_on_the_cpu_unless_the_user_says_otherwise(
     assert (name, json.loads(value)) == ("--compilation-config", {"inductor_compile_config": {"cpp_wrapper": True}})
     assert added({"VLLM_USE_LAYERNAME": "1"}) == []  # with which it would not compile
     assert added({}, cpu=False) == []
+    assert "--compilation-config" not in server_command(
+        Path("out"), ["--config", "vllm.yaml"], server_environment({}, cpu=True), cpu=True
+    )
 
 
 def test_environment_defaults_give_way_to_the_users() -> None:
