@@ -213,7 +213,7 @@ def model_config(name: str) -> LlamaConfig:
 
 @contextmanager
 def without_lrserve() -> Iterator[None]:
-    """Engines built within are started as vLLM comes: what the environment says stays."""
+    """Engines built within are started as vLLM comes, whatever the environment says about these variables."""
     theirs = {ATTENTION: "0", "VLLM_USE_LAYERNAME": "1", "GLIBC_TUNABLES": ""}
     before = {name: os.environ.get(name) for name in theirs}
     os.environ.update(theirs)

@@ -50,9 +50,9 @@ class OneCallAttention(CPUAttentionBackendImpl):  # type: ignore[misc]
         now = attn_metadata.num_actual_tokens
         scales = layer._k_scale_float, layer._v_scale_float, self.kv_cache_dtype
         if key is not None and value is not None and self.kv_sharing_target_layer_name is None:
-            torch.ops._C.cpu_attn_reshape_and_cache.default(
-                key[:now], value[:now], keys, values, attn_metadata.slot_mapping, layer.isa, *scales
-            )
+            slots = attn_metadata.slot_mapping
+            stored = slots.shape[0]  # not `now`: a cross-attention stores the encoder's tokens
+            torch.ops._C.cpu_attn_reshape_and_cache.default(key[:stored], value[:stored], keys, values, slots, layer.isa, *scales)
         if self.sinks is not None or output_scale is not None or output_block_scale is not None:
             return self._vllms(*arguments)
         torch.ops._C.cpu_attention_with_kv_cache.default(

