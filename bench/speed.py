@@ -52,7 +52,7 @@ from lrserve.compression.groups import KINDS, STRUCTURES, Group, allocated, find
 from lrserve.compression.lowrank import quantization_config, specs_of
 from lrserve.job import progress_bar
 from lrserve.measuring import machine
-from lrserve.serving.cpu import ATTENTION
+from lrserve.serving.cpu import KERNELS
 from lrserve.serving.engine import Engine, engine_version, in_turns
 
 RATIOS = (0.2, 0.4, 0.6)
@@ -214,7 +214,7 @@ def model_config(name: str) -> LlamaConfig:
 @contextmanager
 def without_lrserve() -> Iterator[None]:
     """Engines built within are started as vLLM comes, whatever the environment says about these variables."""
-    theirs = {ATTENTION: "0", "VLLM_USE_LAYERNAME": "1", "GLIBC_TUNABLES": ""}
+    theirs = {KERNELS: "0", "VLLM_USE_LAYERNAME": "1", "GLIBC_TUNABLES": ""}
     before = {name: os.environ.get(name) for name in theirs}
     os.environ.update(theirs)
     try:

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.kernels.linear import init_fp8_linear_kernel, init_int8_linear_kernel
+from vllm.model_executor.layers import utils
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kFp8StaticChannelSym
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm, dispatch_unquantized_gemm
 from vllm.platforms import current_platform
 
 from lrserve.compression.groups import Stored
@@ -120,7 +120,7 @@ class Factor(nn.Module):
             self.register_parameter("bias", None)
         self._quantized: Any = None
         config = get_current_vllm_config_or_none()
-        self._gemm = dispatch_unquantized_gemm(config.kernel_config.linear_backend if config is not None else "auto")
+        self._gemm = utils.dispatch_unquantized_gemm(config.kernel_config.linear_backend if config is not None else "auto")
 
     def pack(self, precision: Precision | None = None) -> None:
         """Quantize the loaded weight, or bring it into the layout that the CPU kernels want: without it they run at half the speed.
@@ -130,7 +130,7 @@ class Factor(nn.Module):
         if precision is not None:
             self._quantized = quantized_kernel(self, precision)
         elif current_platform.is_cpu():
-            dispatch_cpu_unquantized_gemm(self, remove_weight=True)
+            utils.dispatch_cpu_unquantized_gemm(self, remove_weight=True)  # lrserve's, where plugin.py has put it
 
     def multiply(self, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
         """Multiply x (..., n) -> (..., m), the bias in the multiplication's epilogue.

@@ -16,18 +16,31 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from lrserve.compression.lowrank import QUANT_METHOD
-    from lrserve.serving.cpu import ATTENTION
+    from lrserve.serving.cpu import KERNELS
     from lrserve.serving.vllm_config import LrserveConfig
 
     register_quantization_config(QUANT_METHOD)(LrserveConfig)
-    if os.environ.get(ATTENTION) == "1":
-        register_attention()
+    if os.environ.get(KERNELS) == "1":
+        register_kernels()
 
 
-def register_attention() -> None:
-    """Let models that this process builds from now on attend by serving/attention.py, on the CPU; safe to call again."""
+def register_kernels() -> None:
+    """Let models that this process builds from now on attend by serving/attention.py and multiply by serving/linear.py, on the CPU.
+
+    vLLM has a registry for attention. For products it has none: its layers look `dispatch_cpu_unquantized_gemm` up in its module
+    when their weights are loaded, and there a function that asks lrserve first takes its place. Safe to call again.
+    """
+    from functools import partial
+
+    from vllm.model_executor.layers import utils
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    if current_platform.is_cpu():
-        register_backend(AttentionBackendEnum.CPU_ATTN, "lrserve.serving.attention.OneCallBackend")
+    from lrserve.serving.linear import dispatch
+
+    if not current_platform.is_cpu():
+        return
+    register_backend(AttentionBackendEnum.CPU_ATTN, "lrserve.serving.attention.OneCallBackend")
+    theirs = utils.dispatch_cpu_unquantized_gemm
+    if getattr(theirs, "func", None) is not dispatch:
+        utils.dispatch_cpu_unquantized_gemm = partial(dispatch, theirs)

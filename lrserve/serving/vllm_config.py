@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from lrserve.compression.lowrank import QUANT_METHOD, GroupSpec, parse_groups
 from lrserve.errors import ArtifactError, EngineError
-from lrserve.serving.cpu import ATTENTION
+from lrserve.serving.cpu import KERNELS
 from lrserve.serving.versions import require_vllm
 
 if TYPE_CHECKING:  # kernels, and what else the plugin need not load in every process
@@ -137,10 +137,10 @@ class LrserveConfig(QuantizationConfig):  # type: ignore[misc]
 
         if not isinstance(layer, LinearBase):
             return None
-        if os.environ.get(ATTENTION) != "0":
-            from lrserve.serving.plugin import register_attention
+        if os.environ.get(KERNELS) != "0":
+            from lrserve.serving.plugin import register_kernels
 
-            register_attention()  # in time: a block's first linear is made before its attention
+            register_kernels()  # in time: a block's first linear is made before its attention
         from lrserve.serving.vllm_layer import DenseMethod, FewerOutputsMethod, LowRankLinearMethod, PerShardMethod
 
         specs, precision = self.groups_of(prefix), self.precision_of(prefix)

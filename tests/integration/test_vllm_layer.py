@@ -630,23 +630,29 @@ def test_embeddings_and_the_output_layer_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize(("said", "by_plugin", "by_artifact"), [(None, False, True), ("0", False, False), ("1", True, True)])
-def test_attention_is_ours_where_lrserve_or_an_artifact_is_served(
+def test_kernels_are_ours_where_lrserve_or_an_artifact_is_served(
     monkeypatch: pytest.MonkeyPatch, said: str | None, by_plugin: bool, by_artifact: bool
 ) -> None:
+    from vllm.model_executor.layers import utils
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from lrserve.serving import plugin
 
     backend = AttentionBackendEnum.CPU_ATTN
-    monkeypatch.delenv("LRSERVE_CPU_ATTENTION", raising=False)
+    vllms = getattr(utils.dispatch_cpu_unquantized_gemm, "args", [utils.dispatch_cpu_unquantized_gemm])[0]
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", vllms)
+    monkeypatch.delenv("LRSERVE_CPU_KERNELS", raising=False)
     if said is not None:
-        monkeypatch.setenv("LRSERVE_CPU_ATTENTION", said)
+        monkeypatch.setenv("LRSERVE_CPU_KERNELS", said)
     backend.clear_override()  # of other tests' layers
     try:
         plugin.register()
-        assert backend.is_overridden() == by_plugin
+        assert backend.is_overridden() == (utils.dispatch_cpu_unquantized_gemm is not vllms) == by_plugin
         config_of().get_quant_method(bare("QKVParallelLinear"), "model.layers.0.qkv_proj")
-        assert backend.is_overridden() == by_artifact
+        assert backend.is_overridden() == (utils.dispatch_cpu_unquantized_gemm is not vllms) == by_artifact
+        plugin.register()
+        config_of().get_quant_method(bare("QKVParallelLinear"), "model.layers.1.qkv_proj")
+        assert not by_artifact or utils.dispatch_cpu_unquantized_gemm.args == (vllms,)  # asked once, not twice
         assert (backend.get_class().get_impl_cls().__name__ == "OneCallAttention") == by_artifact
     finally:
         backend.clear_override()

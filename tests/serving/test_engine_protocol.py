@@ -238,13 +238,13 @@ def test_local_models_are_loaded_offline(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_engines_on_the_cpu_keep_memory_and_attend_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("GLIBC_TUNABLES", "LRSERVE_CPU_ATTENTION"):
+    for name in ("GLIBC_TUNABLES", "LRSERVE_CPU_KERNELS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("lrserve.serving.engine.on_cpu", lambda: True)
     assert "mmap_threshold" in worker_environment("owner/name", None)["GLIBC_TUNABLES"]
-    assert worker_environment("owner/name", None)["LRSERVE_CPU_ATTENTION"] == "1"
+    assert worker_environment("owner/name", None)["LRSERVE_CPU_KERNELS"] == "1"
     monkeypatch.setattr("lrserve.serving.engine.on_cpu", lambda: False)
-    assert not {"GLIBC_TUNABLES", "LRSERVE_CPU_ATTENTION"} & set(worker_environment("owner/name", None))
+    assert not {"GLIBC_TUNABLES", "LRSERVE_CPU_KERNELS"} & set(worker_environment("owner/name", None))
 
 
 def test_transcript_is_read_out_of_vllms_output() -> None:

@@ -66,7 +66,7 @@ def test_environment_defaults_give_way_to_the_users() -> None:
     assert server_environment({}, cpu=True) == cpu_environment(defaults)
     assert server_environment({}, cpu=False) == {"HF_HUB_OFFLINE": "1"}
     mine = {"HF_HUB_OFFLINE": "0", "VLLM_CPU_KVCACHE_SPACE": "8", "GLIBC_TUNABLES": "glibc.malloc.arena_max=1", "OTHER": "x"}
-    mine |= {"VLLM_USE_LAYERNAME": "1", "LRSERVE_CPU_ATTENTION": "0"}
+    mine |= {"VLLM_USE_LAYERNAME": "1", "LRSERVE_CPU_KERNELS": "0"}
     assert server_environment(mine, cpu=True) == mine
 
 

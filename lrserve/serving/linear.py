@@ -1,0 +1,108 @@
+"""Products in bfloat16 on CPUs with AVX-512: a kernel of lrserve's own, for dense linears and factors alike. Imports no vLLM.
+
+vLLM multiplies with oneDNN there, which on matrices of a megabyte and few tokens reaches half of the machine's bandwidth; and a
+compressed model's matrices are smaller than a dense one's. linear.cpp is nearer to it, and as fast as oneDNN in prefill
+(docs/performance.md). It is compiled when it is first wanted, with the compiler that torch.compile wants as well, and kept in the
+cache; without one, products stay vLLM's.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from lrserve.artifacts.store import whole
+from lrserve.inputs.source import cache_folder
+
+_SOURCE: Final = Path(__file__).with_suffix(".cpp")
+_FLAGS: Final = [
+    "-std=c++20",
+    "-O3",
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512bf16",
+    "-mfma",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+]
+_LANES: Final = 16  # rows of W that are multiplied at once
+_BLOCK: Final = 3 * _LANES
+_log = logging.getLogger(__name__)
+
+
+def takes(weight: torch.Tensor) -> bool:
+    """Say whether this machine and a weight (m, n) have the kernel."""
+    fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.ndim == 2 and weight.shape[1] % 2 == 0
+    return fits and weight.numel() > 0 and torch.cpu._is_avx512_bf16_supported() and available()
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """Bring W (m, n) into the kernel's layout (linear.cpp): (m rounded up to a multiple of 16, n), of which the last rows are 0."""
+    m, n = weight.shape
+    rows = nn.functional.pad(weight, (0, 0, 0, -m % _LANES))
+    blocks = [block.view(-1, n // 2, 2).transpose(0, 1).reshape(-1, n) for block in torch.split(rows, _BLOCK)]
+    return torch.cat(blocks)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, m: int) -> torch.Tensor:
+    """Multiply x (..., n) by a packed weight and add the bias (m,) -> (..., m)."""
+    y: torch.Tensor = torch.ops.lrserve.linear(x, weight, bias, m)
+    return y
+
+
+@functools.cache
+def available() -> bool:
+    """Load the kernel, compiling it the first time; say whether that went well."""
+    try:
+        torch.ops.load_library(_library())  # type: ignore[no-untyped-call]
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        _log.warning("lrserve's kernel for CPUs cannot be compiled, vLLM's multiplies instead (which is slower): %s", detail)
+        return False
+    torch.library.register_fake("lrserve::linear", lambda x, weight, bias, m: x.new_empty(*x.shape[:-1], m))
+    return True
+
+
+def _library() -> Path:
+    """Return the compiled kernel, from the cache if it is there."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    key = hashlib.sha256(repr((_SOURCE.read_bytes(), torch.__version__, compiler, _FLAGS)).encode()).hexdigest()
+    target = cache_folder() / "kernels" / f"linear-{key[:16]}.so"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        includes = [f"-isystem{path}" for path in include_paths()]
+        libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
+        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+        with whole(target) as partial:
+            command = [*compiler, *_FLAGS, abi, *includes, str(_SOURCE), *libraries, "-o", str(partial)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+    return target
+
+
+def dispatch(theirs: Any, layer: Any, remove_weight: bool) -> None:
+    """Do what vLLM's `dispatch_cpu_unquantized_gemm` (`theirs`) does: set `layer.cpu_linear`, a function of x, weight and bias.
+
+    `remove_weight`: nobody else reads the layer's weight, so it is replaced by its packed form.
+    """
+    if not takes(layer.weight):
+        theirs(layer, remove_weight)
+        return
+    m, packed = len(layer.weight), pack(layer.weight.data)
+    if remove_weight:
+        layer.weight = nn.Parameter(packed, requires_grad=False)
+        layer.cpu_linear = lambda x, weight, bias: linear(x, weight, bias, m)
+    else:
+        layer.cpu_linear = lambda x, weight, bias: linear(x, packed, bias, m)
