@@ -1,4 +1,4 @@
-"""The products of a layer in the serving engine: vLLM's own kernel for the platform, weights packed or quantized. Imports vLLM.
+"""The products of a layer in the serving engine: the kernel that serves it there, weights packed or quantized. Imports vLLM.
 
 The compressed layers multiply with these, and so does the table of single-layer latencies, so the table measures what is served.
 
