@@ -1,4 +1,4 @@
-"""Products in bfloat16 on CPUs with AVX-512: a kernel of lrserve's own, for dense linears and factors alike. Imports no vLLM.
+"""Products in bfloat16 on CPUs with AVX-512 and without AMX, by a kernel of lrserve's own. Imports no vLLM.
 
 vLLM multiplies with oneDNN there, which on matrices of a megabyte and few tokens reaches half of the machine's bandwidth; and a
 compressed model's matrices are smaller than a dense one's. linear.cpp is nearer to it, and as fast as oneDNN in prefill
@@ -44,7 +44,9 @@ _log = logging.getLogger(__name__)
 def takes(weight: torch.Tensor) -> bool:
     """Say whether this machine and a weight (m, n) have the kernel."""
     fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.ndim == 2 and weight.shape[1] % 2 == 0
-    return fits and weight.numel() > 0 and torch.cpu._is_avx512_bf16_supported() and available()
+    # With AMX, which has several times the operations a second, vLLM's kernels take that.
+    here = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return fits and weight.numel() > 0 and here and available()
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

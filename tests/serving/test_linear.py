@@ -13,7 +13,7 @@ from torch import nn
 
 from lrserve.serving import linear
 
-HERE = torch.cpu._is_avx512_bf16_supported()
+HERE = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 @pytest.fixture
@@ -95,6 +95,13 @@ def test_layers_multiply_by_it_compiled_as_well(remove_weight: bool) -> None:
     x = torch.randn(3, 64).to(torch.bfloat16)
     compiled = torch.compile(lambda x: layer.cpu_linear(x, layer.weight, None) * 2, fullgraph=True)
     torch.testing.assert_close(compiled(x).float(), 2 * exact(x, weight, None), rtol=8e-3, atol=2e-3)
+
+
+@pytest.mark.skipif(not HERE, reason="needs AVX-512 with bfloat16")
+def test_processors_with_amx_multiply_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert linear.takes(Layer(8, 8).weight)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not linear.takes(Layer(8, 8).weight)
 
 
 @pytest.mark.parametrize("layer", [Layer(8, 8, torch.float32), Layer(8, 7), Layer(8, 8).to("meta")])
