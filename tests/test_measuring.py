@@ -5,8 +5,9 @@ import random
 from typing import Any
 
 import optuna
+import pytest
 
-from lrserve.measuring import published
+from lrserve.measuring import machine, published
 
 
 def table(seed: int) -> dict[str, Any]:
@@ -38,3 +39,10 @@ def test_mysql_can_keep_the_table() -> None:
     published(study, table(1))
     assert len(json.dumps(table(1))) > 2**16
     assert all(len(json.dumps(value)) < 2**16 for value in study.user_attrs.values())
+
+
+def test_times_of_another_kernel_are_not_taken_for_this_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = machine()
+    assert before == machine()
+    monkeypatch.setattr("lrserve.serving.linear.version", lambda: "another")
+    assert before != machine()

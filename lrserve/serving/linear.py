@@ -9,7 +9,6 @@ cache; without one, products stay vLLM's.
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import os
 import shlex
@@ -20,7 +19,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from lrserve.artifacts.store import whole
+from lrserve.artifacts.store import file_sha256, fingerprint, whole
 from lrserve.inputs.source import cache_folder
 
 _SOURCE: Final = Path(__file__).with_suffix(".cpp")
@@ -63,6 +62,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, m: 
     return y
 
 
+def version() -> str:
+    """Identify the kernel's source: times of another one are not this one's."""
+    return file_sha256(_SOURCE)
+
+
 @functools.cache
 def available() -> bool:
     """Load the kernel, compiling it the first time; say whether that went well."""
@@ -79,7 +83,7 @@ def available() -> bool:
 def _library() -> Path:
     """Return the compiled kernel, from the cache if it is there."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
-    key = hashlib.sha256(repr((_SOURCE.read_bytes(), torch.__version__, compiler, _FLAGS)).encode()).hexdigest()
+    key = fingerprint([version(), torch.__version__, compiler, _FLAGS])
     target = cache_folder() / "kernels" / f"linear-{key[:16]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)

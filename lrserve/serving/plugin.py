@@ -36,10 +36,10 @@ def register_kernels() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from lrserve.serving.linear import dispatch
-
     if not current_platform.is_cpu():
         return
+    from lrserve.serving.linear import dispatch
+
     register_backend(AttentionBackendEnum.CPU_ATTN, "lrserve.serving.attention.OneCallBackend")
     theirs = utils.dispatch_cpu_unquantized_gemm
     if getattr(theirs, "func", None) is not dispatch:

@@ -42,7 +42,7 @@ class LrserveConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Return the least CUDA capability: any, since there is no kernel of our own."""
+        """Return the least CUDA capability: any, since there is no CUDA kernel of our own."""
         return 0
 
     @staticmethod

@@ -658,6 +658,26 @@ def test_kernels_are_ours_where_lrserve_or_an_artifact_is_served(
         backend.clear_override()
 
 
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(), reason="the kernel needs AVX-512, not AMX"
+)
+def test_vllms_own_dense_layers_and_output_layer_multiply_by_our_kernel() -> None:
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    from lrserve.serving import linear, plugin
+
+    plugin.register_kernels()
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    for method in (UnquantizedLinearMethod(), UnquantizedEmbeddingMethod()):
+        layer = nn.Module()
+        weight = torch.randn(80, 64, dtype=torch.bfloat16)
+        layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        method.process_weights_after_loading(layer)
+        assert torch.equal(method.apply(layer, x), linear.linear(x, linear.pack(weight), None, 80))
+        assert layer.cpu_linear.__module__ == linear.__name__
+
+
 def test_untested_vllm_is_refused_when_an_artifact_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     from lrserve.serving import plugin, versions
     from lrserve.serving.vllm_config import LrserveConfig

@@ -98,7 +98,7 @@ def test_layers_multiply_by_it_compiled_as_well(remove_weight: bool) -> None:
 
 
 @pytest.mark.skipif(not HERE, reason="needs AVX-512 with bfloat16")
-def test_processors_with_amx_multiply_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processors_with_amx_are_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear.takes(Layer(8, 8).weight)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert not linear.takes(Layer(8, 8).weight)
@@ -120,7 +120,9 @@ def test_without_a_compiler_products_stay_vllms(
     for compiler, reason in (("no-such-compiler", "No such file"), ("g++ -no-such-flag", "no-such-flag")):
         monkeypatch.setenv("CXX", compiler)
         assert not linear.takes(Layer(8, 8).weight)
-        assert f"vLLM's multiplies instead (which is slower): {reason}" in caplog.text or reason in caplog.text
+        assert "vLLM's multiplies instead" in caplog.text
+        assert reason in caplog.text
+        caplog.clear()
     assert not list((tmp_path / "kernels").iterdir())
 
 
