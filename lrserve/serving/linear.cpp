@@ -30,7 +30,7 @@ constexpr int kVectors = 3;       // registers of a block
 constexpr int kTokens = 8;        // of a tile
 constexpr int64_t kPanel = 512;   // tokens that pass through all of a thread's weights at a time: their x is to stay in a cache
 constexpr int64_t kDepth = 4096;  // inputs that do so, if there is more than one tile: so is a block of W
-constexpr int64_t kAhead = 1024;  // bytes of weights that are asked for in advance
+constexpr int64_t kAhead = 4096;  // bytes of weights that are asked for in advance, for one token
 
 // Adds (or, at first, writes) the products of R tokens and V registers of rows over `pairs` pairs of inputs to sums [R][16 V].
 template <int R, int V>
@@ -45,7 +45,8 @@ void tile(const Value* w, int64_t stride, const Value* x, int64_t n, int64_t pai
     const Value* here = w + pair * stride;
     __m512bh rows[V];
     for (int v = 0; v < V; ++v) {
-      if constexpr (R <= 4) _mm_prefetch(reinterpret_cast<const char*>(here + 2 * kLanes * v) + kAhead, _MM_HINT_T0);
+      // Weights that pass but once are to leave the caches to what a step needs again. From two tokens on, asking costs more.
+      if constexpr (R == 1) _mm_prefetch(reinterpret_cast<const char*>(here + 2 * kLanes * v) + kAhead, _MM_HINT_NTA);
       rows[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(here + 2 * kLanes * v));
     }
 #pragma GCC unroll 8
