@@ -52,14 +52,18 @@ class OneCallAttention(CPUAttentionBackendImpl):  # type: ignore[misc]
         if key is not None and value is not None and self.kv_sharing_target_layer_name is None:
             slots = attn_metadata.slot_mapping
             stored = slots.shape[0]  # not `now`: a cross-attention stores the encoder's tokens
-            torch.ops._C.cpu_attn_reshape_and_cache.default(key[:stored], value[:stored], keys, values, slots, layer.isa, *scales)
+            if stored != key.shape[0]:
+                key, value = key[:stored], value[:stored]
+            torch.ops._C.cpu_attn_reshape_and_cache.default(key, value, keys, values, slots, layer.isa, *scales)
         if self.sinks is not None or output_scale is not None or output_block_scale is not None:
             return self._vllms(*arguments)
+        if now != query.shape[0]:
+            query = query[:now]
         torch.ops._C.cpu_attention_with_kv_cache.default(
-            query[:now],
+            query,
             keys,
             values,
-            output[:now],
+            output if now == output.shape[0] else output[:now],
             attn_metadata.query_start_loc,
             attn_metadata.seq_lens,
             self.scale,
