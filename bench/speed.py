@@ -12,7 +12,7 @@ All are started as lrserve starts vLLM (`lrserve/serving/cpu.py`); with `--alone
     step      milliseconds of one decode step: (time of 65 output tokens - time of 1) / 64; median of the rounds
     speedup   the dense step over this one, round by round: median (lowest to highest)
     bound     share of what the machine can do: for decode the time in which the model's weights can be read, for prefill the time
-              of its multiplications (linears, causal attention, and the output layer for one token), at the rate that vLLM's own
+              of its multiplications (linears, causal attention, and the output layer for one token), at the rate that the engine's
               kernel reaches on one large matrix in the same process and the same round, over the measured time; median
     GEMM      share of that time that its matrix products take, by the table of single layers (`lrserve/serving/latency.py`)
 

@@ -15,6 +15,11 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 
+def _first(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the first rows; slices that cut nothing off would be a tenth of a call."""
+    return rows if rows.shape[0] == count else rows[:count]
+
+
 class OneCallAttention(CPUAttentionBackendImpl):  # type: ignore[misc]
     """vLLM's attention of a decoder's layer, whose `forward` also stores the keys and values."""
 
@@ -52,18 +57,15 @@ class OneCallAttention(CPUAttentionBackendImpl):  # type: ignore[misc]
         if key is not None and value is not None and self.kv_sharing_target_layer_name is None:
             slots = attn_metadata.slot_mapping
             stored = slots.shape[0]  # not `now`: a cross-attention stores the encoder's tokens
-            if stored != key.shape[0]:  # slices that cut nothing off are a tenth of this call
-                key, value = key[:stored], value[:stored]
+            key, value = _first(key, stored), _first(value, stored)
             torch.ops._C.cpu_attn_reshape_and_cache.default(key, value, keys, values, slots, layer.isa, *scales)
         if self.sinks is not None or output_scale is not None or output_block_scale is not None:
             return self._vllms(*arguments)
-        if now != query.shape[0]:
-            query = query[:now]
         torch.ops._C.cpu_attention_with_kv_cache.default(
-            query,
+            _first(query, now),
             keys,
             values,
-            output if now == output.shape[0] else output[:now],
+            _first(output, now),
             attn_metadata.query_start_loc,
             attn_metadata.seq_lens,
             self.scale,
