@@ -1,4 +1,5 @@
-// y = x W^T + b in bfloat16 with AVX-512's dot products of pairs (VDPBF16PS), accumulated in float32. serving/linear.py builds it.
+// y = x W^T + b in bfloat16 with AVX-512, accumulated in float32. serving/linear.py builds it, for the machine that it is on: with dot
+// products of pairs (VDPBF16PS) where there are such, else x and W become float32 on their way into ordinary multiplications.
 //
 // W (m, n) is packed for it: 48 rows are one block (the last one has 16, 32 or 48, filled up with zeros), and in a block the values
 // of two neighbouring inputs stand together: [block][n / 2][rows of the block][2]. So a vector register holds 16 rows of one pair of
@@ -28,40 +29,151 @@ using Value = c10::BFloat16;
 constexpr int kLanes = 16;        // rows of W in a register
 constexpr int kVectors = 3;       // registers of a block
 constexpr int kTokens = 8;        // of a tile
+constexpr int64_t kAhead = 4096;  // bytes of weights that one tile of tokens asks for in advance
+
+#ifdef __AVX512BF16__
+
+using Input = Value;              // what x is multiplied as
 constexpr int64_t kPanel = 512;   // tokens that pass through all of a thread's weights at a time: their x is to stay in a cache
 constexpr int64_t kDepth = 4096;  // inputs that do so, if there is more than one tile: so is a block of W
-constexpr int64_t kAhead = 4096;  // bytes of weights that are asked for in advance, for one token
 
-// Adds (or, at first, writes) the products of R tokens and V registers of rows over `pairs` pairs of inputs to sums [R][16 V].
+// x (tokens, n) as it is multiplied, in `room` where it is not so yet.
+const Input* as_inputs(const Value* x, int64_t, int64_t, std::vector<Input>&) { return x; }
+
+// How far behind its first value a tile of tokens has its input k.
+constexpr int64_t offset(int64_t k, int) { return k; }
+
+// Adds the products of R tokens, whose first inputs are n apart, and V registers of rows over one pair of inputs.
 template <int R, int V>
-void tile(const Value* w, int64_t stride, const Value* x, int64_t n, int64_t pairs, float* sums, bool first) {
+inline void add(const Value* w, const Input* x, int64_t n, __m512 (&into)[R][V]) {
+  __m512bh rows[V];
+  for (int v = 0; v < V; ++v) rows[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + 2 * kLanes * v));
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    int32_t both;
+    std::memcpy(&both, x + i * n, sizeof both);
+    const auto token = reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
+    for (int v = 0; v < V; ++v) into[i][v] = _mm512_dpbf16_ps(into[i][v], rows[v], token);
+  }
+}
+
+// Weights that pass but once are to leave the caches to what a step needs again. From two tokens on, asking costs more: AMD's
+// processors do it better by themselves.
+constexpr bool kShared = false;  // whether the tiles of several tokens ask for the next weights together
+template <int R>
+inline void ask(const char* weights) {
+  if constexpr (R == 1) _mm_prefetch(weights, _MM_HINT_NTA);
+}
+
+inline __m256i rounded(__m512 sum) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)); }
+
+#else
+
+using Input = float;
+constexpr int64_t kPanel = 128;
+constexpr int64_t kDepth = 1024;
+
+constexpr int64_t offset(int64_t k, int tokens) { return k * tokens; }
+
+// A bfloat16 is the upper half of a float32; in 32 bits the first of a pair is the lower half.
+inline __m512 first(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+inline __m512 second(__m512i pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(~0xFFFF))); }
+
+// Columns of 8 rows of 8 values of 32 bits, `apart` bfloat16 apart.
+inline std::array<__m256i, 8> columns(const Value* x, int64_t apart) {
+  __m256i two[8], four[8];
+  for (int i = 0; i < 8; i += 2) {
+    const __m256i upper = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i * apart));
+    const __m256i lower = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + (i + 1) * apart));
+    two[i] = _mm256_unpacklo_epi32(upper, lower), two[i + 1] = _mm256_unpackhi_epi32(upper, lower);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      four[i + 2 * j] = _mm256_unpacklo_epi64(two[i + j], two[i + j + 2]);
+      four[i + 2 * j + 1] = _mm256_unpackhi_epi64(two[i + j], two[i + j + 2]);
+    }
+  std::array<__m256i, 8> result;
+  for (int i = 0; i < 4; ++i) {
+    result[i] = _mm256_permute2x128_si256(four[i], four[i + 4], 0x20);
+    result[i + 4] = _mm256_permute2x128_si256(four[i], four[i + 4], 0x31);
+  }
+  return result;
+}
+
+// A tile's values stand input by input, as it reads them.
+const Input* as_inputs(const Value* x, int64_t tokens, int64_t n, std::vector<Input>& room) {
+  room.resize(tokens * n);
+  for (int64_t token = 0; token < tokens; token += kTokens) {
+    const int64_t some = std::min<int64_t>(kTokens, tokens - token);
+    const Value* from = x + token * n;
+    Input* to = room.data() + token * n;
+    int64_t k = 0;
+    if (some == kTokens)
+      for (; k + 16 <= n; k += 16)
+        for (const __m256i& pairs : columns(from + k, n)) {
+          _mm256_storeu_ps(to, _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)));
+          _mm256_storeu_ps(to + 8, _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(~0xFFFF))));
+          to += 16;
+        }
+    for (; k < n; ++k)
+      for (int64_t i = 0; i < some; ++i) *to++ = from[i * n + k];
+  }
+  return room.data();
+}
+
+template <int R, int V>
+inline void add(const Value* w, const Input* x, int64_t, __m512 (&into)[R][V]) {
+  __m512i pairs[V];
+  for (int v = 0; v < V; ++v) pairs[v] = _mm512_loadu_si512(w + 2 * kLanes * v);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    __m512 rows[V];
+    for (int v = 0; v < V; ++v) rows[v] = half ? second(pairs[v]) : first(pairs[v]);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const __m512 token = _mm512_set1_ps(x[half * R + i]);
+      for (int v = 0; v < V; ++v) into[i][v] = _mm512_fmadd_ps(rows[v], token, into[i][v]);
+    }
+  }
+}
+
+// Intel's processors read up to half as much again if they are asked; asked to pass by the second cache (NTA), half as much.
+constexpr bool kShared = true;
+template <int R>
+inline void ask(const char* weights) {
+  _mm_prefetch(weights, _MM_HINT_T1);
+}
+
+// To the nearest bfloat16, of two equally near the even one; what is not a number stays so.
+inline __m256i rounded(__m512 sum) {
+  const __m512i bits = _mm512_castps_si512(sum), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7FC00000)), 16));
+}
+
+#endif
+
+// Adds (or, if `begins`, writes) the products of R tokens and V registers of rows over `pairs` pairs of inputs to sums [R][16 V],
+// and asks for 64 V bytes of weights for each pair, `step` bytes apart from `next` on.
+template <int R, int V>
+void tile(const Value* w, int64_t stride, const Input* x, int64_t n, int64_t pairs, float* sums, bool begins, const char* next,
+          int64_t step) {
   constexpr int kChains = R * V >= 6 ? 1 : R * V >= 3 ? 2 : 4;  // additions wait for each other: keep several under way
   __m512 sum[kChains][R][V];
   for (int u = 0; u < kChains; ++u)
     for (int i = 0; i < R; ++i)
       for (int v = 0; v < V; ++v)
-        sum[u][i][v] = u || first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (i * V + v) * kLanes);
-  const auto add = [&](int64_t pair, auto& into) {
-    const Value* here = w + pair * stride;
-    __m512bh rows[V];
-    for (int v = 0; v < V; ++v) {
-      // Weights that pass but once are to leave the caches to what a step needs again. From two tokens on, asking costs more.
-      if constexpr (R == 1) _mm_prefetch(reinterpret_cast<const char*>(here + 2 * kLanes * v) + kAhead, _MM_HINT_NTA);
-      rows[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(here + 2 * kLanes * v));
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      int32_t both;
-      std::memcpy(&both, x + i * n + 2 * pair, sizeof both);
-      const auto token = reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
-      for (int v = 0; v < V; ++v) into[i][v] = _mm512_dpbf16_ps(into[i][v], rows[v], token);
-    }
+        sum[u][i][v] = u || begins ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (i * V + v) * kLanes);
+  const auto add_pair = [&](int64_t pair, auto& into) {
+    for (int v = 0; v < V; ++v) ask<R>(next + pair * step + 64 * v);
+    add<R, V>(w + pair * stride, x + offset(2 * pair, R), n, into);
   };
   int64_t pair = 0;
   for (; pair + kChains <= pairs; pair += kChains)
 #pragma GCC unroll 4
-    for (int u = 0; u < kChains; ++u) add(pair + u, sum[u]);
-  for (; pair < pairs; ++pair) add(pair, sum[0]);
+    for (int u = 0; u < kChains; ++u) add_pair(pair + u, sum[u]);
+  for (; pair < pairs; ++pair) add_pair(pair, sum[0]);
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; ++v) {
       for (int u = 1; u < kChains; ++u) sum[0][i][v] = _mm512_add_ps(sum[0][i][v], sum[u][i][v]);
@@ -69,7 +181,7 @@ void tile(const Value* w, int64_t stride, const Value* x, int64_t n, int64_t pai
     }
 }
 
-using Tile = void (*)(const Value*, int64_t, const Value*, int64_t, int64_t, float*, bool);
+using Tile = void (*)(const Value*, int64_t, const Input*, int64_t, int64_t, float*, bool, const char*, int64_t);
 
 template <int V>
 constexpr std::array<Tile, kTokens> tiles() {
@@ -89,7 +201,7 @@ void store(const float* sums, int tokens, int vectors, const Value* bias, Value*
     }
     for (int i = 0; i < tokens; ++i) {
       const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(sums + (i * vectors + v) * kLanes), b);
-      _mm256_mask_storeu_epi16(y + i * m + row, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
+      _mm256_mask_storeu_epi16(y + i * m + row, mask, rounded(sum));
     }
   }
 }
@@ -102,28 +214,38 @@ struct Product {
   // Tokens [begin, end), registers of rows [from, to).
   void part(int64_t begin, int64_t end, int64_t from, int64_t to) const {
     std::vector<float> sums(std::min(end - begin, kPanel) * kVectors * kLanes);
+    std::vector<Input> converted;
     for (int64_t panel = begin; panel < end; panel += kPanel) {
       const int64_t stop = std::min(panel + kPanel, end);
+      const Input* inputs = as_inputs(x + panel * n, stop - panel, n, converted);
       for (int64_t vector = from; vector < to;) {
         const int64_t start = vector / kVectors * kVectors;
         const int64_t width = std::min<int64_t>(kVectors, vectors - start);
         const int count = static_cast<int>(std::min(start + width, to) - vector);
-        block(panel, stop, w + start * kLanes * n + (vector - start) * 2 * kLanes, width * 2 * kLanes, count, vector, sums.data());
+        const Value* rows = w + start * kLanes * n + (vector - start) * 2 * kLanes;
+        block(inputs, y + panel * m, stop - panel, rows, width * 2 * kLanes, count, vector, sums.data());
         vector += count;
       }
     }
   }
 
-  // Tokens [begin, end) and `count` neighbouring registers of one block, whose pairs of inputs are `stride` apart.
-  void block(int64_t begin, int64_t end, const Value* rows, int64_t stride, int count, int64_t vector, float* sums) const {
-    const int64_t depth = end - begin > kTokens ? std::min(n, kDepth) : n;
+  // `tokens` tokens and `count` neighbouring registers of one block, whose pairs of inputs are `stride` apart.
+  void block(const Input* inputs, Value* outputs, int64_t tokens, const Value* rows, int64_t stride, int count, int64_t vector,
+             float* sums) const {
+    const int64_t depth = tokens > kTokens ? std::min(n, kDepth) : n;
+    const int64_t shares = kShared ? (tokens + kTokens - 1) / kTokens : 1;  // one tile cannot ask for all that the next block needs
     for (int64_t k = 0; k < n; k += depth) {
       const bool last = k + depth >= n;
-      for (int64_t token = begin; token < end; token += kTokens) {
-        const int tokens = static_cast<int>(std::min<int64_t>(kTokens, end - token));
-        float* here = sums + (depth < n ? (token - begin) * count * kLanes : 0);
-        kTiles[count - 1][tokens - 1](rows + k / 2 * stride, stride, x + token * n + k, n, std::min(depth, n - k) / 2, here, k == 0);
-        if (last) store(here, tokens, count, bias, y + token * m, m, vector * kLanes);
+      const Value* here = rows + k / 2 * stride;
+      const int64_t pairs = std::min(depth, n - k) / 2, step = stride * static_cast<int64_t>(sizeof(Value)) / shares;
+      const char* next = reinterpret_cast<const char*>(here) + (shares == 1 ? kAhead : pairs * step * shares);
+      for (int64_t token = 0; token < tokens; token += kTokens) {
+        const int some = static_cast<int>(std::min<int64_t>(kTokens, tokens - token));
+        float* into = sums + (depth < n ? token * count * kLanes : 0);
+        const Input* x = inputs + token * n + offset(k, some);
+        kTiles[count - 1][some - 1](here, stride, x, n, pairs, into, k == 0, next, step);
+        if (last) store(into, some, count, bias, outputs + token * m, m, vector * kLanes);
+        if (shares > 1) next += pairs * step;
       }
     }
   }

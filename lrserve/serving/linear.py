@@ -1,9 +1,9 @@
 """Products in bfloat16 on CPUs with AVX-512 and without AMX, by a kernel of lrserve's own. Imports no vLLM.
 
 vLLM multiplies with oneDNN there, which on matrices of a megabyte and few tokens reaches half of the machine's bandwidth; and a
-compressed model's matrices are smaller than a dense one's. linear.cpp is nearer to it, and as fast as oneDNN in prefill
-(docs/performance.md). It is compiled when it is first wanted, with the compiler that torch.compile wants as well, and kept in the
-cache; without one, products stay vLLM's.
+compressed model's matrices are smaller than a dense one's. linear.cpp is nearer to it, and as fast as oneDNN in prefill; where the
+processor has no products of bfloat16, it is several times as fast (docs/performance.md). It is compiled when first wanted, with
+the compiler that torch.compile wants as well, and kept in the cache; without one, products stay vLLM's.
 """
 
 from __future__ import annotations
@@ -23,29 +23,23 @@ from lrserve.artifacts.store import file_sha256, fingerprint, whole
 from lrserve.inputs.source import cache_folder
 
 _SOURCE: Final = Path(__file__).with_suffix(".cpp")
-_FLAGS: Final = [
-    "-std=c++20",
-    "-O3",
-    "-mavx512f",
-    "-mavx512bw",
-    "-mavx512vl",
-    "-mavx512bf16",
-    "-mfma",
-    "-fopenmp",
-    "-fPIC",
-    "-shared",
-]
+_FLAGS: Final = ("-std=c++20", "-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-fopenmp", "-fPIC", "-shared")
+_PAIRS_FLAG: Final = "-mavx512bf16"
 _LANES: Final = 16  # rows of W that are multiplied at once
 _BLOCK: Final = 3 * _LANES
 _log = logging.getLogger(__name__)
 
 
+def supported() -> bool:
+    """Say whether this machine is one that the kernel is for."""
+    # With AMX, which has several times the operations a second, vLLM's kernels take that.
+    return torch.cpu._is_avx512_supported() and not torch.cpu._is_amx_tile_supported()
+
+
 def takes(weight: torch.Tensor) -> bool:
     """Say whether this machine and a weight (m, n) have the kernel."""
     fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.ndim == 2 and weight.shape[1] % 2 == 0
-    # With AMX, which has several times the operations a second, vLLM's kernels take that.
-    here = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-    return fits and weight.numel() > 0 and here and available()
+    return fits and weight.numel() > 0 and supported() and available()
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -83,7 +77,8 @@ def available() -> bool:
 def _library() -> Path:
     """Return the compiled kernel, from the cache if it is there."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
-    key = fingerprint([version(), torch.__version__, compiler, _FLAGS])
+    flags = [*_FLAGS, *([_PAIRS_FLAG] if torch.cpu._is_avx512_bf16_supported() else [])]
+    key = fingerprint([version(), torch.__version__, compiler, flags])
     target = cache_folder() / "kernels" / f"linear-{key[:16]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +88,7 @@ def _library() -> Path:
         libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
         with whole(target) as partial:
-            command = [*compiler, *_FLAGS, abi, *includes, str(_SOURCE), *libraries, "-o", str(partial)]
+            command = [*compiler, *flags, abi, *includes, str(_SOURCE), *libraries, "-o", str(partial)]
             subprocess.run(command, check=True, capture_output=True, text=True)
     return target
 

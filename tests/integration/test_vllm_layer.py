@@ -20,6 +20,7 @@ from lrserve.compression.factorize import Factors
 from lrserve.compression.groups import Group, Stored
 from lrserve.compression.lowrank import GroupSpec
 from lrserve.errors import ArtifactError, EngineError
+from lrserve.serving.linear import supported as has_kernel
 
 pytestmark = pytest.mark.engine
 
@@ -658,9 +659,7 @@ def test_kernels_are_ours_where_lrserve_or_an_artifact_is_served(
         backend.clear_override()
 
 
-@pytest.mark.skipif(
-    not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(), reason="the kernel needs AVX-512, not AMX"
-)
+@pytest.mark.skipif(not has_kernel(), reason="the kernel needs AVX-512, not AMX")
 def test_vllms_own_dense_layers_and_output_layer_multiply_by_our_kernel() -> None:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,6 @@ import torch
 from torch import nn
 
 from lrserve.serving import linear
-
-HERE = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def test_packed_weight_has_pairs_of_inputs_of_48_rows_side_by_side() -> None:
     assert not last[:, 2:].any()
 
 
-@pytest.mark.skipif(not HERE, reason="needs AVX-512 with bfloat16")
+@pytest.mark.skipif(not linear.supported(), reason="needs AVX-512, and no AMX")
 @pytest.mark.parametrize("m", [1, 15, 16, 47, 48, 96, 100, 600])
 @pytest.mark.parametrize("n", [2, 62, 576, 8194])
 def test_product_is_that_of_float32_at_every_number_of_tokens_and_threads(m: int, n: int, threads: None) -> None:
@@ -61,7 +60,34 @@ def test_product_is_that_of_float32_at_every_number_of_tokens_and_threads(m: int
                 torch.testing.assert_close(linear.linear(x, packed, b, m).float(), exact(x, weight, b), rtol=8e-3, atol=1e-3)
 
 
-@pytest.mark.skipif(not HERE, reason="needs AVX-512 with bfloat16")
+@pytest.mark.skipif(not linear.supported(), reason="needs AVX-512, and no AMX")
+def test_products_round_to_even_and_keep_what_is_no_number() -> None:
+    assert linear.available()
+    values = torch.tensor([1.0, 1 + 2**-7, float("inf"), -float("inf"), float("nan")]).to(torch.bfloat16)
+    weight = torch.zeros(5, 2, dtype=torch.bfloat16)
+    weight[:, 0], weight[:2, 1] = values, 2**-8  # the first two lie halfway between two values
+    y = linear.linear(torch.ones(1, 2, dtype=torch.bfloat16), linear.pack(weight), None, 5)[0]
+    torch.testing.assert_close(y, (weight.float().sum(1)).to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(
+    not (linear.supported() and torch.cpu._is_avx512_bf16_supported()), reason="elsewhere the other tests are of this kernel"
+)
+def test_kernel_for_processors_without_products_of_bfloat16_is_right_as_well() -> None:
+    script = """
+import torch
+torch.cpu._is_avx512_bf16_supported = lambda: False
+from lrserve.serving import linear
+assert linear.available()
+for m, n, tokens in [(1, 2, 1), (100, 62, 9), (600, 576, 8), (48, 8194, 130)]:
+    x, weight = torch.randn(tokens, n).to(torch.bfloat16), (torch.randn(m, n) * n**-0.5).to(torch.bfloat16)
+    exact = torch.nn.functional.linear(x.float(), weight.float())
+    torch.testing.assert_close(linear.linear(x, linear.pack(weight), None, m).float(), exact, rtol=8e-3, atol=1e-3)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.skipif(not linear.supported(), reason="needs AVX-512, and no AMX")
 def test_inputs_may_be_strided_have_more_dimensions_or_no_tokens() -> None:
     layer = Layer(20, 64)
     packed = linear.pack(layer.weight)
@@ -73,7 +99,7 @@ def test_inputs_may_be_strided_have_more_dimensions_or_no_tokens() -> None:
     assert linear.linear(x[:0], packed, None, 20).shape == (0, 3, 20)
 
 
-@pytest.mark.skipif(not HERE, reason="needs AVX-512 with bfloat16")
+@pytest.mark.skipif(not linear.supported(), reason="needs AVX-512, and no AMX")
 def test_wrong_operands_are_refused() -> None:
     assert linear.available()
     packed, x = linear.pack(Layer(20, 64).weight), torch.randn(2, 64).to(torch.bfloat16)
@@ -85,7 +111,7 @@ def test_wrong_operands_are_refused() -> None:
         linear.linear(x, packed, x[0], 20)
 
 
-@pytest.mark.skipif(not HERE, reason="needs AVX-512 with bfloat16")
+@pytest.mark.skipif(not linear.supported(), reason="needs AVX-512, and no AMX")
 @pytest.mark.parametrize("remove_weight", [True, False])
 def test_layers_multiply_by_it_compiled_as_well(remove_weight: bool) -> None:
     layer = Layer(20, 64)
@@ -97,7 +123,7 @@ def test_layers_multiply_by_it_compiled_as_well(remove_weight: bool) -> None:
     torch.testing.assert_close(compiled(x).float(), 2 * exact(x, weight, None), rtol=8e-3, atol=2e-3)
 
 
-@pytest.mark.skipif(not HERE, reason="needs AVX-512 with bfloat16")
+@pytest.mark.skipif(not linear.supported(), reason="needs AVX-512, and no AMX")
 def test_processors_with_amx_are_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear.takes(Layer(8, 8).weight)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
@@ -111,7 +137,7 @@ def test_what_it_cannot_multiply_stays_vllms(layer: Layer) -> None:
     assert asked == [(layer, True)]
 
 
-@pytest.mark.skipif(not HERE, reason="needs AVX-512 with bfloat16")
+@pytest.mark.skipif(not linear.supported(), reason="needs AVX-512, and no AMX")
 def test_without_a_compiler_products_stay_vllms(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -126,7 +152,7 @@ def test_without_a_compiler_products_stay_vllms(
     assert not list((tmp_path / "kernels").iterdir())
 
 
-@pytest.mark.skipif(not HERE, reason="needs AVX-512 with bfloat16")
+@pytest.mark.skipif(not linear.supported(), reason="needs AVX-512, and no AMX")
 def test_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear.available()
     monkeypatch.setattr(subprocess, "run", None)
