@@ -44,6 +44,7 @@ from lrserve.artifacts.work import WorkFolder, work_folder
 from lrserve.compression.baselines import BASELINES
 from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group, Structure, allocated, separate
+from lrserve.compression.products import fast_products
 from lrserve.compression.spectra import (
     MergedRanks,
     SpectrumStore,
@@ -404,6 +405,7 @@ def render(results: list[dict[str, Any]], dense: Mapping[str, float], ratios: li
     return table(header, lines)
 
 
+@fast_products()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, help="another model and texts [default: the demo's]")

@@ -50,6 +50,7 @@ from lrserve.artifacts.store import fingerprint, write_json
 from lrserve.artifacts.work import WorkFolder, work_folder
 from lrserve.compression.groups import Group, separate
 from lrserve.compression.lowrank import quantization_config, specs_of
+from lrserve.compression.products import fast_products
 from lrserve.compression.spectra import MergedRanks, SpectrumStore, baseline, write_spectra
 from lrserve.inputs.demo import demo_recipe
 from lrserve.job import Job, open_job, progress_bar
@@ -360,6 +361,7 @@ def render(result: Mapping[str, Any]) -> str:
     return f"{first}\n\n{second}\n"
 
 
+@fast_products()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, help="another model and texts [default: the demo's]")

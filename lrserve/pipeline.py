@@ -20,6 +20,7 @@ from lrserve.artifacts.work import WorkFolder, differences, work_folder
 from lrserve.compression.calibrate import calibrate
 from lrserve.compression.factorize import FactorSource, GradientOf
 from lrserve.compression.gradients import GradientStore, collect_gradients
+from lrserve.compression.products import fast_products
 from lrserve.compression.propagate import propagation
 from lrserve.compression.recover import recover
 from lrserve.compression.refine import adam, closed_form
@@ -101,7 +102,7 @@ def compress_and_export(
         _say_intent(job)
         return {}
 
-    with work_folder(work, say) as folder, explained(work):
+    with work_folder(work, say) as folder, explained(work), fast_products():
         model = job.source.load(job.dtype)
         statistics = calibrate_blocks(job, model, folder)
         gradients = backpropagate(job, model, folder)

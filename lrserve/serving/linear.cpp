@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -115,8 +116,12 @@ const Input* as_inputs(const Value* x, int64_t tokens, int64_t n, std::vector<In
           _mm256_storeu_ps(to + 8, _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(~0xFFFF))));
           to += 16;
         }
-    for (; k < n; ++k)
-      for (int64_t i = 0; i < some; ++i) *to++ = from[i * n + k];
+    if (some == 1) {
+      std::copy(from, from + n, to);
+    } else {
+      for (; k < n; ++k)
+        for (int64_t i = 0; i < some; ++i) *to++ = from[i * n + k];
+    }
   }
   return room.data();
 }
@@ -206,27 +211,52 @@ void store(const float* sums, int tokens, int vectors, const Value* bias, Value*
   }
 }
 
+// What one thread begins with: tokens [begin, end), registers of rows [from, to). Its pieces are a block of W for a panel of tokens
+// each, panel by panel, so that it reads its weights in one go. Who has finished takes the last pieces of those who have not: cores
+// of one machine are not equally fast.
+struct alignas(64) Part {
+  int64_t begin, end, from, to, blocks;
+  std::atomic<uint64_t> left;  // pieces that nobody has taken: the first in the lower half, the end in the upper one
+
+  void set(int64_t tokens_from, int64_t tokens_to, int64_t rows_from, int64_t rows_to) {
+    begin = tokens_from, end = tokens_to, from = rows_from, to = rows_to;
+    blocks = (to + kVectors - 1) / kVectors - from / kVectors;
+    left.store(static_cast<uint64_t>((end - begin + kPanel - 1) / kPanel * blocks) << 32, std::memory_order_relaxed);
+  }
+
+  // The first piece that is left, or for who helps out the last; -1 if there is none.
+  int64_t take(bool helps) {
+    uint64_t now = left.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t first = now & UINT32_MAX, stop = now >> 32;
+      if (first >= stop) return -1;
+      const uint64_t rest = helps ? now - (uint64_t{1} << 32) : now + 1;
+      if (left.compare_exchange_weak(now, rest, std::memory_order_relaxed)) return static_cast<int64_t>(helps ? stop - 1 : first);
+    }
+  }
+};
+
+// What a thread works with.
+struct Workspace {
+  std::vector<float> sums;
+  std::vector<Input> room;
+  const Input* inputs = nullptr;
+  int64_t begin = -1;  // first token of the panel whose values `inputs` are
+};
+
 struct Product {
   const Value *x, *w, *bias;
   Value* y;
   int64_t n, m, vectors;
 
-  // Tokens [begin, end), registers of rows [from, to).
-  void part(int64_t begin, int64_t end, int64_t from, int64_t to) const {
-    std::vector<float> sums(std::min(end - begin, kPanel) * kVectors * kLanes);
-    std::vector<Input> converted;
-    for (int64_t panel = begin; panel < end; panel += kPanel) {
-      const int64_t stop = std::min(panel + kPanel, end);
-      const Input* inputs = as_inputs(x + panel * n, stop - panel, n, converted);
-      for (int64_t vector = from; vector < to;) {
-        const int64_t start = vector / kVectors * kVectors;
-        const int64_t width = std::min<int64_t>(kVectors, vectors - start);
-        const int count = static_cast<int>(std::min(start + width, to) - vector);
-        const Value* rows = w + start * kLanes * n + (vector - start) * 2 * kLanes;
-        block(inputs, y + panel * m, stop - panel, rows, width * 2 * kLanes, count, vector, sums.data());
-        vector += count;
-      }
-    }
+  void piece(const Part& part, int64_t index, Workspace& space) const {
+    const int64_t begin = part.begin + index / part.blocks * kPanel, tokens = std::min(kPanel, part.end - begin);
+    if (space.begin != begin) space.inputs = as_inputs(x + begin * n, tokens, n, space.room), space.begin = begin;
+    space.sums.resize(std::max(space.sums.size(), static_cast<size_t>(tokens * kVectors * kLanes)));
+    const int64_t start = (part.from / kVectors + index % part.blocks) * kVectors, width = std::min<int64_t>(kVectors, vectors - start);
+    const int64_t vector = std::max(start, part.from), count = std::min(start + width, part.to) - vector;
+    const Value* rows = w + start * kLanes * n + (vector - start) * 2 * kLanes;
+    block(space.inputs, y + begin * m, tokens, rows, width * 2 * kLanes, static_cast<int>(count), vector, space.sums.data());
   }
 
   // `tokens` tokens and `count` neighbouring registers of one block, whose pairs of inputs are `stride` apart.
@@ -276,11 +306,19 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
     if (busiest < least) least = busiest, down = i;
   }
   const int64_t across = std::min(threads / down, vectors);
-#pragma omp parallel for schedule(static, 1) num_threads(across * down)
-  for (int64_t part = 0; part < across * down; ++part) {
-    const int64_t column = part % across, row = part / across;
-    product.part(std::min(tokens, groups * row / down * kTokens), std::min(tokens, groups * (row + 1) / down * kTokens),
+  std::vector<Part> parts(across * down);
+  for (int64_t i = 0; i < across * down; ++i) {
+    const int64_t column = i % across, row = i / across;
+    parts[i].set(std::min(tokens, groups * row / down * kTokens), std::min(tokens, groups * (row + 1) / down * kTokens),
                  vectors * column / across, vectors * (column + 1) / across);
+  }
+#pragma omp parallel num_threads(static_cast<int>(parts.size()))
+  {
+    Workspace space;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      Part& part = parts[(omp_get_thread_num() + i) % parts.size()];
+      for (int64_t index; (index = part.take(i > 0)) >= 0;) product.piece(part, index, space);
+    }
   }
   return y;
 }
