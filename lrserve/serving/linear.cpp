@@ -103,7 +103,7 @@ inline std::array<__m256i, 8> columns(const Value* x, int64_t apart) {
 
 // A tile's values stand input by input, as it reads them.
 const Input* as_inputs(const Value* x, int64_t tokens, int64_t n, std::vector<Input>& room) {
-  room.resize(tokens * n);
+  room.resize(std::max<size_t>(room.size(), tokens * n));
   for (int64_t token = 0; token < tokens; token += kTokens) {
     const int64_t some = std::min<int64_t>(kTokens, tokens - token);
     const Value* from = x + token * n;
@@ -314,7 +314,8 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
   }
 #pragma omp parallel num_threads(static_cast<int>(parts.size()))
   {
-    Workspace space;
+    static thread_local Workspace space;  // kept: a decode step has a hundred products
+    space.begin = -1;
     for (size_t i = 0; i < parts.size(); ++i) {
       Part& part = parts[(omp_get_thread_num() + i) % parts.size()];
       for (int64_t index; (index = part.take(i > 0)) >= 0;) product.piece(part, index, space);

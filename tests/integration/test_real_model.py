@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from lrserve.compression.baselines import svd
 from lrserve.compression.calibrate import calibrate, read_statistics
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.groups import STRUCTURES, Structure, allocated
+from lrserve.compression.products import fast_products
 from lrserve.compression.spectra import SpectrumStore, compress_model, features, round_parameters, write_spectra
 from lrserve.evidence import agree
 from lrserve.inputs.demo import demo_recipe
@@ -25,6 +27,12 @@ from lrserve.job import Job, open_job
 from lrserve.recipe import Recipe
 
 pytestmark = [pytest.mark.real, pytest.mark.engine]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_fast_as_the_job() -> Iterator[None]:
+    with fast_products():
+        yield
 
 
 @pytest.fixture(scope="module")
