@@ -31,6 +31,7 @@ constexpr int kLanes = 16;        // rows of W in a register
 constexpr int kVectors = 3;       // registers of a block
 constexpr int kTokens = 8;        // of a tile
 constexpr int64_t kAhead = 4096;  // bytes of weights that one tile of tokens asks for in advance
+constexpr size_t kReach = 8;      // parts that a thread looks at, its own and those that it may help with
 
 #ifdef __AVX512BF16__
 
@@ -268,7 +269,7 @@ struct Product {
       const bool last = k + depth >= n;
       const Value* here = rows + k / 2 * stride;
       const int64_t pairs = std::min(depth, n - k) / 2, step = stride * static_cast<int64_t>(sizeof(Value)) / shares;
-      const char* next = reinterpret_cast<const char*>(here) + (shares == 1 ? kAhead : pairs * step * shares);
+      const char* next = reinterpret_cast<const char*>(here) + (shares == 1 ? kAhead : pairs * stride * static_cast<int64_t>(sizeof(Value)));
       for (int64_t token = 0; token < tokens; token += kTokens) {
         const int some = static_cast<int>(std::min<int64_t>(kTokens, tokens - token));
         float* into = sums + (depth < n ? token * count * kLanes : 0);
@@ -312,13 +313,16 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
     parts[i].set(std::min(tokens, groups * row / down * kTokens), std::min(tokens, groups * (row + 1) / down * kTokens),
                  vectors * column / across, vectors * (column + 1) / across);
   }
-#pragma omp parallel num_threads(static_cast<int>(parts.size()))
+  const size_t count = parts.size();
+#pragma omp parallel  // as many threads as everywhere: libgomp ends those that a smaller team leaves out
   {
     static thread_local Workspace space;  // kept: a decode step has a hundred products
     space.begin = -1;
-    for (size_t i = 0; i < parts.size(); ++i) {
-      Part& part = parts[(omp_get_thread_num() + i) % parts.size()];
-      for (int64_t index; (index = part.take(i > 0)) >= 0;) product.piece(part, index, space);
+    const size_t own = omp_get_thread_num(), team = omp_get_num_threads();
+    const size_t reach = team < count ? count : std::min(count, kReach);
+    for (size_t i = 0; i < reach; ++i) {
+      Part& part = parts[(own + i) % count];
+      for (int64_t index; (index = part.take(i > 0 || own >= count)) >= 0;) product.piece(part, index, space);
     }
   }
   return y;

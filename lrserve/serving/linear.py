@@ -57,8 +57,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, m: 
 
 
 def version() -> str:
-    """Identify the kernel's source: times of another one are not this one's."""
-    return file_sha256(_SOURCE)
+    """Identify the kernel, its source and what of the processor it uses: times of another one are not this one's."""
+    return fingerprint([file_sha256(_SOURCE), _flags()])
+
+
+def _flags() -> list[str]:
+    return [*_FLAGS, *([_PAIRS_FLAG] if torch.cpu._is_avx512_bf16_supported() else [])]
 
 
 @functools.cache
@@ -77,8 +81,7 @@ def available() -> bool:
 def _library() -> Path:
     """Return the compiled kernel, from the cache if it is there."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
-    flags = [*_FLAGS, *([_PAIRS_FLAG] if torch.cpu._is_avx512_bf16_supported() else [])]
-    key = fingerprint([version(), torch.__version__, compiler, flags])
+    key = fingerprint([version(), torch.__version__, compiler])
     target = cache_folder() / "kernels" / f"linear-{key[:16]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +91,7 @@ def _library() -> Path:
         libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
         with whole(target) as partial:
-            command = [*compiler, *flags, abi, *includes, str(_SOURCE), *libraries, "-o", str(partial)]
+            command = [*compiler, *_flags(), abi, *includes, str(_SOURCE), *libraries, "-o", str(partial)]
             subprocess.run(command, check=True, capture_output=True, text=True)
     return target
 

@@ -79,10 +79,13 @@ import torch
 torch.cpu._is_avx512_bf16_supported = lambda: False
 from lrserve.serving import linear
 assert linear.available()
-for m, n, tokens in [(1, 2, 1), (100, 62, 9), (600, 576, 8), (48, 8194, 130)]:
-    x, weight = torch.randn(tokens, n).to(torch.bfloat16), (torch.randn(m, n) * n**-0.5).to(torch.bfloat16)
-    exact = torch.nn.functional.linear(x.float(), weight.float())
-    torch.testing.assert_close(linear.linear(x, linear.pack(weight), None, m).float(), exact, rtol=8e-3, atol=1e-3)
+for threads in (1, 2, 5):
+    torch.set_num_threads(threads)
+    for m, n, tokens in [(1, 2, 1), (100, 62, 9), (600, 576, 8), (48, 8194, 300)]:
+        x, b = torch.randn(tokens, n).to(torch.bfloat16), torch.randn(m).to(torch.bfloat16)
+        weight = (torch.randn(m, n) * n**-0.5).to(torch.bfloat16)
+        exact = torch.nn.functional.linear(x.float(), weight.float(), b.float())
+        torch.testing.assert_close(linear.linear(x, linear.pack(weight), b, m).float(), exact, rtol=8e-3, atol=1e-3)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
 
