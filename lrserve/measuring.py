@@ -23,7 +23,7 @@ from lrserve.artifacts.store import fingerprint, write_json
 from lrserve.artifacts.work import WorkFolder
 from lrserve.compression.spectra import SpectrumStore
 from lrserve.job import Job, progress_bar, reused
-from lrserve.serving import linear
+from lrserve.serving import linear, native
 from lrserve.serving.cpu import CPU_VARIABLES, cpu_environment
 from lrserve.serving.loadtest import MixComparison, compare, read_comparison
 from lrserve.serving.protocol import EngineProcess
@@ -49,9 +49,10 @@ class Measured:
 
 
 def machine() -> list[Any]:
-    """Identify what times depend on: processor or GPU, cores, threads asked for, how engines start on the CPU, our kernel."""
+    """Identify what times depend on: processor or GPU, cores, threads asked for, how engines start on the CPU, our code in C++."""
     start = [cpu_environment(os.environ).get(name) for name in CPU_VARIABLES]
-    names = [platform.machine(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS"), *start, linear.version()]
+    ours = linear.version(), native.version(native.ATTENTION, ())
+    names = [platform.machine(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS"), *start, *ours]
     if torch.cuda.is_available():
         return [*names, torch.cuda.get_device_name(), torch.cuda.device_count()]
     cpus = Path("/proc/cpuinfo")

@@ -1,18 +1,32 @@
-"""Attention of vLLM's CPU build in one call from Python a layer, instead of two. Imports vLLM.
+"""Attention of vLLM's CPU build with less Python. Imports vLLM.
 
 A decode step on the CPU spends more time between the kernels of attention than in them: vLLM enters Python once a layer to put keys
 and values into the cache and once more to attend, and each time cuts the cache into its halves anew. At one request that is an
 eighth of a step of SmolLM2-135M (docs/performance.md). The backend here is vLLM's, with its metadata and its kernels; it does both
 in one call, and cuts a layer's cache once. Where it takes the place of vLLM's is plugin.py's to say.
+
+Most layers need no Python at all. What a layer attends by, its cache and the metadata of the forward pass, only Python can look up,
+but it is there for all layers as soon as the first one asks. So the first layer of a pass goes through Python, which hands
+attention.cpp what the layers need that came after it in earlier passes; each entry is used once. What has no entry goes through
+Python: the first pass of a model, trial runs, and all that is not a plain decoder's attention.
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
+from collections import defaultdict
 from typing import Any
 
 import torch
+from vllm.distributed.kv_transfer import has_kv_transfer_group
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import attention as vllms
+from vllm.utils import torch_utils
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+
+from lrserve.serving import native
 
 
 def _first(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -26,6 +40,23 @@ class OneCallAttention(CPUAttentionBackendImpl):  # type: ignore[misc]
     _cache: torch.Tensor | None = None
     _halves: tuple[torch.Tensor, ...] = ()
     """Keys and values of `_cache`, each (blocks, KV heads, tokens of a block, head size)."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        _without_python()
+
+    def halves(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Cut a cache (blocks, KV heads, tokens of a block, 2 * head size) into its keys and values."""
+        if kv_cache is not self._cache:
+            blocks, heads, tokens, _ = kv_cache.shape
+            self._cache, self._halves = kv_cache, kv_cache.view(blocks, heads, 2 * tokens, -1).chunk(2, dim=2)
+        return self._halves
+
+    @property
+    def plain(self) -> bool:
+        """Whether attention.cpp may do what `forward` does."""
+        own = self.attn_type == AttentionType.DECODER and self.kv_sharing_target_layer_name is None
+        return own and self.kv_cache_dtype == "auto" and self.alibi_slopes is None and self.sinks is None
 
     def forward(
         self,
@@ -48,10 +79,7 @@ class OneCallAttention(CPUAttentionBackendImpl):  # type: ignore[misc]
         encodes = self.attn_type in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
         if attn_metadata is None or encodes:  # a trial run, or nothing to store
             return self._vllms(*arguments)
-        if kv_cache is not self._cache:
-            blocks, heads, tokens, _ = kv_cache.shape
-            self._cache, self._halves = kv_cache, kv_cache.view(blocks, heads, 2 * tokens, -1).chunk(2, dim=2)
-        keys, values = self._halves
+        keys, values = self.halves(kv_cache)
         now = attn_metadata.num_actual_tokens
         scales = layer._k_scale_float, layer._v_scale_float, self.kv_cache_dtype
         if key is not None and value is not None and self.kv_sharing_target_layer_name is None:
@@ -95,3 +123,91 @@ class OneCallBackend(CPUAttentionBackend):  # type: ignore[misc]
     def get_impl_cls() -> type[OneCallAttention]:
         """Return the class of the layers' `impl`."""
         return OneCallAttention
+
+
+class _Passes:
+    """Knows which layers follow the first one of a forward pass, and hands attention.cpp what they need."""
+
+    def __init__(self) -> None:
+        self._under_way: weakref.ref[Any] | None = None
+        """vLLM's context of the forward pass, which is another object in each."""
+        self._first = ""
+        self._followers: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        """Names of layers by that of the first one: there may be a draft model as well, or another engine."""
+        self._known: weakref.WeakValueDictionary[str, OneCallAttention] = weakref.WeakValueDictionary()
+        """What attention.cpp takes a name for."""
+
+    def enter(self, name: str, rows: int) -> None:
+        """Note that the layer attends through Python; if it is the first of a pass, the others of it need not."""
+        context: Any = get_forward_context()
+        begins = self._under_way is None or self._under_way() is not context
+        if begins:
+            self._under_way, self._first = weakref.ref(context), name
+            self._hand_over(context, rows)
+        elif name != self._first:  # never in advance: an entry that is not used must not outlive the pass
+            self._learn(name, context.no_compile_layers[name])
+
+    def _learn(self, name: str, layer: Any) -> None:
+        impl = layer.impl
+        if isinstance(impl, OneCallAttention) and impl.plain and hasattr(layer, "isa"):
+            torch.ops.lrserve.attention_layer(name, impl.scale, impl.logits_soft_cap, impl.sliding_window, layer.isa)
+            self._known[name] = impl
+            self._followers[self._first][name] = None
+
+    def _hand_over(self, context: Any, rows: int) -> None:
+        torch.ops.lrserve.attention_forget()  # what a pass has left that was broken off
+        by_layer = context.attn_metadata
+        if not isinstance(by_layer, dict) or has_kv_transfer_group():
+            return
+        groups: defaultdict[int, list[tuple[str, torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        found = {}
+        for name in self._followers[self._first]:
+            layer, metadata = context.no_compile_layers.get(name), by_layer.get(name)
+            impl = self._known.get(name)
+            if layer is not None and metadata is not None and impl is not None and impl is layer.impl:
+                keys, values = impl.halves(layer.kv_cache)
+                groups[id(metadata)].append((name, keys, values))
+                found[id(metadata)] = metadata
+        for key, layers in groups.items():
+            metadata = found[key]
+            if metadata.scheduler_metadata is not None and metadata.dynamic_causal is None:
+                torch.ops.lrserve.attention_pass(
+                    *map(list, zip(*layers, strict=True)),
+                    metadata.query_start_loc,
+                    metadata.seq_lens,
+                    metadata.block_table,
+                    metadata.slot_mapping,
+                    metadata.scheduler_metadata,
+                    metadata.num_actual_tokens,
+                    rows,
+                    metadata.causal,
+                )
+
+
+_passes = _Passes()
+
+
+def _in_python(
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    output: torch.Tensor,
+    layer_name: str,
+    output_scale: torch.Tensor | None = None,
+    output_block_scale: torch.Tensor | None = None,
+    kv_cache_dummy_dep: torch.Tensor | None = None,
+) -> None:
+    """Do what vLLM's operation does where attention.cpp has taken its place."""
+    _passes.enter(layer_name, query.shape[0])
+    vllms.unified_attention_with_output(query, key, value, output, layer_name, output_scale, output_block_scale, kv_cache_dummy_dep)
+
+
+@functools.cache
+def _without_python() -> bool:
+    """Put attention.cpp in the place of vLLM's operation, if the names of layers are strings; say whether it is there."""
+    if torch_utils._USE_LAYERNAME:
+        return False
+    schema = str(torch.ops.vllm.unified_attention_with_output.default._schema)
+    torch.library.define("lrserve::attention_in_python", schema[schema.index("(") :])
+    torch.library.impl("lrserve::attention_in_python", "CPU", _in_python)
+    return native.load(native.ATTENTION, (), "attention goes through Python instead")

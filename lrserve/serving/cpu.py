@@ -1,7 +1,7 @@
 """How lrserve starts vLLM's CPU build: what costs a decode step or a prefill much and takes a setting to be rid of.
 
 - malloc keeps what is freed (serving/process.py).
-- Attention is one call a layer from Python (serving/attention.py), for dense models too, so that the comparison with dense is of
+- Attention needs little Python (serving/attention.py), for dense models too, so that the comparison with dense is of
   the compression alone.
 - Products in bfloat16 are lrserve's own kernel's (serving/linear.py), for dense models too.
 - The compiled graph's own code is C++ instead of Python, by torch.compile's `cpp_wrapper`. It cannot pass on the objects in which

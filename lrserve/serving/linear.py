@@ -9,25 +9,19 @@ the compiler that torch.compile wants as well, and kept in the cache; without on
 from __future__ import annotations
 
 import functools
-import logging
-import os
-import shlex
-import subprocess
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import nn
 
-from lrserve.artifacts.store import file_sha256, fingerprint, whole
-from lrserve.inputs.source import cache_folder
+from lrserve.serving import native
 
 _SOURCE: Final = Path(__file__).with_suffix(".cpp")
-_FLAGS: Final = ("-std=c++20", "-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-fopenmp", "-fPIC", "-shared")
+_FLAGS: Final = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma")
 _PAIRS_FLAG: Final = "-mavx512bf16"
 _LANES: Final = 16  # rows of W that are multiplied at once
 _BLOCK: Final = 3 * _LANES
-_log = logging.getLogger(__name__)
 
 
 def supported() -> bool:
@@ -58,7 +52,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, m: 
 
 def version() -> str:
     """Identify the kernel, its source and what of the processor it uses: times of another one are not this one's."""
-    return fingerprint([file_sha256(_SOURCE), _flags()])
+    return native.version(_SOURCE, _flags())
 
 
 def _flags() -> list[str]:
@@ -68,32 +62,10 @@ def _flags() -> list[str]:
 @functools.cache
 def available() -> bool:
     """Load the kernel, compiling it the first time; say whether that went well."""
-    try:
-        torch.ops.load_library(_library())  # type: ignore[no-untyped-call]
-    except (OSError, subprocess.CalledProcessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        _log.warning("lrserve's kernel for CPUs cannot be compiled, vLLM's multiplies instead (which is slower): %s", detail)
+    if not native.load(_SOURCE, _flags(), "vLLM multiplies instead"):
         return False
     torch.library.register_fake("lrserve::linear", lambda x, weight, bias, m: x.new_empty(*x.shape[:-1], m))
     return True
-
-
-def _library() -> Path:
-    """Return the compiled kernel, from the cache if it is there."""
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    key = fingerprint([version(), torch.__version__, compiler])
-    target = cache_folder() / "kernels" / f"linear-{key[:16]}.so"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        from torch.utils.cpp_extension import include_paths, library_paths
-
-        includes = [f"-isystem{path}" for path in include_paths()]
-        libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
-        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-        with whole(target) as partial:
-            command = [*compiler, *_flags(), abi, *includes, str(_SOURCE), *libraries, "-o", str(partial)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-    return target
 
 
 def dispatch(theirs: Any, layer: Any, remove_weight: bool) -> None:

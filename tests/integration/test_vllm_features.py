@@ -92,6 +92,12 @@ def in_use(llm):
         return [*impls, rank.vllm_config.compilation_config.inductor_compile_config.get("cpp_wrapper")]
     return {"in_use": llm.collective_rpc(ask)}
 
+def without_python(llm):
+    def count(rank):
+        import torch
+        return torch.ops.lrserve.attention_count()
+    return {"calls": llm.collective_rpc(count)}
+
 def drafts(llm):
     prefix = "vllm:spec_decode_num_"
     return {metric.name.removeprefix(prefix): metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
@@ -105,7 +111,8 @@ def shut_down(llm):
     return {}
 
 worker.build_engine = build
-worker.REQUESTS.update(generate=generate, run_eager=run_eager, in_use=in_use, drafts=drafts, shut_down=shut_down)
+requests = [generate, run_eager, in_use, without_python, drafts, shut_down]
+worker.REQUESTS.update({request.__name__: request for request in requests})
 worker.main()
 """
 
@@ -129,6 +136,11 @@ class FeatureEngine(Engine):
     def in_use(self) -> list[tuple[str, bool]]:
         """For each rank, the class that attends and whether the compiled graph is C++."""
         return [tuple(found) for found in self._request("in_use")["in_use"]]
+
+    def without_python(self) -> list[int]:
+        """How often each rank has attended without Python so far."""
+        calls: list[int] = self._request("without_python")["calls"]
+        return calls
 
     def drafted_and_accepted(self) -> tuple[int, int]:
         """Tokens that a draft proposed, and those that the model would have said itself."""
@@ -221,8 +233,11 @@ def assert_agrees_compiled_and_eager(engine: FeatureEngine, case: Case, ranks: i
     found, cached = engine.generate([LIKE_THE_FIRST])
     assert cached == [2 * BLOCK]
     assert_agree(continuations(case.reference[3:]), found)
+    compiled = engine.without_python()
     assert engine.run_eager() == [[True]] * ranks
     assert_agree(case.reference[:3], engine.transcribe(PROMPTS, NEW_TOKENS))
+    eager = engine.without_python()  # once a pass or more, and drafts are not always right
+    assert all(0 < before < after - NEW_TOKENS / 4 for before, after in zip(compiled, eager, strict=True))
 
 
 WITH_DRAFTS = ("LlamaForCausalLM", "Qwen2ForCausalLM")
