@@ -13,7 +13,9 @@ All are started as lrserve starts vLLM (`lrserve/serving/cpu.py`); with `--alone
     speedup   the dense step over this one, round by round: median (lowest to highest)
     bound     share of what the machine can do: for decode the time in which the model's weights can be read, for prefill the time
               of its multiplications (linears, causal attention, and the output layer for one token), at the rate that the engine's
-              kernel reaches on one large matrix in the same process and the same round, over the measured time; median
+              kernel reaches on one large matrix in the same process and the same round, over the measured time; median. The rate is
+              a mean over a second, as a step is a mean over seconds: both have what others on the machine take away. In brackets
+              the share of what the matrix reaches undisturbed, in the lower quartile of its times, which the machine cannot hold
     GEMM      share of that time that its matrix products take, by the table of single layers (`lrserve/serving/latency.py`)
 
 With `--quantized` the plans are served in int8 (W8A8, `--quantization-config` of `vllm serve`), beside the dense model in bfloat16,
@@ -60,6 +62,7 @@ CONCURRENCIES = (1, 8, 32)
 PROMPT, STEPS = 16, 64  # of a decode measurement
 PREFILL = 512  # tokens of one prompt
 SAMPLES = 3  # of one request, of the prefill and of the bounds' rates, in each round
+RATE_SECONDS = 1.0  # over which a rate is the mean
 LARGE = Shape(8192, 8192, None)  # whose rates are the bounds
 STEP = 64
 
@@ -118,12 +121,16 @@ THEIRS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Timed:
-    """One round of one engine: seconds of a decode step by concurrency, of the prefill, and what the large matrix reached."""
+    """One round of one engine: seconds of a decode step by concurrency, of the prefill, and what the large matrix reached.
+
+    `undisturbed`: bytes and operations a second by the lower quartile of its times instead of their mean.
+    """
 
     decode: dict[int, float]
     prefill: float
     bytes_per_second: float
     flops_per_second: float
+    undisturbed: tuple[float, float]
 
 
 def decode(engine: Engine, concurrency: int, seed: int) -> float:
@@ -132,20 +139,34 @@ def decode(engine: Engine, concurrency: int, seed: int) -> float:
     return (long - short) / STEPS
 
 
-def measure(engine: Engine, seed: int, samples: int = SAMPLES) -> Timed:
+def warm_up(engine: Engine) -> None:
+    """Let the first calls of every size pass."""
+    for concurrency in CONCURRENCIES:
+        engine.throughput(PROMPT, 4, concurrency, seed=0)
+    engine.throughput(PREFILL, 1, 1, seed=0)
+
+
+def rates(microseconds: Sequence[float]) -> tuple[float, float]:
+    """Bytes and operations a second of the large matrix, by its times for one token and for the prefill's."""
+    weights = LARGE.n * LARGE.m
+    read, multiplied = microseconds
+    return 2 * weights / (1e-6 * read), 2 * weights * PREFILL / (1e-6 * multiplied)
+
+
+def measure(engine: Engine, seed: int) -> Timed:
     """Measure one round: several requests once; one request, the prefill and between them the rates several times, for the median.
 
     The machine's bandwidth drifts within seconds, so the rates are those of the same seconds.
     """
     steps = {concurrency: decode(engine, concurrency, seed) for concurrency in CONCURRENCIES[1:]}
     runs = []
-    for i in range(samples):
+    for i in range(SAMPLES):
         step = decode(engine, 1, seed + i)
-        (large,) = engine.latency_table([LARGE], [1, PREFILL])
+        (large,) = engine.latency_table([LARGE], [1, PREFILL], seconds=RATE_SECONDS)
         runs.append([step, engine.throughput(PREFILL, 1, 1, seed=seed + i).seconds, *large])
-    step, prefill, read, multiplied = map(statistics.median, zip(*runs, strict=True))
-    weights = LARGE.n * LARGE.m
-    return Timed({1: step, **steps}, prefill, 2 * weights / (1e-6 * read), 2 * weights * PREFILL / (1e-6 * multiplied))
+    step, prefill, *large = map(statistics.median, zip(*runs, strict=True))
+    (quiet,) = engine.latency_table([LARGE], [1, PREFILL])
+    return Timed({1: step, **steps}, prefill, *rates(large), rates(quiet))
 
 
 @dataclass(frozen=True)
@@ -245,7 +266,7 @@ def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int,
                     )
                 engines[label] = stack.enter_context(engine)
             for engine in engines.values():
-                measure(engine, 0, samples=1)
+                warm_up(engine)
             done = count(1)
             found = in_turns(engines, measure, rounds, seed=1, progress=lambda *_: progress(next(done)))
             calls = {label: contender.calls() for label, contender in contenders.items() if contender.precision == "bfloat16"}
@@ -292,21 +313,21 @@ def render(name: str, contenders: Mapping[str, Contender], result: Mapping[str, 
             own, other = ([timed["decode"][concurrency] for timed in side] for side in (rounds, dense))
             cells += times(own, other, gemm and gemm[concurrency])
             if concurrency == "1":
-                cells.append(share_of_bound(own, [contender.read_bytes / timed["bytes_per_second"] for timed in rounds]))
+                cells.append(share_of_bound(own, rounds, contender.read_bytes, "bytes_per_second", 0))
         own, other = ([timed["prefill"] for timed in side] for side in (rounds, dense))
         cells += times(own, other, gemm and gemm[str(PREFILL)])
         flops = contender.prefill_flops(PREFILL)
-        cells.append(share_of_bound(own, [flops / timed["flops_per_second"] for timed in rounds]) if gemm else "")
+        cells.append(share_of_bound(own, rounds, flops, "flops_per_second", 1) if gemm else "")
         lines.append(cells)
     every = [timed for rounds in result["rounds"].values() for timed in rounds]
-    rates = ", ".join(
+    reached = ", ".join(
         f"{min(values):.0f} to {max(values):.0f} {unit}"
         for values, unit in (
             ([timed["bytes_per_second"] / 1e9 for timed in every], "GB/s read"),
             ([timed["flops_per_second"] / 1e9 for timed in every], "GFLOP/s"),
         )
     )
-    return f"{name}, {engine_version()}; the bounds' rates: {rates}\n\n{table(header, lines)}\n"
+    return f"{name}, {engine_version()}; the bounds' rates: {reached}\n\n{table(header, lines)}\n"
 
 
 def times(own: Sequence[float], dense: Sequence[float], gemm: float | None) -> list[str]:
@@ -315,9 +336,12 @@ def times(own: Sequence[float], dense: Sequence[float], gemm: float | None) -> l
     return [f"{1e3 * median:.{1 if median < 0.2 else 0}f}", speedup(own, dense), f"{gemm / median:.0%}" if gemm else ""]
 
 
-def share_of_bound(own: Sequence[float], least: Sequence[float]) -> str:
-    """Median of the rounds' shares of the least time over the measured one."""
-    return f"{statistics.median(bound / seconds for bound, seconds in zip(least, own, strict=True)):.0%}"
+def share_of_bound(own: Sequence[float], rounds: Sequence[Mapping[str, Any]], amount: float, rate: str, undisturbed: int) -> str:
+    """Median of the rounds' shares of an amount's least time over the measured one, by the mean rate and the undisturbed one."""
+    by_rate = [[timed[rate] for timed in rounds], [timed["undisturbed"][undisturbed] for timed in rounds]]
+    shares = [[amount / per_second / seconds for per_second, seconds in zip(column, own, strict=True)] for column in by_rate]
+    mean, quiet = map(statistics.median, shares)
+    return f"{mean:.0%} ({quiet:.0%})"
 
 
 def main() -> None:

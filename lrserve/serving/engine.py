@@ -123,12 +123,14 @@ class Engine(EngineProcess):
             for x in reply["transcripts"]
         ]
 
-    def latency_table(self, shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str = "bfloat16") -> list[list[float]]:
+    def latency_table(
+        self, shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str = "bfloat16", seconds: float | None = None
+    ) -> list[list[float]]:
         """Time single linear layers with the kernels that serve them, in this engine's process and threads.
 
-        Returns microseconds [shape][token count].
+        Returns microseconds [shape][token count]: lower quartiles, or means over so many `seconds` each.
         """
-        return super().latency_table(shapes, tokens, dtype=dtype)
+        return super().latency_table(shapes, tokens, dtype=dtype, seconds=seconds)
 
 
 def worker_environment(model: str, threads: int | None) -> dict[str, str]:

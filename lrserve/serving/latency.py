@@ -14,8 +14,8 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.inference_mode()
-def latency_table(entries: Sequence[Entry], tokens: Sequence[int], dtype: torch.dtype) -> list[list[float]]:
-    """Return the lower-quartile microseconds of entry i at tokens[j] rows of input."""
+def latency_table(entries: Sequence[Entry], tokens: Sequence[int], dtype: torch.dtype, seconds: float | None) -> list[list[float]]:
+    """Return the microseconds of entry i at tokens[j] rows of input: the lower quartile, or the mean over so many `seconds`."""
     device = current_platform.device_type
 
     def build(entry: Entry) -> Layer:
@@ -27,7 +27,7 @@ def latency_table(entries: Sequence[Entry], tokens: Sequence[int], dtype: torch.
     def rows(count: int, n: int) -> torch.Tensor:
         return values[: count * n].view(count, n)
 
-    return time_layers(entries, tokens, dtype.itemsize, build, rows)
+    return time_layers(entries, tokens, dtype.itemsize, build, rows, seconds)
 
 
 def _finished(layer: Layer) -> Layer:

@@ -64,12 +64,14 @@ class OnnxEngine(EngineProcess):
         require_packages()
         self._start(WORKER_COMMAND, onnx_version())
 
-    def latency_table(self, shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str = "float32") -> list[list[float]]:
+    def latency_table(
+        self, shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str = "float32", seconds: float | None = None
+    ) -> list[list[float]]:
         """Time single linear layers as graphs of their own, in this engine's process and threads.
 
-        Returns microseconds [shape][token count].
+        Returns microseconds [shape][token count]: lower quartiles, or means over so many `seconds` each.
 
         Raises:
             InputError: another dtype than float32.
         """
-        return super().latency_table(shapes, tokens, dtype=dtype)
+        return super().latency_table(shapes, tokens, dtype=dtype, seconds=seconds)

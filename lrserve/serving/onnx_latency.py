@@ -21,8 +21,8 @@ from lrserve.compression.lowrank import GroupSpec, LowRankLinear, first_factor
 from lrserve.serving.timing import Entry, input_elements, time_layers
 
 
-def latency_table(entries: Sequence[Entry], tokens: Sequence[int], threads: int | None) -> list[list[float]]:
-    """Return the lower-quartile microseconds of entry i at tokens[j] rows of float32 input."""
+def latency_table(entries: Sequence[Entry], tokens: Sequence[int], threads: int | None, seconds: float | None) -> list[list[float]]:
+    """Return the microseconds of entry i at tokens[j] rows of float32 input: the lower quartile, or the mean over `seconds`."""
     from onnxruntime import OrtValue
 
     values = np.random.default_rng(0).standard_normal(input_elements(entries, tokens), np.float32)
@@ -35,7 +35,7 @@ def latency_table(entries: Sequence[Entry], tokens: Sequence[int], threads: int 
         # Three axes, as in the model: ONNX Runtime fuses a MatMul and an Add of two.
         return OrtValue.ortvalue_from_numpy(values[: count * n].reshape(1, count, n))
 
-    return time_layers(entries, tokens, torch.float32.itemsize, build, rows)
+    return time_layers(entries, tokens, torch.float32.itemsize, build, rows, seconds)
 
 
 def random_layer(entry: Entry) -> nn.Module:

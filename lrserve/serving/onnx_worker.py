@@ -61,11 +61,13 @@ def throughput(loaded: Loaded, prompt_tokens: int, output_tokens: int, concurren
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "output_tokens": sum(map(len, tokens))}
 
 
-def latency_table(loaded: Loaded, entries: list[dict[str, Any]], tokens: list[int], dtype: str) -> dict[str, Any]:
+def latency_table(
+    loaded: Loaded, entries: list[dict[str, Any]], tokens: list[int], dtype: str, seconds: float | None
+) -> dict[str, Any]:
     """Time single layers (serving/onnx_latency.py)."""
     if dtype != "float32":
         raise InputError(f"the ONNX graph computes in float32, not in {dtype}")
-    return {"microseconds": measure(entries, tokens, loaded.threads)}
+    return {"microseconds": measure(entries, tokens, loaded.threads, seconds)}
 
 
 REQUESTS: Final[dict[str, Callable[..., dict[str, Any]]]] = {"throughput": throughput, "latency_table": latency_table}

@@ -155,16 +155,19 @@ class EngineProcess(ABC):
         )
         return Throughput(seconds=reply["seconds"], cpu_seconds=reply["cpu_seconds"], output_tokens=reply["output_tokens"])
 
-    def latency_table(self, shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str) -> list[list[float]]:
+    def latency_table(
+        self, shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str, seconds: float | None = None
+    ) -> list[list[float]]:
         """Time single linear layers with the kernels that serve them, in this engine's process and threads.
 
-        Returns microseconds [shape][token count].
+        Returns microseconds [shape][token count]: lower quartiles, or means over so many `seconds` each.
         """
         reply = self._request(
             "latency_table",
             entries=[asdict(shape) for shape in shapes],
             tokens=list(map(int, tokens)),
             dtype=dtype,
+            seconds=seconds,
         )
         table: list[list[float]] = reply["microseconds"]
         return table

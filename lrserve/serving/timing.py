@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
@@ -41,15 +42,17 @@ def time_layers(
     itemsize: int,
     build: Callable[[Entry], Callable[[X], object]],
     rows: Callable[[int, int], X],
+    seconds: float | None,
 ) -> list[list[float]]:
-    """Return the lower-quartile microseconds of entry i at tokens[j] rows of input.
+    """Return the microseconds of entry i at tokens[j] rows of input: the lower quartile, or the mean over so many `seconds`.
 
-    `build` makes a layer with random weights of `itemsize` bytes each, which returns when it has multiplied; `rows(count, n)`
-    makes its input.
+    Other processes only ever make a call slower, so the lower quartile is the layer's own time; the mean is what whole runs have
+    to be held against, since others slow those down as well. `build` makes a layer with random weights of `itemsize` bytes each,
+    which returns when it has multiplied; `rows(count, n)` makes its input.
     """
     table: list[list[float]] = []
     for batch in _batches(entries, itemsize):
-        table += _time_batch(batch, tokens, itemsize, build, rows)
+        table += _time_batch(batch, tokens, itemsize, build, rows, seconds)
     return table
 
 
@@ -84,6 +87,7 @@ def _time_batch(
     itemsize: int,
     build: Callable[[Entry], Callable[[X], object]],
     rows: Callable[[int, int], X],
+    seconds: float | None,
 ) -> list[list[float]]:
     size = sum(elements(entry) for entry in entries) * itemsize
     copies = max(1, min(_MAX_COPIES, round(_COLD_BYTES / size)))
@@ -97,15 +101,15 @@ def _time_batch(
         samples: list[list[float]] = [[] for _ in entries]
         order = list(zip(layers, inputs, samples, strict=True))
         shuffle = random.Random(0).shuffle
-        rounds, deadline = 0, time.perf_counter() + _SECONDS_PER_CELL * len(entries)
-        while rounds < _MIN_ROUNDS or (rounds < _MAX_ROUNDS and time.perf_counter() < deadline):
+        rounds, deadline = 0, time.perf_counter() + (seconds or _SECONDS_PER_CELL) * len(entries)
+        most = _MAX_ROUNDS if seconds is None else sys.maxsize
+        while rounds < _MIN_ROUNDS or (rounds < most and time.perf_counter() < deadline):
             shuffle(order)  # what follows a certain layer must not stick to it
             for of_entry, x, sample in order:
                 sample.append(_seconds(of_entry[rounds % copies], x))
             rounds += 1
         for row, sample in zip(table, samples, strict=True):
-            # the lower quartile: other processes only ever make a call slower
-            row.append(statistics.quantiles(sample, n=4)[0] * 1e6)
+            row.append(1e6 * (statistics.quantiles(sample, n=4)[0] if seconds is None else statistics.mean(sample)))
     return table
 
 

@@ -77,13 +77,13 @@ def _transcript(prompt: list[int], output: Any) -> dict[str, Any]:
     }
 
 
-def latency_table(llm: Any, entries: list[dict[str, Any]], tokens: list[int], dtype: str) -> dict[str, Any]:
+def latency_table(llm: Any, entries: list[dict[str, Any]], tokens: list[int], dtype: str, seconds: float | None) -> dict[str, Any]:
     """Time single layers (serving/latency.py)."""
     import torch
 
     from lrserve.serving.latency import latency_table as measure
 
-    return {"microseconds": measure(entries, tokens, getattr(torch, dtype))}
+    return {"microseconds": measure(entries, tokens, getattr(torch, dtype), seconds)}
 
 
 REQUESTS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -48,7 +48,7 @@ def throughput(llm, prompt_tokens, output_tokens, concurrency, seed):
         time.sleep(60)
     return {"seconds": 2.0, "cpu_seconds": float(llm), "output_tokens": output_tokens * concurrency}
 
-def latency_table(llm, entries, tokens, dtype):
+def latency_table(llm, entries, tokens, dtype, seconds):
     return {"microseconds": [[e["n"] * t + len(e["structure"]) * (e["rank"] or 0) for t in tokens] for e in entries]}
 
 def transcribe(llm, prompts, new_tokens):

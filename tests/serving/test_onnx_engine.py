@@ -177,7 +177,7 @@ def test_layers_are_timed_in_turns_with_weights_that_are_not_in_a_cache(monkeypa
         return layer
 
     entries = [asdict(Shape(1024, 4096, None)), asdict(Shape(2048, 4096, None))]
-    table = time_layers(entries, [1, 3], 4, build, lambda count, n: (count, n))
+    table = time_layers(entries, [1, 3], 4, build, lambda count, n: (count, n), None)
     np.testing.assert_allclose(table, [[1024, 3072], [2048, 6144]])
     assert copies == {1024: 5, 2048: 5}  # 256 MiB / (16 MiB + 32 MiB)
     assert calls[:10] == [(n, copy, 1) for n in copies for copy in range(5)]  # every copy once, to warm up
