@@ -36,7 +36,7 @@ int64_t passed_by = 0;
 
 c10::OperatorHandle find(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
 
-at::Tensor first(const at::Tensor& rows, int64_t count) { return rows.size(0) == count ? rows : rows.narrow(0, 0, count); }
+at::Tensor first(const at::Tensor& rows, int64_t count) { return rows.size(0) <= count ? rows : rows.narrow(0, 0, count); }
 
 // vLLM's `unified_attention_with_output` (query, key, value, output, layer_name, output_scale, output_block_scale, kv_cache_dummy_dep).
 void attend(const c10::OperatorHandle&, Stack* stack) {

@@ -14,6 +14,7 @@ Python: the first pass of a model, trial runs, and all that is not a plain decod
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections import defaultdict
 from typing import Any
@@ -125,6 +126,11 @@ class OneCallBackend(CPUAttentionBackend):  # type: ignore[misc]
         return OneCallAttention
 
 
+def _forget(_: object = None) -> None:
+    """Drop the entries that are left: their pass is over."""
+    torch.ops.lrserve.attention_forget()
+
+
 class _Passes:
     """Knows which layers follow the first one of a forward pass, and hands attention.cpp what they need."""
 
@@ -142,20 +148,23 @@ class _Passes:
         context: Any = get_forward_context()
         begins = self._under_way is None or self._under_way() is not context
         if begins:
-            self._under_way, self._first = weakref.ref(context), name
+            self._under_way, self._first = weakref.ref(context, _forget), name
             self._hand_over(context, rows)
-        elif name != self._first:  # never in advance: an entry that is not used must not outlive the pass
+        elif name != self._first:
             self._learn(name, context.no_compile_layers[name])
 
     def _learn(self, name: str, layer: Any) -> None:
         impl = layer.impl
-        if isinstance(impl, OneCallAttention) and impl.plain and hasattr(layer, "isa"):
+        if self._known.get(name) is impl and name in self._followers[self._first]:
+            return
+        ours = isinstance(impl, OneCallAttention) and type(impl).forward is OneCallAttention.forward and impl.plain
+        if ours and layer.kv_sharing_target_layer_name is None and hasattr(layer, "isa"):
             torch.ops.lrserve.attention_layer(name, impl.scale, impl.logits_soft_cap, impl.sliding_window, layer.isa)
             self._known[name] = impl
             self._followers[self._first][name] = None
 
     def _hand_over(self, context: Any, rows: int) -> None:
-        torch.ops.lrserve.attention_forget()  # what a pass has left that was broken off
+        _forget()  # what a pass has left that was broken off, and whose context somebody keeps
         by_layer = context.attn_metadata
         if not isinstance(by_layer, dict) or has_kv_transfer_group():
             return
@@ -204,10 +213,10 @@ def _in_python(
 
 @functools.cache
 def _without_python() -> bool:
-    """Put attention.cpp in the place of vLLM's operation, if the names of layers are strings; say whether it is there."""
-    if torch_utils._USE_LAYERNAME:
+    """Put attention.cpp in the place of vLLM's operation, if it has the arguments known here and layers' names are strings."""
+    schema = torch.ops.vllm.unified_attention_with_output.default._schema
+    if torch_utils._USE_LAYERNAME or [x.name for x in schema.arguments] != list(inspect.signature(_in_python).parameters):
         return False
-    schema = str(torch.ops.vllm.unified_attention_with_output.default._schema)
-    torch.library.define("lrserve::attention_in_python", schema[schema.index("(") :])
+    torch.library.define("lrserve::attention_in_python", str(schema)[str(schema).index("(") :])
     torch.library.impl("lrserve::attention_in_python", "CPU", _in_python)
     return native.load(native.ATTENTION, (), "attention goes through Python instead")

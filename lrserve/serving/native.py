@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def load(source: Path, flags: Sequence[str], otherwise: str) -> bool:
 def library(source: Path, flags: Sequence[str]) -> Path:
     """Return the compiled file, from the cache if it is there."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
-    key = fingerprint([version(source, flags), torch.__version__, compiler])
+    key = fingerprint([version(source, flags), torch.__version__, platform.machine(), compiler])
     target = cache_folder() / "kernels" / f"{source.stem}-{key[:16]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)

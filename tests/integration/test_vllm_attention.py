@@ -44,6 +44,7 @@ class Layer:
     impl: Any
     kv_cache: torch.Tensor
     isa: str
+    kv_sharing_target_layer_name: str | None = None
     _k_scale_float: float = 1.0
     _v_scale_float: float = 1.0
 
@@ -140,6 +141,8 @@ def check_what_a_pass_has_left_is_forgotten() -> None:
     for i in range(2):
         model.attend(same(model, metadata([5 + i, 3 + i])), 2)
     assert model.attend(same(model, metadata([7, 5])), 2, ["d0"]) == 0  # broken off, d1 and d2 have entries
+    assert model.attend(same(model, metadata([6, 9])), 2, ["d1", "d2"]) == 0  # begins with a layer that has followed
+    assert model.attend(same(model, metadata([7, 5])), 2, ["d0"]) == 0
     assert model.attend(None, 2) == 0  # a trial run writes nothing
     assert model.attend(same(model, metadata([4, 9])), 2) == 2
 
