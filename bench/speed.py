@@ -123,13 +123,12 @@ THEIRS: Mapping[str, Mapping[str, Any]] = {
 class Timed:
     """One round of one engine: seconds of a decode step by concurrency, of the prefill, and what the large matrix reached.
 
-    `undisturbed`: bytes and operations a second by the lower quartile of its times instead of their mean.
+    That is bytes read and operations a second: `reached` by the mean of its times, `undisturbed` by their lower quartile.
     """
 
     decode: dict[int, float]
     prefill: float
-    bytes_per_second: float
-    flops_per_second: float
+    reached: tuple[float, float]
     undisturbed: tuple[float, float]
 
 
@@ -166,7 +165,7 @@ def measure(engine: Engine, seed: int) -> Timed:
         runs.append([step, engine.throughput(PREFILL, 1, 1, seed=seed + i).seconds, *large])
     step, prefill, *large = map(statistics.median, zip(*runs, strict=True))
     (quiet,) = engine.latency_table([LARGE], [1, PREFILL])
-    return Timed({1: step, **steps}, prefill, *rates(large), rates(quiet))
+    return Timed({1: step, **steps}, prefill, rates(large), rates(quiet))
 
 
 @dataclass(frozen=True)
@@ -313,18 +312,18 @@ def render(name: str, contenders: Mapping[str, Contender], result: Mapping[str, 
             own, other = ([timed["decode"][concurrency] for timed in side] for side in (rounds, dense))
             cells += times(own, other, gemm and gemm[concurrency])
             if concurrency == "1":
-                cells.append(share_of_bound(own, rounds, contender.read_bytes, "bytes_per_second", 0))
+                cells.append(share_of_bound(own, rounds, contender.read_bytes, 0))
         own, other = ([timed["prefill"] for timed in side] for side in (rounds, dense))
         cells += times(own, other, gemm and gemm[str(PREFILL)])
         flops = contender.prefill_flops(PREFILL)
-        cells.append(share_of_bound(own, rounds, flops, "flops_per_second", 1) if gemm else "")
+        cells.append(share_of_bound(own, rounds, flops, 1) if gemm else "")
         lines.append(cells)
     every = [timed for rounds in result["rounds"].values() for timed in rounds]
     reached = ", ".join(
         f"{min(values):.0f} to {max(values):.0f} {unit}"
         for values, unit in (
-            ([timed["bytes_per_second"] / 1e9 for timed in every], "GB/s read"),
-            ([timed["flops_per_second"] / 1e9 for timed in every], "GFLOP/s"),
+            ([timed["reached"][0] / 1e9 for timed in every], "GB/s read"),
+            ([timed["reached"][1] / 1e9 for timed in every], "GFLOP/s"),
         )
     )
     return f"{name}, {engine_version()}; the bounds' rates: {reached}\n\n{table(header, lines)}\n"
@@ -336,12 +335,13 @@ def times(own: Sequence[float], dense: Sequence[float], gemm: float | None) -> l
     return [f"{1e3 * median:.{1 if median < 0.2 else 0}f}", speedup(own, dense), f"{gemm / median:.0%}" if gemm else ""]
 
 
-def share_of_bound(own: Sequence[float], rounds: Sequence[Mapping[str, Any]], amount: float, rate: str, undisturbed: int) -> str:
-    """Median of the rounds' shares of an amount's least time over the measured one, by the mean rate and the undisturbed one."""
-    by_rate = [[timed[rate] for timed in rounds], [timed["undisturbed"][undisturbed] for timed in rounds]]
-    shares = [[amount / per_second / seconds for per_second, seconds in zip(column, own, strict=True)] for column in by_rate]
-    mean, quiet = map(statistics.median, shares)
-    return f"{mean:.0%} ({quiet:.0%})"
+def share_of_bound(own: Sequence[float], rounds: Sequence[Mapping[str, Any]], amount: float, rate: int) -> str:
+    """Median of the rounds' shares of an amount's least time, by one of `rates`, over the measured: reached (undisturbed)."""
+    reached, undisturbed = (
+        statistics.median(amount / timed[name][rate] / seconds for timed, seconds in zip(rounds, own, strict=True))
+        for name in ("reached", "undisturbed")
+    )
+    return f"{reached:.0%} ({undisturbed:.0%})"
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ class OneCallAttention(CPUAttentionBackendImpl):  # type: ignore[misc]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        _without_python()
+        _install()
 
     def halves(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Cut a cache (blocks, KV heads, tokens of a block, 2 * head size) into its keys and values."""
@@ -55,7 +55,9 @@ class OneCallAttention(CPUAttentionBackendImpl):  # type: ignore[misc]
 
     @property
     def plain(self) -> bool:
-        """Whether attention.cpp may do what `forward` does."""
+        """Whether attention.cpp does what `forward` does: no scales of the cache, biases of positions or sinks."""
+        if type(self).forward is not OneCallAttention.forward:
+            return False
         own = self.attn_type == AttentionType.DECODER and self.kv_sharing_target_layer_name is None
         return own and self.kv_cache_dtype == "auto" and self.alibi_slopes is None and self.sinks is None
 
@@ -127,7 +129,7 @@ class OneCallBackend(CPUAttentionBackend):  # type: ignore[misc]
 
 
 def _forget(_: object = None) -> None:
-    """Drop the entries that are left: their pass is over."""
+    """Drop the entries that are left: their pass is over. Called with its context's weak reference when that has died."""
     torch.ops.lrserve.attention_forget()
 
 
@@ -157,8 +159,8 @@ class _Passes:
         impl = layer.impl
         if self._known.get(name) is impl and name in self._followers[self._first]:
             return
-        ours = isinstance(impl, OneCallAttention) and type(impl).forward is OneCallAttention.forward and impl.plain
-        if ours and layer.kv_sharing_target_layer_name is None and hasattr(layer, "isa"):
+        plain = isinstance(impl, OneCallAttention) and impl.plain
+        if plain and layer.kv_sharing_target_layer_name is None and hasattr(layer, "isa"):
             torch.ops.lrserve.attention_layer(name, impl.scale, impl.logits_soft_cap, impl.sliding_window, layer.isa)
             self._known[name] = impl
             self._followers[self._first][name] = None
@@ -168,17 +170,14 @@ class _Passes:
         by_layer = context.attn_metadata
         if not isinstance(by_layer, dict) or has_kv_transfer_group():
             return
-        groups: defaultdict[int, list[tuple[str, torch.Tensor, torch.Tensor]]] = defaultdict(list)
-        found = {}
+        groups: dict[int, tuple[Any, list[tuple[str, torch.Tensor, torch.Tensor]]]] = {}
         for name in self._followers[self._first]:
             layer, metadata = context.no_compile_layers.get(name), by_layer.get(name)
             impl = self._known.get(name)
             if layer is not None and metadata is not None and impl is not None and impl is layer.impl:
                 keys, values = impl.halves(layer.kv_cache)
-                groups[id(metadata)].append((name, keys, values))
-                found[id(metadata)] = metadata
-        for key, layers in groups.items():
-            metadata = found[key]
+                groups.setdefault(id(metadata), (metadata, []))[1].append((name, keys, values))
+        for metadata, layers in groups.values():
             if metadata.scheduler_metadata is not None and metadata.dynamic_causal is None:
                 torch.ops.lrserve.attention_pass(
                     *map(list, zip(*layers, strict=True)),
@@ -212,11 +211,11 @@ def _in_python(
 
 
 @functools.cache
-def _without_python() -> bool:
+def _install() -> None:
     """Put attention.cpp in the place of vLLM's operation, if it has the arguments known here and layers' names are strings."""
     schema = torch.ops.vllm.unified_attention_with_output.default._schema
     if torch_utils._USE_LAYERNAME or [x.name for x in schema.arguments] != list(inspect.signature(_in_python).parameters):
-        return False
+        return
     torch.library.define("lrserve::attention_in_python", str(schema)[str(schema).index("(") :])
     torch.library.impl("lrserve::attention_in_python", "CPU", _in_python)
-    return native.load(native.ATTENTION, (), "attention goes through Python instead")
+    native.load(native.ATTENTION, (), "attention goes through Python instead")

@@ -62,7 +62,7 @@ def _flags() -> list[str]:
 @functools.cache
 def available() -> bool:
     """Load the kernel, compiling it the first time; say whether that went well."""
-    if not native.load(_SOURCE, _flags(), "vLLM multiplies instead"):
+    if not native.load(_SOURCE, _flags(), "vLLM's multiplies instead"):
         return False
     torch.library.register_fake("lrserve::linear", lambda x, weight, bias, m: x.new_empty(*x.shape[:-1], m))
     return True

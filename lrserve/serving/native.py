@@ -36,7 +36,7 @@ def load(source: Path, flags: Sequence[str], otherwise: str) -> bool:
     """
     try:
         torch.ops.load_library(library(source, flags))  # type: ignore[no-untyped-call]
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+    except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or error
         _log.warning("lrserve's %s cannot be compiled or loaded, %s (which is slower): %s", source.name, otherwise, detail)
         return False

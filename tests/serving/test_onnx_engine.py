@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,6 +185,21 @@ def test_layers_are_timed_in_turns_with_weights_that_are_not_in_a_cache(monkeypa
     rounds = [calls[10 + 2 * index : 12 + 2 * index] for index in range(6)]
     assert [{n for n, _, _ in both} for both in rounds] == [{1024, 2048}] * 6
     assert [[copy for _, copy, _ in both] for both in rounds] == [[index % 5] * 2 for index in range(6)]
+
+
+def test_over_seconds_the_time_of_a_layer_is_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("lrserve.serving.timing.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    calls = count()
+
+    def layer(_: object) -> None:
+        clock.now += 1e-3 if next(calls) % 5 else 6e-3  # others take the processor in every fifth call
+
+    shape = [asdict(Shape(8192, 8192, None))]
+    [[quartile]], [[mean]] = (time_layers(shape, [1], 2, lambda _: layer, lambda *_: None, seconds) for seconds in (None, 2.0))
+    assert quartile == pytest.approx(1e3)
+    assert mean == pytest.approx(2e3, rel=0.01)
+    assert clock.now == pytest.approx(2.05, abs=0.05)  # for so long, however many calls that takes
 
 
 @pytest.mark.parametrize(
