@@ -8,6 +8,7 @@
 #include <string>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 namespace {
 
@@ -23,15 +24,25 @@ struct Pass {
 };
 
 struct Layer {
+  std::string name;
+  at::Tensor keys, values;  // halves of its cache
   double scale, softcap;
   int64_t window;
   std::string isa;
-  // Of the forward pass under way, until the layer has attended.
-  std::shared_ptr<const Pass> pass;
-  at::Tensor keys, values;
 };
 
-std::unordered_map<std::string, Layer> layers;
+using Group = std::vector<std::shared_ptr<const Layer>>;
+
+std::unordered_map<int64_t, Group> groups;
+int64_t last_group = 0;
+
+// Layers of the forward pass under way that have not attended yet.
+struct Entry {
+  std::shared_ptr<const Layer> layer;
+  std::shared_ptr<const Pass> pass;
+};
+
+std::unordered_map<std::string, Entry> entries;
 int64_t passed_by = 0;
 
 c10::OperatorHandle find(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
@@ -43,27 +54,26 @@ void attend(const c10::OperatorHandle&, Stack* stack) {
   constexpr size_t kArguments = 8;
   TORCH_CHECK(stack->size() >= kArguments, "unified_attention_with_output has other arguments than lrserve knows");
   const IValue* arguments = stack->data() + stack->size() - kArguments;
-  const auto found = arguments[4].isString() ? layers.find(arguments[4].toStringRef()) : layers.end();
-  std::shared_ptr<const Pass> pass;
-  if (found != layers.end()) pass = std::exchange(found->second.pass, nullptr);
+  Entry entry;
+  if (arguments[4].isString())
+    if (const auto found = entries.find(arguments[4].toStringRef()); found != entries.end()) entry = std::exchange(found->second, {});
+  const auto& [layer, pass] = entry;
   if (!pass || arguments[1].isNone() || arguments[2].isNone() || !arguments[5].isNone() || !arguments[6].isNone() ||
       arguments[0].toTensor().size(0) != pass->rows) {
     static const c10::OperatorHandle python = find("lrserve::attention_in_python");
     python.callBoxed(stack);
     return;
   }
-  Layer& layer = found->second;
-  const at::Tensor keys = std::exchange(layer.keys, at::Tensor()), values = std::exchange(layer.values, at::Tensor());
   const int64_t stored = pass->slots.size(0);
 
   static const c10::OperatorHandle store = find("_C::cpu_attn_reshape_and_cache");
-  Stack storing{first(arguments[1].toTensor(), stored), first(arguments[2].toTensor(), stored), keys, values, pass->slots, layer.isa,
+  Stack storing{first(arguments[1].toTensor(), stored), first(arguments[2].toTensor(), stored), layer->keys, layer->values, pass->slots, layer->isa,
                 1.0, 1.0, "auto"};
   store.callBoxed(storing);
 
   static const c10::OperatorHandle attention = find("_C::cpu_attention_with_kv_cache");
-  Stack attending{first(arguments[0].toTensor(), pass->tokens), keys, values, first(arguments[3].toTensor(), pass->tokens),
-                  pass->starts, pass->lengths, layer.scale, pass->causal, IValue(), layer.window, pass->blocks, layer.softcap,
+  Stack attending{first(arguments[0].toTensor(), pass->tokens), layer->keys, layer->values, first(arguments[3].toTensor(), pass->tokens),
+                  pass->starts, pass->lengths, layer->scale, pass->causal, IValue(), layer->window, pass->blocks, layer->softcap,
                   pass->schedule, IValue(), IValue(), 1.0, 1.0, "auto"};
   attention.callBoxed(attending);
 
@@ -71,23 +81,27 @@ void attend(const c10::OperatorHandle&, Stack* stack) {
   torch::jit::drop(*stack, kArguments);
 }
 
-void layer(std::string name, double scale, double softcap, int64_t window, std::string isa) {
-  layers[std::move(name)] = Layer{scale, softcap, window, std::move(isa), nullptr, {}, {}};
+int64_t group(c10::List<std::string> names, at::TensorList keys, at::TensorList values, at::ArrayRef<double> scales,
+              at::ArrayRef<double> softcaps, at::IntArrayRef windows, c10::List<std::string> isas) {
+  for (const size_t number : {keys.size(), values.size(), scales.size(), softcaps.size(), windows.size(), isas.size()})
+    TORCH_CHECK(number == names.size(), "attention_group: one of each for each layer");
+  Group& layers = groups[++last_group];
+  for (size_t i = 0; i < names.size(); ++i)
+    layers.push_back(std::make_shared<const Layer>(Layer{names.get(i), keys[i], values[i], scales[i], softcaps[i], windows[i], isas.get(i)}));
+  return last_group;
 }
+
+void drop(int64_t number) { groups.erase(number); }
 
 void forget() {
-  for (auto& [name, layer] : layers) layer.pass = nullptr, layer.keys = at::Tensor(), layer.values = at::Tensor();
+  for (auto& [name, entry] : entries) entry = {};
 }
 
-void pass(c10::List<std::string> names, at::TensorList keys, at::TensorList values, at::Tensor starts, at::Tensor lengths,
-          at::Tensor blocks, at::Tensor slots, at::Tensor schedule, int64_t tokens, int64_t rows, bool causal) {
-  TORCH_CHECK(names.size() == keys.size() && names.size() == values.size(), "a cache for each layer");
+void pass(int64_t number, at::Tensor starts, at::Tensor lengths, at::Tensor blocks, at::Tensor slots, at::Tensor schedule,
+          int64_t tokens, int64_t rows, bool causal) {
   const auto pass = std::make_shared<const Pass>(Pass{std::move(starts), std::move(lengths), std::move(blocks), std::move(slots),
                                                       std::move(schedule), tokens, rows, causal});
-  for (size_t i = 0; i < keys.size(); ++i) {
-    Layer& layer = layers.at(names.get(i));
-    layer.pass = pass, layer.keys = keys[i], layer.values = values[i];
-  }
+  for (const auto& layer : groups.at(number)) entries[layer->name] = {layer, pass};
 }
 
 int64_t count() { return passed_by; }
@@ -95,11 +109,14 @@ int64_t count() { return passed_by; }
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(lrserve, library) {
-  library.def("attention_layer(str name, float scale, float softcap, int window, str isa) -> ()", layer);
+  library.def(
+      "attention_group(str[] names, Tensor[] keys, Tensor[] values, float[] scales, float[] softcaps, int[] windows, str[] isas) -> int",
+      group);
+  library.def("attention_drop(int group) -> ()", drop);
   library.def("attention_forget() -> ()", forget);
   library.def(
-      "attention_pass(str[] names, Tensor[] keys, Tensor[] values, Tensor starts, Tensor lengths, Tensor blocks, Tensor slots, "
-      "Tensor schedule, int tokens, int rows, bool causal) -> ()",
+      "attention_pass(int group, Tensor starts, Tensor lengths, Tensor blocks, Tensor slots, Tensor schedule, int tokens, int rows, "
+      "bool causal) -> ()",
       pass);
   library.def("attention_count() -> int", count);
 }

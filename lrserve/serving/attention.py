@@ -17,6 +17,7 @@ import functools
 import inspect
 import weakref
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -130,7 +131,35 @@ class OneCallBackend(CPUAttentionBackend):  # type: ignore[misc]
 
 def _forget(_: object = None) -> None:
     """Drop the entries that are left: their pass is over. Called with its context's weak reference when that has died."""
-    torch.ops.lrserve.attention_forget()
+    torch.ops.lrserve.attention_forget.default()
+
+
+class _Group:
+    """Layers that share one metadata in each pass, in the form in which attention.cpp keeps them."""
+
+    def __init__(self, layers: Mapping[str, Any]) -> None:
+        self._layers: list[tuple[str, Any, OneCallAttention, torch.Tensor]] = [
+            (name, layer, layer.impl, layer.kv_cache) for name, layer in layers.items()
+        ]
+        self.first = self._layers[0][0]
+        impls = [impl for _, _, impl, _ in self._layers]
+        self.number = torch.ops.lrserve.attention_group(
+            list(layers),
+            *map(list, zip(*(impl.halves(cache) for _, _, impl, cache in self._layers), strict=True)),
+            [impl.scale for impl in impls],
+            [impl.logits_soft_cap for impl in impls],
+            [impl.sliding_window for impl in impls],
+            [layer.isa for layer in layers.values()],
+        )
+        weakref.finalize(self, torch.ops.lrserve.attention_drop, self.number).atexit = False
+
+    def stands(self, layers: Mapping[str, Any], by_layer: Mapping[str, Any]) -> bool:
+        """Whether these are still the layers, with the caches that they had, and still share their metadata."""
+        metadata = by_layer.get(self.first)
+        return metadata is not None and all(
+            layer.impl is impl and layer.kv_cache is cache and layers.get(name) is layer and by_layer.get(name) is metadata
+            for name, layer, impl, cache in self._layers
+        )
 
 
 class _Passes:
@@ -142,45 +171,36 @@ class _Passes:
         self._first = ""
         self._followers: defaultdict[str, dict[str, None]] = defaultdict(dict)
         """Names of layers by that of the first one: there may be a draft model as well, or another engine."""
-        self._known: weakref.WeakValueDictionary[str, OneCallAttention] = weakref.WeakValueDictionary()
-        """What attention.cpp takes a name for."""
+        self._groups: weakref.WeakKeyDictionary[Any, tuple[int, list[_Group]]] = weakref.WeakKeyDictionary()
+        """By the first layer's `impl`, which goes when its engine does: how many followers were known then, and the groups."""
 
     def enter(self, name: str, rows: int) -> None:
         """Note that the layer attends through Python; if it is the first of a pass, the others of it need not."""
         context: Any = get_forward_context()
-        begins = self._under_way is None or self._under_way() is not context
-        if begins:
+        before = None if self._under_way is None else self._under_way()
+        if before is not context:
+            if before is not None:
+                _forget()  # what a pass has left that was broken off, and whose context somebody keeps
             self._under_way, self._first = weakref.ref(context, _forget), name
             self._hand_over(context, rows)
         elif name != self._first:
-            self._learn(name, context.no_compile_layers[name])
-
-    def _learn(self, name: str, layer: Any) -> None:
-        impl = layer.impl
-        if self._known.get(name) is impl and name in self._followers[self._first]:
-            return
-        plain = isinstance(impl, OneCallAttention) and impl.plain
-        if plain and layer.kv_sharing_target_layer_name is None and hasattr(layer, "isa"):
-            torch.ops.lrserve.attention_layer(name, impl.scale, impl.logits_soft_cap, impl.sliding_window, layer.isa)
-            self._known[name] = impl
             self._followers[self._first][name] = None
 
     def _hand_over(self, context: Any, rows: int) -> None:
-        _forget()  # what a pass has left that was broken off, and whose context somebody keeps
-        by_layer = context.attn_metadata
-        if not isinstance(by_layer, dict) or has_kv_transfer_group():
+        layers, by_layer = context.no_compile_layers, context.attn_metadata
+        followers = self._followers[self._first]
+        if not followers or not isinstance(by_layer, dict) or has_kv_transfer_group():
             return
-        groups: dict[int, tuple[Any, list[tuple[str, torch.Tensor, torch.Tensor]]]] = {}
-        for name in self._followers[self._first]:
-            layer, metadata = context.no_compile_layers.get(name), by_layer.get(name)
-            impl = self._known.get(name)
-            if layer is not None and metadata is not None and impl is not None and impl is layer.impl:
-                keys, values = impl.halves(layer.kv_cache)
-                groups.setdefault(id(metadata), (metadata, []))[1].append((name, keys, values))
-        for metadata, layers in groups.values():
+        impl = layers[self._first].impl
+        known, groups = self._groups.get(impl, (0, []))
+        if known != len(followers) or not all(group.stands(layers, by_layer) for group in groups):
+            groups = _groups_of(followers, layers, by_layer)
+            self._groups[impl] = len(followers), groups
+        for group in groups:
+            metadata = by_layer[group.first]
             if metadata.scheduler_metadata is not None and metadata.dynamic_causal is None:
-                torch.ops.lrserve.attention_pass(
-                    *map(list, zip(*layers, strict=True)),
+                torch.ops.lrserve.attention_pass.default(
+                    group.number,
                     metadata.query_start_loc,
                     metadata.seq_lens,
                     metadata.block_table,
@@ -190,6 +210,19 @@ class _Passes:
                     rows,
                     metadata.causal,
                 )
+
+
+def _groups_of(names: Iterable[str], layers: Mapping[str, Any], by_layer: Mapping[str, Any]) -> list[_Group]:
+    """Group those of the layers that need no Python by their metadata."""
+    by_metadata: defaultdict[int, dict[str, Any]] = defaultdict(dict)
+    for name in names:
+        layer: Any = layers.get(name)
+        metadata = by_layer.get(name)
+        if layer is None or metadata is None or not isinstance(layer.impl, OneCallAttention):
+            continue
+        if layer.impl.plain and layer.kv_sharing_target_layer_name is None and hasattr(layer, "isa"):
+            by_metadata[id(metadata)][name] = layer
+    return [_Group(members) for members in by_metadata.values()]
 
 
 _passes = _Passes()
