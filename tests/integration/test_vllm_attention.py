@@ -5,6 +5,7 @@ Names of layers have to be strings, which vLLM decides when it is imported. So t
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -173,3 +174,19 @@ def check_a_cache_that_moves_is_found() -> None:
 def check_layers_that_read_anothers_cache_go_through_python() -> None:
     model = Model({"i0": layer(), "i1": layer(kv_sharing_target_layer_name="i0"), "i2": layer()})
     assert [model.attend(same(model, metadata([5 + i])), 1) for i in range(3)] == [0, 1, 1]
+
+
+def check_caches_are_let_go_with_their_engine() -> None:
+    from lrserve.serving.attention import _passes
+
+    model, now = Model({name: layer() for name in ("j0", "j1")}), metadata([5])
+    for _ in range(2):
+        model.attend(same(model, now), 1)
+    (group,) = _passes._groups[model.layers["j0"].impl][1]
+    number = group.number
+    arguments = now.query_start_loc, now.seq_lens, now.block_table, now.slot_mapping, now.scheduler_metadata, 1, 1, True
+    torch.ops.lrserve.attention_pass(number, *arguments)
+    del model, group
+    gc.collect()
+    with pytest.raises(IndexError):
+        torch.ops.lrserve.attention_pass(number, *arguments)
