@@ -67,14 +67,14 @@ void attend(const c10::OperatorHandle&, Stack* stack) {
   const int64_t stored = pass->slots.size(0);
 
   static const c10::OperatorHandle store = find("_C::cpu_attn_reshape_and_cache");
-  Stack storing{first(arguments[1].toTensor(), stored), first(arguments[2].toTensor(), stored), layer->keys, layer->values, pass->slots, layer->isa,
-                1.0, 1.0, "auto"};
+  Stack storing{first(arguments[1].toTensor(), stored), first(arguments[2].toTensor(), stored), layer->keys, layer->values,
+                pass->slots, layer->isa, 1.0, 1.0, "auto"};
   store.callBoxed(storing);
 
   static const c10::OperatorHandle attention = find("_C::cpu_attention_with_kv_cache");
-  Stack attending{first(arguments[0].toTensor(), pass->tokens), layer->keys, layer->values, first(arguments[3].toTensor(), pass->tokens),
-                  pass->starts, pass->lengths, layer->scale, pass->causal, IValue(), layer->window, pass->blocks, layer->softcap,
-                  pass->schedule, IValue(), IValue(), 1.0, 1.0, "auto"};
+  Stack attending{first(arguments[0].toTensor(), pass->tokens), layer->keys, layer->values,
+                  first(arguments[3].toTensor(), pass->tokens), pass->starts, pass->lengths, layer->scale, pass->causal, IValue(),
+                  layer->window, pass->blocks, layer->softcap, pass->schedule, IValue(), IValue(), 1.0, 1.0, "auto"};
   attention.callBoxed(attending);
 
   ++passed_by;
@@ -86,8 +86,10 @@ int64_t group(c10::List<std::string> names, at::TensorList keys, at::TensorList 
   for (const size_t number : {keys.size(), values.size(), scales.size(), softcaps.size(), windows.size(), isas.size()})
     TORCH_CHECK(number == names.size(), "attention_group: one of each for each layer");
   Group& layers = groups[++last_group];
-  for (size_t i = 0; i < names.size(); ++i)
-    layers.push_back(std::make_shared<const Layer>(Layer{names.get(i), keys[i], values[i], scales[i], softcaps[i], windows[i], isas.get(i)}));
+  for (size_t i = 0; i < names.size(); ++i) {
+    Layer layer{names.get(i), keys[i], values[i], scales[i], softcaps[i], windows[i], isas.get(i)};
+    layers.push_back(std::make_shared<const Layer>(std::move(layer)));
+  }
   return last_group;
 }
 

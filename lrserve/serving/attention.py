@@ -172,7 +172,7 @@ class _Passes:
         self._followers: defaultdict[str, dict[str, None]] = defaultdict(dict)
         """Names of layers by that of the first one: there may be a draft model as well, or another engine."""
         self._groups: weakref.WeakKeyDictionary[Any, tuple[int, list[_Group]]] = weakref.WeakKeyDictionary()
-        """By the first layer's `impl`, which goes when its engine does: how many followers were known then, and the groups."""
+        """By the first layer's `impl`, which goes when its engine does: how many followers had metadata then, and the groups."""
 
     def enter(self, name: str, rows: int) -> None:
         """Note that the layer attends through Python; if it is the first of a pass, the others of it need not."""
@@ -193,9 +193,10 @@ class _Passes:
             return
         impl = layers[self._first].impl
         known, groups = self._groups.get(impl, (0, []))
-        if known != len(followers) or not all(group.stands(layers, by_layer) for group in groups):
+        present = len(followers.keys() & by_layer.keys())
+        if known != present or not all(group.stands(layers, by_layer) for group in groups):
             groups = _groups_of(followers, layers, by_layer)
-            self._groups[impl] = len(followers), groups
+            self._groups[impl] = present, groups
         for group in groups:
             metadata = by_layer[group.first]
             if metadata.scheduler_metadata is not None and metadata.dynamic_causal is None:

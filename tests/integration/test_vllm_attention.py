@@ -190,3 +190,9 @@ def check_caches_are_let_go_with_their_engine() -> None:
     gc.collect()
     with pytest.raises(IndexError):
         torch.ops.lrserve.attention_pass(number, *arguments)
+
+
+def check_a_layer_without_metadata_for_a_while_is_taken_up_again() -> None:
+    model = Model({name: layer() for name in ("k0", "k1", "k2")})
+    for i, (names, expected) in enumerate(((("k0", "k1", "k2"), 0), (("k0", "k1"), 1), (("k0", "k1", "k2"), 2))):
+        assert model.attend(dict.fromkeys(names, metadata([5 + i])), 1, names) == expected
