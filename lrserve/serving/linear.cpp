@@ -30,7 +30,6 @@ using Value = c10::BFloat16;
 constexpr int kLanes = 16;        // rows of W in a register
 constexpr int kVectors = 3;       // registers of a block
 constexpr int kTokens = 8;        // of a tile
-constexpr int64_t kAhead = 4096;  // bytes of weights that one tile of tokens asks for in advance
 constexpr size_t kReach = 8;      // parts that a thread looks at, its own and those that it may help with
 
 #ifdef __AVX512BF16__
@@ -38,6 +37,7 @@ constexpr size_t kReach = 8;      // parts that a thread looks at, its own and t
 using Input = Value;              // what x is multiplied as
 constexpr int64_t kPanel = 512;   // tokens that pass through all of a thread's weights at a time: their x is to stay in a cache
 constexpr int64_t kDepth = 4096;  // inputs that do so, if there is more than one tile: so is a block of W
+constexpr int64_t kAhead = 4096;  // bytes of weights that one tile of tokens asks for in advance
 
 // x (tokens, n) as it is multiplied, in `room` where it is not so yet.
 const Input* as_inputs(const Value* x, int64_t, int64_t, std::vector<Input>&) { return x; }
@@ -63,8 +63,8 @@ inline void add(const Value* w, const Input* x, int64_t n, __m512 (&into)[R][V])
 // processors do it better by themselves.
 constexpr bool kShared = false;  // whether the tiles of several tokens ask for the next weights together
 template <int R>
-inline void ask(const char* weights) {
-  if constexpr (R == 1) _mm_prefetch(weights, _MM_HINT_NTA);
+inline void ask(const char* next, const char*) {
+  if constexpr (R == 1) _mm_prefetch(next, _MM_HINT_NTA);
 }
 
 inline __m256i rounded(__m512 sum) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)); }
@@ -74,6 +74,7 @@ inline __m256i rounded(__m512 sum) { return reinterpret_cast<__m256i>(_mm512_cvt
 using Input = float;
 constexpr int64_t kPanel = 128;
 constexpr int64_t kDepth = 1024;
+constexpr int64_t kAhead = 6144;
 
 constexpr int64_t offset(int64_t k, int tokens) { return k * tokens; }
 
@@ -143,11 +144,14 @@ inline void add(const Value* w, const Input* x, int64_t, __m512 (&into)[R][V]) {
   }
 }
 
-// Intel's processors read up to half as much again if they are asked; asked to pass by the second cache (NTA), half as much.
+// Intel's processors read up to half as much again if they are asked, for the second cache and then for the first: what a tile makes of
+// its weights is too much work to have many of its loads under way. Asked to pass by the second cache (NTA), they read half as much.
 constexpr bool kShared = true;
+constexpr int64_t kNear = 3072;  // bytes from where a tile reads to what it asks for for the first cache
 template <int R>
-inline void ask(const char* weights) {
-  _mm_prefetch(weights, _MM_HINT_T1);
+inline void ask(const char* next, const char* here) {
+  _mm_prefetch(next, _MM_HINT_T1);
+  _mm_prefetch(here + kNear, _MM_HINT_T0);
 }
 
 // To the nearest bfloat16, of two equally near the even one; what is not a number stays so.
@@ -172,8 +176,9 @@ void tile(const Value* w, int64_t stride, const Input* x, int64_t n, int64_t pai
       for (int v = 0; v < V; ++v)
         sum[u][i][v] = u || begins ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (i * V + v) * kLanes);
   const auto add_pair = [&](int64_t pair, auto& into) {
-    for (int v = 0; v < V; ++v) ask<R>(next + pair * step + 64 * v);
-    add<R, V>(w + pair * stride, x + offset(2 * pair, R), n, into);
+    const Value* here = w + pair * stride;
+    for (int v = 0; v < V; ++v) ask<R>(next + pair * step + 64 * v, reinterpret_cast<const char*>(here) + 64 * v);
+    add<R, V>(here, x + offset(2 * pair, R), n, into);
   };
   int64_t pair = 0;
   for (; pair + kChains <= pairs; pair += kChains)
