@@ -47,6 +47,13 @@ int64_t passed_by = 0;
 
 c10::OperatorHandle find(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
 
+// What a layer attends by, which is used up with that.
+Entry take(const IValue& layer_name) {
+  if (!layer_name.isString()) return {};
+  const auto found = entries.find(layer_name.toStringRef());
+  return found == entries.end() ? Entry{} : std::exchange(found->second, {});
+}
+
 at::Tensor first(const at::Tensor& rows, int64_t count) { return rows.size(0) <= count ? rows : rows.narrow(0, 0, count); }
 
 // vLLM's `unified_attention_with_output` (query, key, value, output, layer_name, output_scale, output_block_scale, kv_cache_dummy_dep).
@@ -54,12 +61,16 @@ void attend(const c10::OperatorHandle&, Stack* stack) {
   constexpr size_t kArguments = 8;
   TORCH_CHECK(stack->size() >= kArguments, "unified_attention_with_output has other arguments than lrserve knows");
   const IValue* arguments = stack->data() + stack->size() - kArguments;
-  Entry entry;
-  if (arguments[4].isString())
-    if (const auto found = entries.find(arguments[4].toStringRef()); found != entries.end()) entry = std::exchange(found->second, {});
+  const int64_t rows = arguments[0].toTensor().size(0);
+  Entry entry = take(arguments[4]);
+  if (!entry.pass) {
+    static const c10::OperatorHandle enter = find("lrserve::attention_enter");
+    Stack entering{arguments[4], rows};
+    enter.callBoxed(entering);
+    entry = take(arguments[4]);
+  }
   const auto& [layer, pass] = entry;
-  if (!pass || arguments[1].isNone() || arguments[2].isNone() || !arguments[5].isNone() || !arguments[6].isNone() ||
-      arguments[0].toTensor().size(0) != pass->rows) {
+  if (!pass || arguments[1].isNone() || arguments[2].isNone() || !arguments[5].isNone() || !arguments[6].isNone() || rows != pass->rows) {
     static const c10::OperatorHandle python = find("lrserve::attention_in_python");
     python.callBoxed(stack);
     return;

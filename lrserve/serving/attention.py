@@ -6,9 +6,9 @@ eighth of a step of SmolLM2-135M (docs/performance.md). The backend here is vLLM
 in one call, and cuts a layer's cache once. Where it takes the place of vLLM's is plugin.py's to say.
 
 Most layers need no Python at all. What a layer attends by, its cache and the metadata of the forward pass, only Python can look up,
-but it is there for all layers as soon as the first one asks. So the first layer of a pass goes through Python, which hands
-attention.cpp what the layers need that came after it in earlier passes; each entry is used once. What has no entry goes through
-Python: the first pass of a model, trial runs, and all that is not a plain decoder's attention.
+but it is there for all layers as soon as the first one asks. So when attention.cpp meets the first layer of a pass, Python hands it
+what that one needs and those that came after it in earlier passes; each entry is used once. What has no entry goes through Python:
+all but the first layer in the first pass of a model, trial runs, and all that is not a plain decoder's attention.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class OneCallAttention(CPUAttentionBackendImpl):  # type: ignore[misc]
     _cache: torch.Tensor | None = None
     _halves: tuple[torch.Tensor, ...] = ()
     """Keys and values of `_cache`, each (blocks, KV heads, tokens of a block, head size)."""
+    followed: tuple[int, list[_Group]] = (0, [])
+    """Of passes that begin with this layer: how many layers had metadata last time, and the groups of them."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -163,40 +165,39 @@ class _Group:
 
 
 class _Passes:
-    """Knows which layers follow the first one of a forward pass, and hands attention.cpp what they need."""
+    """Knows which layers a forward pass has that begins with a given one, and hands attention.cpp what they need."""
 
     def __init__(self) -> None:
         self._under_way: weakref.ref[Any] | None = None
         """vLLM's context of the forward pass, which is another object in each."""
         self._first = ""
-        self._followers: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        self._layers: defaultdict[str, dict[str, None]] = defaultdict(dict)
         """Names of layers by that of the first one: there may be a draft model as well, or another engine."""
-        self._groups: weakref.WeakKeyDictionary[Any, tuple[int, list[_Group]]] = weakref.WeakKeyDictionary()
-        """By the first layer's `impl`, which goes when its engine does: how many followers had metadata then, and the groups."""
 
     def enter(self, name: str, rows: int) -> None:
-        """Note that the layer attends through Python; if it is the first of a pass, the others of it need not."""
+        """Note that a layer attends for which attention.cpp has no entry; if it is the first of a pass, hand over what there is."""
         context: Any = get_forward_context()
         before = None if self._under_way is None else self._under_way()
         if before is not context:
             if before is not None:
                 _forget()  # what a pass has left that was broken off, and whose context somebody keeps
             self._under_way, self._first = weakref.ref(context, _forget), name
+            self._layers[name][name] = None
             self._hand_over(context, rows)
-        elif name != self._first:
-            self._followers[self._first][name] = None
+        else:
+            self._layers[self._first][name] = None
 
     def _hand_over(self, context: Any, rows: int) -> None:
         layers, by_layer = context.no_compile_layers, context.attn_metadata
-        followers = self._followers[self._first]
-        if not followers or not isinstance(by_layer, dict) or has_kv_transfer_group():
-            return
+        names = self._layers[self._first]
         impl = layers[self._first].impl
-        known, groups = self._groups.get(impl, (0, []))
-        present = len(followers.keys() & by_layer.keys())
+        if not isinstance(by_layer, dict) or not isinstance(impl, OneCallAttention) or has_kv_transfer_group():
+            return
+        known, groups = impl.followed
+        present = len(names.keys() & by_layer.keys())
         if known != present or not all(group.stands(layers, by_layer) for group in groups):
-            groups = _groups_of(followers, layers, by_layer)
-            self._groups[impl] = present, groups
+            groups = _groups_of(names, layers, by_layer)
+            impl.followed = present, groups
         for group in groups:
             metadata = by_layer[group.first]
             if metadata.scheduler_metadata is not None and metadata.dynamic_causal is None:
@@ -240,7 +241,6 @@ def _in_python(
     kv_cache_dummy_dep: torch.Tensor | None = None,
 ) -> None:
     """Do what vLLM's operation does where attention.cpp has taken its place."""
-    _passes.enter(layer_name, query.shape[0])
     vllms.unified_attention_with_output(query, key, value, output, layer_name, output_scale, output_block_scale, kv_cache_dummy_dep)
 
 
@@ -252,4 +252,6 @@ def _install() -> None:
         return
     torch.library.define("lrserve::attention_in_python", str(schema)[str(schema).index("(") :])
     torch.library.impl("lrserve::attention_in_python", "CPU", _in_python)
+    torch.library.define("lrserve::attention_enter", "(str layer_name, int rows) -> ()")
+    torch.library.impl("lrserve::attention_enter", "CompositeExplicitAutograd", _passes.enter)
     native.load(native.ATTENTION, (), "attention goes through Python instead")

@@ -8,11 +8,13 @@
 // A tile is up to 8 tokens by 48 rows, whose 24 sums stay in registers. Threads divide vectors of 16 rows, and where there are too few
 // of those also the tokens.
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/util/BFloat16.h>
+#include <c10/util/DimVector.h>
 #include <immintrin.h>
 #include <omp.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -289,15 +291,15 @@ struct Product {
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t m) {
   const int64_t n = x.size(-1), vectors = (m + kLanes - 1) / kLanes;
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16, "lrserve::linear multiplies bfloat16");
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16, "lrserve::packed_linear multiplies bfloat16");
   TORCH_CHECK(n % 2 == 0 && weight.dim() == 2 && weight.size(0) == vectors * kLanes && weight.size(1) == n && weight.is_contiguous(),
-              "lrserve::linear: weight is not packed for ", m, " x ", n);
+              "lrserve::packed_linear: weight is not packed for ", m, " x ", n);
   TORCH_CHECK(!bias || (bias->scalar_type() == at::kBFloat16 && bias->is_contiguous() && bias->numel() == m),
-              "lrserve::linear: bias is not ", m, " values in bfloat16");
+              "lrserve::packed_linear: bias is not ", m, " values in bfloat16");
   const at::Tensor rows = x.contiguous();
-  std::vector<int64_t> sizes = x.sizes().vec();
+  c10::DimVector sizes(x.sizes());
   sizes.back() = m;
-  at::Tensor y = at::empty(sizes, x.options());
+  at::Tensor y = at::detail::empty_cpu(sizes, x.options());
   const int64_t tokens = n == 0 ? 0 : rows.numel() / n;
   const Product product{rows.const_data_ptr<Value>(), weight.const_data_ptr<Value>(),
                         bias ? bias->const_data_ptr<Value>() : nullptr, y.mutable_data_ptr<Value>(), n, m, vectors};
@@ -335,8 +337,18 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(lrserve, library) {
-  library.def("linear(Tensor x, Tensor weight, Tensor? bias, int m) -> Tensor");
+// The same for a graph that torch.compile has written in C++: linear.py tells it of this function.
+extern "C" AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, int64_t m,
+                                                       AtenTensorHandle* y) {
+  using namespace torch::aot_inductor;
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    *y = new_tensor_handle(linear(*tensor_handle_to_tensor_pointer(x), *tensor_handle_to_tensor_pointer(weight),
+                                  pointer_to_optional<at::Tensor>(bias), m));
+  })
 }
 
-TORCH_LIBRARY_IMPL(lrserve, CPU, library) { library.impl("linear", linear); }
+TORCH_LIBRARY_FRAGMENT(lrserve, library) {
+  library.def("packed_linear(Tensor x, Tensor weight, Tensor? bias, int m) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(lrserve, CPU, library) { library.impl("packed_linear", linear); }

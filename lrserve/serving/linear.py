@@ -8,6 +8,7 @@ the compiler that torch.compile wants as well, and kept in the cache; without on
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +21,10 @@ from lrserve.serving import native
 _SOURCE: Final = Path(__file__).with_suffix(".cpp")
 _FLAGS: Final = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma")
 _PAIRS_FLAG: Final = "-mavx512bf16"
+_C_FUNCTION: Final = (
+    "AOTITorchError aoti_torch_cpu_packed_linear("
+    "AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, int64_t m, AtenTensorHandle* y)"
+)
 _LANES: Final = 16  # rows of W that are multiplied at once
 _BLOCK: Final = 3 * _LANES
 
@@ -46,7 +51,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, m: int) -> torch.Tensor:
     """Multiply x (..., n) by a packed weight and add the bias (m,) -> (..., m)."""
-    y: torch.Tensor = torch.ops.lrserve.linear(x, weight, bias, m)
+    y: torch.Tensor = torch.ops.lrserve.packed_linear(x, weight, bias, m)
     return y
 
 
@@ -64,8 +69,28 @@ def available() -> bool:
     """Load the kernel, compiling it the first time; say whether that went well."""
     if not native.load(_SOURCE, _flags(), "vLLM's multiplies instead"):
         return False
-    torch.library.register_fake("lrserve::linear", lambda x, weight, bias, m: x.new_empty(*x.shape[:-1], m))
+    torch.library.register_fake("lrserve::packed_linear", lambda x, weight, bias, m: x.new_empty(*x.shape[:-1], m))
+    _call_directly()
     return True
+
+
+class _Shims(dict[Any, list[str]]):
+    """C declarations by operation; unlike operations it can be part of the keys of torch.compile's caches."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shims:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (str(self),)
+
+
+def _call_directly() -> None:
+    """Let graphs that torch.compile writes in C++ (`cpp_wrapper`) call the kernel as a C function, without torch's dispatcher."""
+    from torch._inductor import config
+
+    ctypes.CDLL(str(native.library(_SOURCE, _flags())), mode=ctypes.RTLD_GLOBAL)  # where those graphs look for it
+    shims = {torch.ops.lrserve.packed_linear.default: [_C_FUNCTION]}
+    config.aot_inductor.custom_ops_to_c_shims = _Shims(config.aot_inductor.custom_ops_to_c_shims | shims)
 
 
 def dispatch(theirs: Any, layer: Any, remove_weight: bool) -> None:

@@ -119,33 +119,33 @@ def same(model: Model, of_all: Any) -> dict[str, Any]:
     return dict.fromkeys(model.layers, of_all)
 
 
-def check_all_but_the_first_layer_need_no_python_from_the_second_pass_on() -> None:
+def check_layers_need_no_python_from_the_second_pass_on() -> None:
     model = Model({name: layer() for name in ("a0", "a1", "a2")})
-    assert [model.attend(same(model, metadata([5 + i, 3 + i])), 2) for i in range(4)] == [0, 2, 2, 2]
-    assert model.attend(same(model, metadata([9])), 1) == 2  # fewer requests
+    assert [model.attend(same(model, metadata([5 + i, 3 + i])), 2) for i in range(4)] == [1, 3, 3, 3]
+    assert model.attend(same(model, metadata([9])), 1) == 3  # fewer requests
 
 
 def check_layers_with_metadata_and_windows_of_their_own() -> None:
     model = Model({"b0": layer(), "b1": layer(window=4), "b2": layer(scale=0.5, logits_soft_cap=2.0), "b3": layer(window=4)})
-    for i, expected in enumerate((0, 3, 3)):
+    for i, expected in enumerate((1, 4, 4)):
         everywhere, near = metadata([20 + i, 7 + i]), metadata([20 + i, 7 + i], window=3)
         assert model.attend({"b0": everywhere, "b1": near, "b2": everywhere, "b3": near}, 2) == expected
 
 
 def check_rows_that_are_padding_are_left_alone() -> None:
     model = Model({name: layer() for name in ("c0", "c1")})
-    assert [model.attend(same(model, metadata([5 + i, 3 + i])), 4) for i in range(2)] == [0, 1]
+    assert [model.attend(same(model, metadata([5 + i, 3 + i])), 4) for i in range(2)] == [1, 2]
 
 
 def check_what_a_pass_has_left_is_forgotten() -> None:
     model = Model({name: layer() for name in ("d0", "d1", "d2")})
     for i in range(2):
         model.attend(same(model, metadata([5 + i, 3 + i])), 2)
-    assert model.attend(same(model, metadata([7, 5])), 2, ["d0"]) == 0  # broken off, d1 and d2 have entries
-    assert model.attend(same(model, metadata([6, 9])), 2, ["d1", "d2"]) == 0  # begins with a layer that has followed
-    assert model.attend(same(model, metadata([7, 5])), 2, ["d0"]) == 0
+    assert model.attend(same(model, metadata([7, 5])), 2, ["d0"]) == 1  # broken off, d1 and d2 have entries
+    assert model.attend(same(model, metadata([6, 9])), 2, ["d1", "d2"]) == 1  # begins with a layer that has followed
+    assert model.attend(same(model, metadata([7, 5])), 2, ["d0"]) == 1
     assert model.attend(None, 2) == 0  # a trial run writes nothing
-    assert model.attend(same(model, metadata([4, 9])), 2) == 2
+    assert model.attend(same(model, metadata([4, 9])), 2) == 3
 
 
 def check_a_draft_model_has_passes_of_its_own() -> None:
@@ -154,13 +154,13 @@ def check_a_draft_model_has_passes_of_its_own() -> None:
     for i in range(3):
         both = same(model, metadata([8 + i])) | same(draft, metadata([8 + i]))
         found.append((model.attend(both, 1), draft.attend(both, 1), draft.attend(same(draft, metadata([9 + i])), 1)))
-    assert found == [(0, 0, 1), (1, 1, 1), (1, 1, 1)]
+    assert found == [(1, 1, 2), (2, 2, 2), (2, 2, 2)]
 
 
 def check_another_engines_layers_of_the_same_names_are_others() -> None:
-    for scale, first in ((0.125, 0), (0.5, 1)):  # the second one's order is known
+    for scale, first in ((0.125, 1), (0.5, 2)):  # the second one's order is known
         model = Model({name: layer(scale) for name in ("g0", "g1")})
-        assert [model.attend(same(model, metadata([5 + i])), 1) for i in range(2)] == [first, 1]
+        assert [model.attend(same(model, metadata([5 + i])), 1) for i in range(2)] == [first, 2]
 
 
 def check_a_cache_that_moves_is_found() -> None:
@@ -168,21 +168,19 @@ def check_a_cache_that_moves_is_found() -> None:
     for i in range(2):
         model.attend(same(model, metadata([5 + i])), 1)
     model.layers["h1"].kv_cache = model.layers["h1"].kv_cache.clone()
-    assert model.attend(same(model, metadata([7])), 1) == 1
+    assert model.attend(same(model, metadata([7])), 1) == 2
 
 
 def check_layers_that_read_anothers_cache_go_through_python() -> None:
     model = Model({"i0": layer(), "i1": layer(kv_sharing_target_layer_name="i0"), "i2": layer()})
-    assert [model.attend(same(model, metadata([5 + i])), 1) for i in range(3)] == [0, 1, 1]
+    assert [model.attend(same(model, metadata([5 + i])), 1) for i in range(3)] == [1, 2, 2]
 
 
 def check_caches_are_let_go_with_their_engine() -> None:
-    from lrserve.serving.attention import _passes
-
     model, now = Model({name: layer() for name in ("j0", "j1")}), metadata([5])
     for _ in range(2):
         model.attend(same(model, now), 1)
-    (group,) = _passes._groups[model.layers["j0"].impl][1]
+    (group,) = model.layers["j0"].impl.followed[1]
     number = group.number
     arguments = now.query_start_loc, now.seq_lens, now.block_table, now.slot_mapping, now.scheduler_metadata, 1, 1, True
     torch.ops.lrserve.attention_pass(number, *arguments)
@@ -194,5 +192,5 @@ def check_caches_are_let_go_with_their_engine() -> None:
 
 def check_a_layer_without_metadata_for_a_while_is_taken_up_again() -> None:
     model = Model({name: layer() for name in ("k0", "k1", "k2")})
-    for i, (names, expected) in enumerate(((("k0", "k1", "k2"), 0), (("k0", "k1"), 1), (("k0", "k1", "k2"), 2))):
+    for i, (names, expected) in enumerate(((("k0", "k1", "k2"), 1), (("k0", "k1"), 2), (("k0", "k1", "k2"), 3))):
         assert model.attend(dict.fromkeys(names, metadata([5 + i])), 1, names) == expected

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 from lrserve.serving import linear, native
 
@@ -124,6 +125,21 @@ def test_layers_multiply_by_it_compiled_as_well(remove_weight: bool) -> None:
     x = torch.randn(3, 64).to(torch.bfloat16)
     compiled = torch.compile(lambda x: layer.cpu_linear(x, layer.weight, None) * 2, fullgraph=True)
     torch.testing.assert_close(compiled(x).float(), 2 * exact(x, weight, None), rtol=8e-3, atol=2e-3)
+
+
+@pytest.mark.skipif(not linear.supported(), reason="needs AVX-512, and no AMX")
+@pytest.mark.parametrize("biased", [True, False])
+def test_graphs_in_cpp_call_the_kernel_directly(biased: bool) -> None:
+    assert linear.available()
+    weight, bias = Layer(20, 64).weight, torch.randn(20).to(torch.bfloat16) if biased else None
+    packed, x = linear.pack(weight), torch.randn(3, 64).to(torch.bfloat16)
+    compiled = torch.compile(lambda x: linear.linear(x, packed, bias, 20) * 2, fullgraph=True, options={"cpp_wrapper": True})
+    y, code = run_and_get_code(compiled, x)
+    assert "CHECK(aoti_torch_cpu_packed_linear(" in "".join(code)
+    assert "lrserve::packed_linear" not in "".join(code)  # the dispatcher's name of it
+    torch.testing.assert_close(y.float(), 2 * exact(x, weight, bias), rtol=8e-3, atol=2e-3)
+    with pytest.raises(RuntimeError, match="aoti_torch_cpu_packed_linear.* failed"):
+        torch.compile(lambda x: linear.linear(x, packed, bias, 20), options={"cpp_wrapper": True})(x[:, :62])
 
 
 @pytest.mark.skipif(not linear.supported(), reason="needs AVX-512, and no AMX")
