@@ -8,7 +8,6 @@ the compiler that torch.compile wants as well, and kept in the cache; without on
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from pathlib import Path
 from typing import Any, Final
@@ -88,7 +87,6 @@ def _call_directly() -> None:
     """Let graphs that torch.compile writes in C++ (`cpp_wrapper`) call the kernel as a C function, without torch's dispatcher."""
     from torch._inductor import config
 
-    ctypes.CDLL(str(native.library(_SOURCE, _flags())), mode=ctypes.RTLD_GLOBAL)  # where those graphs look for it
     shims = {torch.ops.lrserve.packed_linear.default: [_C_FUNCTION]}
     config.aot_inductor.custom_ops_to_c_shims = _Shims(config.aot_inductor.custom_ops_to_c_shims | shims)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import platform
@@ -31,11 +32,13 @@ def version(source: Path, flags: Sequence[str]) -> str:
 def load(source: Path, flags: Sequence[str], otherwise: str) -> bool:
     """Register the operations of a C++ file, compiling it the first time; say whether that went well.
 
+    Its C functions are there for what is loaded later, such as graphs that torch.compile writes in C++.
+
     The compiler is the one that torch.compile wants as well (`CXX` names it). If there is none, a warning says what happens
     `otherwise`.
     """
     try:
-        torch.ops.load_library(library(source, flags))  # type: ignore[no-untyped-call]
+        ctypes.CDLL(str(library(source, flags)), mode=ctypes.RTLD_GLOBAL)
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or error
         _log.warning("lrserve's %s cannot be compiled or loaded, %s (which is slower): %s", source.name, otherwise, detail)
