@@ -14,11 +14,10 @@ all but the first layer in the first pass of a model, trial runs, and all that i
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from vllm.distributed.kv_transfer import has_kv_transfer_group
@@ -29,6 +28,9 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from lrserve.serving import native
+
+_ARGUMENTS: Final = ["query", "key", "value", "output", "layer_name", "output_scale", "output_block_scale", "kv_cache_dummy_dep"]
+"""Of vLLM's operation, as attention.cpp knows them."""
 
 
 def _first(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -230,28 +232,14 @@ def _groups_of(names: Iterable[str], layers: Mapping[str, Any], by_layer: Mappin
 _passes = _Passes()
 
 
-def _in_python(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    output: torch.Tensor,
-    layer_name: str,
-    output_scale: torch.Tensor | None = None,
-    output_block_scale: torch.Tensor | None = None,
-    kv_cache_dummy_dep: torch.Tensor | None = None,
-) -> None:
-    """Do what vLLM's operation does where attention.cpp has taken its place."""
-    vllms.unified_attention_with_output(query, key, value, output, layer_name, output_scale, output_block_scale, kv_cache_dummy_dep)
-
-
 @functools.cache
 def _install() -> None:
     """Put attention.cpp in the place of vLLM's operation, if it has the arguments known here and layers' names are strings."""
     schema = torch.ops.vllm.unified_attention_with_output.default._schema
-    if torch_utils._USE_LAYERNAME or [x.name for x in schema.arguments] != list(inspect.signature(_in_python).parameters):
+    if torch_utils._USE_LAYERNAME or [x.name for x in schema.arguments] != _ARGUMENTS:
         return
     torch.library.define("lrserve::attention_in_python", str(schema)[str(schema).index("(") :])
-    torch.library.impl("lrserve::attention_in_python", "CPU", _in_python)
+    torch.library.impl("lrserve::attention_in_python", "CPU", vllms.unified_attention_with_output)
     torch.library.define("lrserve::attention_enter", "(str layer_name, int rows) -> ()")
     torch.library.impl("lrserve::attention_enter", "CompositeExplicitAutograd", _passes.enter)
     native.load(native.ATTENTION, (), "attention goes through Python instead")

@@ -146,8 +146,9 @@ inline void add(const Value* w, const Input* x, int64_t, __m512 (&into)[R][V]) {
   }
 }
 
-// Intel's processors read up to half as much again if they are asked, for the second cache and then for the first, probably since what a tile makes of
-// its weights is too much work to have many of its loads under way. Asked to pass by the second cache (NTA), they read half as much.
+// Intel's processors read up to half as much again if they are asked, for the second cache and then for the first: probably since a
+// tile has too much to do with its weights to have many of its loads under way. Asked to pass by the second cache (NTA), they read
+// half as much.
 constexpr bool kShared = true;
 constexpr int64_t kNear = 3072;  // bytes from where a tile reads to what it asks for for the first cache
 template <int R>
