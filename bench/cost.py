@@ -22,7 +22,7 @@ import torch
 
 from lrserve.compression.calibrate import calibrate
 from lrserve.inputs.demo import demo_recipe
-from lrserve.job import open_job
+from lrserve.pipeline.job import open_job
 from lrserve.recipe import Recipe
 
 

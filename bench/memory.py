@@ -1,10 +1,10 @@
-"""What it is worth that engines on the CPU keep the memory they free (lrserve/serving/process.py), and what one process is worth.
+"""What it is worth that `lrserve serve` lets malloc keep what is freed on the CPU, and what one process is worth.
 
     python bench/memory.py                    the demo's dense model, on its workloads
     python bench/memory.py --processes 3 --repeats 7 --compiled
 
-vLLM engines of one model are up together, some as lrserve starts them, some with malloc as it is, and run in turns. Each line is an
-engine, over the first plain one: what stands between two plain ones is the difference between two processes.
+vLLM engines of one model are up together, some with the settings of `lrserve serve`, some with malloc as it is, and run in turns.
+Each line is an engine, over the first plain one: what stands between two plain ones is the difference between two processes.
 
 The last line is JSON.
 """
@@ -19,19 +19,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from lrserve.artifacts.card import speedup_cell, table
+from lrserve.engines.vllm import engine_version
+from lrserve.engines.workloads import compare, open_engine
 from lrserve.inputs.demo import demo_recipe
-from lrserve.job import open_job
+from lrserve.pipeline.job import open_job
 from lrserve.recipe import Recipe
-from lrserve.serving.engine import engine_version
-from lrserve.serving.loadtest import compare, open_engine
-from lrserve.serving.process import memory_environment
+from lrserve.report.card import speedup_cell, table
+from lrserve.serving.server import memory_environment
 
 
 @contextmanager
-def plain_malloc() -> Iterator[None]:
-    """Processes started within have malloc as it is: an empty setting is the user's, and stays."""
-    os.environ["GLIBC_TUNABLES"] = ""
+def kept_memory() -> Iterator[None]:
+    """Processes started within have the settings of malloc that `lrserve serve` gives."""
+    os.environ["GLIBC_TUNABLES"] = memory_environment(os.environ)["GLIBC_TUNABLES"]
     try:
         yield
     finally:
@@ -53,9 +53,9 @@ def main() -> None:
     with ExitStack() as stack:
         engines = {}
         for number in range(arguments.processes):
-            with plain_malloc():
-                engines[f"plain {number + 1}"] = stack.enter_context(open_engine(model, workloads, settings))
-            engines[f"kept {number + 1}"] = stack.enter_context(open_engine(model, workloads, settings))
+            engines[f"plain {number + 1}"] = stack.enter_context(open_engine(model, workloads, settings))
+            with kept_memory():
+                engines[f"kept {number + 1}"] = stack.enter_context(open_engine(model, workloads, settings))
         first, *others = engines.values()
         found = compare(first, others, workloads, arguments.repeats, version=engine_version(), seed=recipe.seed)
     results = {label: comparison.to_json() for label, comparison in zip(list(engines)[1:], found, strict=True)}

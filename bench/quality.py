@@ -29,26 +29,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import BASELINES, baseline
+from bolaco import bolaco, lord_plan
+from evolution import evolve
 
-from lrserve.allocation import allocate
-from lrserve.allocation.bolaco import bolaco, lord_plan
-from lrserve.allocation.evolution import evolve
+from lrserve.allocation import losses as allocate
 from lrserve.allocation.goal import Goal
 from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.quality import Divergence, Judgement, Reference, Validation, negative_log_likelihood, perplexity
-from lrserve.allocation.search import SearchSpace
+from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.study import run_study
-from lrserve.artifacts.card import table
-from lrserve.artifacts.store import write_json
-from lrserve.artifacts.work import WorkFolder, work_folder
-from lrserve.compression.baselines import BASELINES
 from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group, Structure, allocated, separate
-from lrserve.compression.products import fast_products
+from lrserve.compression.matmul import fast_products
 from lrserve.compression.spectra import (
     MergedRanks,
     SpectrumStore,
-    baseline,
     compress_model,
     features,
     round_parameters,
@@ -56,10 +52,14 @@ from lrserve.compression.spectra import (
 )
 from lrserve.inputs.demo import demo_recipe, demo_texts
 from lrserve.inputs.text import read_documents, token_windows
-from lrserve.job import Job, first_tokens, open_job, tensor_sha256
-from lrserve.pipeline import backpropagate, calibrate_blocks, gradient_reader, improve_factors
+from lrserve.pipeline.improve import gradient_reader, improve_factors
+from lrserve.pipeline.job import Job, first_tokens, open_job, tensor_sha256
+from lrserve.pipeline.run import backpropagate, calibrate_blocks
+from lrserve.pipeline.search import probe_groups
 from lrserve.recipe import Recipe, Target
-from lrserve.tuning import probe_groups
+from lrserve.report.card import table
+from lrserve.storage.store import write_json
+from lrserve.storage.work import WorkFolder, work_folder
 
 RATIOS = (0.2, 0.4, 0.6)
 TRIALS = 50  # of Bolaco's search, as in the paper
@@ -102,7 +102,6 @@ ROWS: Mapping[str, Row] = {
     "without-gate_up": Row("start, gate_up one-sided", "fisher-but-gate_up", "loss_aware"),
     "without-down": Row("start, down one-sided", "fisher-but-down", "loss_aware"),
     "searched": Row("start + 24 trials of the search", "fisher", "searched"),
-    "closed-form": Row("start + closed-form refinement", "fisher", "loss_aware", after={"refine": "closed_form"}),
     "adam": Row("start + 25 Adam steps a block", "fisher", "loss_aware", after={"refine": "adam"}),
     "evolution": Row("start + evolutionary level switching", "fisher", "evolution"),
     "propagate": Row("start + error propagation", "fisher", "loss_aware", after={"propagate": True}),

@@ -29,12 +29,13 @@ from speed import Contender
 
 from exporters.vllm import VllmExporter
 from lrserve.allocation.plan import RankPlan
-from lrserve.artifacts.card import table
-from lrserve.artifacts.store import read_manifest
 from lrserve.compression.lowrank import quantization_config
-from lrserve.job import Job, open_job, progress_bar
+from lrserve.engines.vllm import Engine, engine_version
+from lrserve.pipeline.job import Job, open_job
 from lrserve.recipe import Recipe
-from lrserve.serving.engine import Engine, engine_version
+from lrserve.report.card import table
+from lrserve.report.console import progress_bar
+from lrserve.storage.store import read_manifest
 
 GROUP = 32  # weights that share one scale in int4
 

@@ -36,31 +36,33 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from baselines import baseline
+from bolaco import bolaco
 from scipy.stats import spearmanr
 
-from lrserve.allocation import allocate
-from lrserve.allocation.bolaco import bolaco
+from lrserve.allocation import losses as allocate
 from lrserve.allocation.goal import FRONT_LIMIT, Goal
 from lrserve.allocation.plan import BudgetFit, RankPlan
-from lrserve.allocation.search import SearchSpace
+from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.speed import SpeedModel
 from lrserve.allocation.study import run_study
-from lrserve.artifacts.card import table
-from lrserve.artifacts.store import fingerprint, write_json
-from lrserve.artifacts.work import WorkFolder, work_folder
 from lrserve.compression.groups import Group, separate
 from lrserve.compression.lowrank import quantization_config, specs_of
-from lrserve.compression.products import fast_products
-from lrserve.compression.spectra import MergedRanks, SpectrumStore, baseline, write_spectra
+from lrserve.compression.matmul import fast_products
+from lrserve.compression.spectra import MergedRanks, SpectrumStore, write_spectra
+from lrserve.engines.runtimes import Runtime, runtime_of
+from lrserve.engines.vllm import Engine
+from lrserve.engines.workloads import MixComparison, compare, open_engine, read_comparison
 from lrserve.inputs.demo import demo_recipe
-from lrserve.job import Job, open_job, progress_bar
-from lrserve.measuring import measure_layers, speed_model
-from lrserve.pipeline import backpropagate, calibrate_blocks, factorize_groups
+from lrserve.pipeline.job import Job, open_job
+from lrserve.pipeline.measure import measure_layers, speed_model
+from lrserve.pipeline.run import backpropagate, calibrate_blocks, factorize_groups
+from lrserve.pipeline.search import choose_windows, judge, probed_losses
 from lrserve.recipe import Recipe, Target, Workload
-from lrserve.serving.engine import Engine
-from lrserve.serving.loadtest import MixComparison, compare, open_engine, read_comparison
-from lrserve.serving.runtimes import Runtime, runtime_of
-from lrserve.tuning import choose_windows, judge, probed_losses
+from lrserve.report.card import table
+from lrserve.report.console import progress_bar
+from lrserve.storage.store import fingerprint, write_json
+from lrserve.storage.work import WorkFolder, work_folder
 
 METHODS = ("lrserve", "random", "uniform", "bolaco")
 BOLACO_RATIOS = (0.15, 0.3, 0.45, 0.6)

@@ -7,7 +7,7 @@
 
 Weights are random: the clock does not see values. Plans are uniform, but for `--plan`. For each structure one dense engine and one
 for each ratio are up at once and measured in turns: decode steps with 1, 8 and 32 requests at once, and the prefill of one prompt.
-All are started as lrserve starts vLLM (`lrserve/serving/cpu.py`); with `--alone` there is a row for the dense model without that.
+All run on vLLM as stock `vllm serve` starts it.
 
     step      milliseconds of one decode step: (time of 65 output tokens - time of 1) / 64; median of the rounds
     speedup   the dense step over this one, round by round: median (lowest to highest)
@@ -16,7 +16,7 @@ All are started as lrserve starts vLLM (`lrserve/serving/cpu.py`); with `--alone
               kernel reaches on one large matrix in the same process and the same round, over the measured time; median. The rate is
               a mean over a second, as a step is a mean over seconds: both have what others on the machine take away. In brackets
               the share of what the matrix reaches undisturbed, in the lower quartile of its times, which the machine cannot hold
-    GEMM      share of that time that its matrix products take, by the table of single layers (`lrserve/serving/latency.py`)
+    GEMM      share of that time that its matrix products take, by the table of single layers (`lrserve/engines/vllm_latency.py`)
 
 With `--quantized` the plans are served in int8 (W8A8, `--quantization-config` of `vllm serve`), beside the dense model in bfloat16,
 in int8 by lrserve's layers (`dense int8`) and by vLLM alone (compressed-tensors' format), and in int4 by vLLM alone (GPTQ's format,
@@ -30,11 +30,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
@@ -45,17 +44,16 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers import __version__ as transformers_version
 
-from lrserve.allocation.allocate import uniform
+from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.speed import Shape, shapes_of
-from lrserve.artifacts.card import table
-from lrserve.artifacts.store import fingerprint, write_json
 from lrserve.compression.groups import KINDS, STRUCTURES, Group, allocated, find_groups
 from lrserve.compression.lowrank import quantization_config, specs_of
-from lrserve.job import progress_bar
-from lrserve.measuring import machine
-from lrserve.serving.cpu import KERNELS
-from lrserve.serving.engine import Engine, engine_version, in_turns
+from lrserve.engines.vllm import Engine, engine_version, in_turns
+from lrserve.pipeline.measure import machine
+from lrserve.report.card import table
+from lrserve.report.console import progress_bar
+from lrserve.storage.store import fingerprint, write_json
 
 RATIOS = (0.2, 0.4, 0.6)
 CONCURRENCIES = (1, 8, 32)
@@ -101,7 +99,7 @@ BYTES = {"bfloat16": 2.0, "int8": 1.0, "int8 by vLLM": 1.0, "int4": 0.5 + 2 / 32
 """Of a weight, by precision."""
 
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
-THEIRS: Mapping[str, Mapping[str, Any]] = {
+STOCK_CHECKPOINTS: Mapping[str, Mapping[str, Any]] = {
     "int8 by vLLM": {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
@@ -176,8 +174,6 @@ class Contender:
     groups: Sequence[Group]
     plan: RankPlan
     precision: str = "bfloat16"
-    alone: bool = False
-    """Whether vLLM is as anybody starts it who has no lrserve."""
 
     @property
     def units(self) -> list[Group]:
@@ -194,8 +190,8 @@ class Contender:
         folder.mkdir(parents=True, exist_ok=True)
         config = copy.deepcopy(self.config)
         ranks = self.plan.factorized(self.units)
-        if self.precision in THEIRS:
-            config.quantization_config = THEIRS[self.precision]
+        if self.precision in STOCK_CHECKPOINTS:
+            config.quantization_config = STOCK_CHECKPOINTS[self.precision]
         elif ranks or self.precision == "int8":
             config.quantization_config = quantization_config(specs_of(ranks, self.plan.structure))
         config.save_pretrained(folder)
@@ -231,38 +227,24 @@ def model_config(name: str) -> LlamaConfig:
     return config
 
 
-@contextmanager
-def without_lrserve() -> Iterator[None]:
-    """Engines built within are started as vLLM comes, whatever the environment says about these variables."""
-    theirs = {KERNELS: "0", "VLLM_USE_LAYERNAME": "1", "GLIBC_TUNABLES": ""}
-    before = {name: os.environ.get(name) for name in theirs}
-    os.environ.update(theirs)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
 def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int, eager: bool) -> Any:
     """Measure the contenders, one of which is `dense`, in turns, or read what an earlier run measured."""
-    keys = {label: [contender.plan.key(), contender.precision, contender.alone] for label, contender in contenders.items()}
+    keys = {label: [contender.plan.key(), contender.precision] for label, contender in contenders.items()}
     identity = [name, keys, rounds, eager, engine_version(), transformers_version, machine(), list(Timed.__dataclass_fields__)]
     path = work / f"{name}-{fingerprint(identity)[:16]}.json"
     if not path.is_file():
         with progress_bar(rounds * len(contenders), name) as progress, ExitStack() as stack:
             engines = {}
             for label, contender in contenders.items():
-                with without_lrserve() if contender.alone else nullcontext():
-                    engine = Engine(
-                        contender.write(work / name / label.replace("/", "-")),
-                        max_model_len=1024,
-                        max_num_seqs=max(CONCURRENCIES),
-                        enforce_eager=eager,
-                        quantization="int8" if contender.precision == "int8" else None,
-                        load_format="dummy",
-                        kv_cache_gib=0.5,
-                    )
+                engine = Engine(
+                    contender.write(work / name / label.replace("/", "-")),
+                    max_model_len=1024,
+                    max_num_seqs=max(CONCURRENCIES),
+                    enforce_eager=eager,
+                    quantization="int8" if contender.precision == "int8" else None,
+                    load_format="dummy",
+                    kv_cache_gib=0.5,
+                )
                 engines[label] = stack.enter_context(engine)
             for engine in engines.values():
                 warm_up(engine)
@@ -292,13 +274,13 @@ def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int,
 
 def speedup(own: Sequence[float], dense: Sequence[float]) -> str:
     """Median and spread of the rounds' ratios."""
-    ratios = [theirs / mine for mine, theirs in zip(own, dense, strict=True)]
+    ratios = [reference / seconds for seconds, reference in zip(own, dense, strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def render(name: str, contenders: Mapping[str, Contender], result: Mapping[str, Any]) -> str:
     """One line per contender; three columns for each number of requests, and for the prefill."""
-    header = ["", "MB read", "products a layer"]
+    header = ["", "MB read", "matmuls a layer"]
     for concurrency in CONCURRENCIES:
         header += [f"{concurrency}: step, ms", "speedup", "GEMM"] + ["bound"] * (concurrency == 1)
     header += [f"prefill {PREFILL}, ms", "speedup", "GEMM", "bound"]
@@ -354,7 +336,6 @@ def main() -> None:
     )
     parser.add_argument("--plan", action="append", type=Path, help="measure this plan.json instead of uniform ones; repeatable")
     parser.add_argument("--quantized", action="store_true", help="in int8, beside dense in bfloat16, int8 and int4")
-    parser.add_argument("--alone", action="store_true", help="dense also as vLLM starts where there is no lrserve")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--work", type=Path, default=Path("speed.work"), help="folder for what is finished [default: speed.work]")
@@ -368,8 +349,6 @@ def main() -> None:
         contender = partial(Contender, model_config(name), groups)
         nothing = RankPlan(dict.fromkeys((group.name for group in groups), None), "low_rank")
         dense = {"dense": contender(nothing)}
-        if arguments.alone:
-            dense["dense, vLLM alone"] = contender(nothing, alone=True)
         series: list[dict[str, Contender]] = []
         if arguments.plan:
             series.append(dense | {path.with_suffix("").as_posix(): contender(RankPlan.read(path)) for path in arguments.plan})
@@ -377,15 +356,15 @@ def main() -> None:
             for structure in arguments.structure or STRUCTURES:
                 units = allocated(groups, structure)
                 fit = BudgetFit([unit for unit in units if unit.kind not in arguments.dense], STEP, structure)
-                whole = sum(unit.dense_parameters for unit in units)
-                spent = whole - fit.dense_cost
+                total = sum(unit.dense_parameters for unit in units)
+                spent = total - fit.dense_cost
                 plans = {}
                 for ratio in arguments.ratio or RATIOS:
-                    ranks = uniform(fit, (1 - ratio) * whole - spent).ranks
+                    ranks = uniform(fit, (1 - ratio) * total - spent).ranks
                     plans[ratio] = RankPlan({unit.name: ranks.get(unit.name) for unit in units}, structure)
                 if arguments.quantized:
                     others = {"dense int8": contender(nothing, "int8")}
-                    others |= {f"dense {precision}": contender(nothing, precision, alone=True) for precision in THEIRS}
+                    others |= {f"dense {precision}": contender(nothing, precision) for precision in STOCK_CHECKPOINTS}
                     others |= {f"{structure} {ratio:g} int8": contender(plan, "int8") for ratio, plan in plans.items()}
                 else:
                     others = {f"{structure} {ratio:g}": contender(plan) for ratio, plan in plans.items()}

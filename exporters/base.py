@@ -1,27 +1,12 @@
-"""The Exporter protocol, and the transcripts by which renderings of one model are held against each other."""
+"""The Exporter protocol: what writes one rendering of a compressed model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """What one engine computes, in float32, for one prompt of T token ids.
-
-    `logprobs` (T - 1): natural-log probability that the engine gives to each prompt token after the first;
-    `tokens` (S): its greedy continuation; `margins` (S): gap between the two best log probabilities at each step of it
-    (empty where the engine does not tell).
-    """
-
-    logprobs: tuple[float, ...]
-    tokens: tuple[int, ...]
-    margins: tuple[float, ...] = ()
 
 
 class Exporter(Protocol):
@@ -53,5 +38,14 @@ class Exporter(Protocol):
             dtype: in which a rendering with a choice stores its weights.
         """
 
-    def transcribe(self, out: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, list[Transcript]]:
-        """Load the rendering from `out` in float32 and run the prompts; keys name the engines that ran them."""
+
+@runtime_checkable
+class SelfProving(Protocol):
+    """An exporter of another package, whose engine lrserve does not know: it runs the rendering for the proof itself."""
+
+    def transcribe(self, out: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> Mapping[str, Sequence[Any]]:
+        """Load the rendering from `out` in float32 and run the prompts.
+
+        Returns:
+            By the name of an engine, one object for each prompt with the fields of `lrserve.engines.transcripts.Transcript`.
+        """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,27 +10,24 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 
-from exporters.base import Transcript
 from exporters.companions import copy_companions
-from exporters.transcript import transcribe_model
 from lrserve.compression.groups import ORDERED, family_of
 from lrserve.compression.lowrank import GroupSpec, LowRankLinear, leaves, quantization_config
 from lrserve.errors import ArtifactError
+from lrserve.plugins.versions import require_vllm
 
 _MAX_SHARD_SIZE: Final = "5GB"
 
 
 class VllmExporter:
-    """Writes config.json, safetensors and tokenizer files; proves them with transformers and with a real vLLM."""
+    """Writes config.json, safetensors and tokenizer files."""
 
     name = "vllm"
     tolerance = 0.02
 
     def preflight(self, skeleton: Any) -> None:
         """Raise EngineError if vLLM is missing or of an untested version."""
-        from lrserve.serving.engine import preflight
-
-        preflight()
+        require_vllm()
 
     def export(self, model: Any, source: Path, out: Path, dtype: torch.dtype) -> None:
         """Write `model` into the existing folder `out`, with the tokenizer files of `source`.
@@ -52,21 +48,6 @@ class VllmExporter:
         config.save_pretrained(out)
         save_torch_state_dict(_own_tensors(model, dtype), out, max_shard_size=_MAX_SHARD_SIZE)
         copy_companions(source, out)
-
-    def transcribe(self, out: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, list[Transcript]]:
-        """Load `out` with transformers and with vLLM, both in float32 and one after the other, and run the prompts."""
-        from transformers import AutoModelForCausalLM
-
-        import lrserve  # noqa: F401 - registers the quantizer
-        from lrserve.serving.engine import Engine
-
-        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, local_files_only=True)
-        transcripts = {"transformers": transcribe_model(model, prompts, new_tokens)}
-        del model
-        longest = max((len(prompt) for prompt in prompts), default=1) + new_tokens
-        with Engine(out, dtype="float32", max_model_len=longest, max_num_seqs=max(1, min(len(prompts), 32))) as engine:
-            transcripts["vllm"] = engine.transcribe(prompts, new_tokens)
-        return transcripts
 
 
 def low_rank_groups(model: Any) -> dict[str, GroupSpec]:

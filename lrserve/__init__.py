@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lrserve.allocation.plan import RankPlan
     from lrserve.compression.lowrank import LowRankLinear
     from lrserve.errors import LrserveError
-    from lrserve.pipeline import compress_and_export
+    from lrserve.pipeline.run import compress_and_export
     from lrserve.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -27,7 +27,7 @@ _HOMES = {
     "LrserveError": "lrserve.errors",
     "RankPlan": "lrserve.allocation.plan",
     "Recipe": "lrserve.recipe",
-    "compress_and_export": "lrserve.pipeline",
+    "compress_and_export": "lrserve.pipeline.run",
 }
 
 
@@ -44,4 +44,4 @@ def __dir__() -> list[str]:
 
 
 # Called at once if transformers' quantizers are already imported, otherwise right after they are.
-wrapt.register_post_import_hook("lrserve.serving.transformers:register", "transformers.quantizers.auto")
+wrapt.register_post_import_hook("lrserve.plugins.transformers:register", "transformers.quantizers.auto")

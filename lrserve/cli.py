@@ -62,7 +62,7 @@ def compress_and_export(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the inputs and say what would be done.")] = False,
 ) -> None:
     """Compress a model, search its ranks, export the result and prove it."""
-    from lrserve.pipeline import compress_and_export as run
+    from lrserve.pipeline.run import compress_and_export as run
     from lrserve.recipe import Recipe
 
     overrides: dict[str, Any] = {
@@ -113,7 +113,7 @@ def bench(
     ] = None,
 ) -> None:
     """Measure throughput and latency against the dense model, both behind vLLM's server, in turns; -- passes flags to vLLM."""
-    from lrserve.benchmark import bench as run
+    from lrserve.serving.bench import bench as run
 
     run(
         out,
@@ -133,7 +133,7 @@ def inspect(
     model: Annotated[str, typer.Argument(help="An artifact, or a dense model as for compress-and-export.")],
 ) -> None:
     """Say what a model or an artifact consists of: groups, shapes, ranks and sizes."""
-    from lrserve.inspection import inspect as run
+    from lrserve.pipeline.inspect import inspect as run
 
     print(run(model))
 
@@ -141,7 +141,7 @@ def inspect(
 @app.command()
 def verify(out: Annotated[Path, typer.Argument(help="An artifact of lrserve.")]) -> None:
     """Check every file of an artifact against its manifest, and its tensors against its config."""
-    from lrserve.inspection import verify as run
+    from lrserve.pipeline.inspect import verify as run
 
     print(run(out))
 

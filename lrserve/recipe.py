@@ -90,8 +90,8 @@ class Factorization(_Frozen):
     None does so for plans that remove 30 % of the linears' parameters or more, where it pays on all text that we measured; but not
     where MLPs lose neurons, where it does not pay, nor before a recovery, which gets further from the factors of the search.
     """
-    refine: Literal["none", "closed_form", "adam"] | None = None
-    """Refine each block's factors against the dense block's outputs: by least squares, or by `refine_steps` of Adam.
+    refine: Literal["none", "adam"] | None = None
+    """Refine each block's factors against the dense block's outputs by `refine_steps` of Adam.
 
     None takes Adam, but nothing before a recovery, which trains the same parameters.
     """
@@ -102,7 +102,7 @@ class Factorization(_Frozen):
     """Time for distilling the dense model into the factors, once the ranks are chosen; 0 switches it off."""
 
     @property
-    def refinement(self) -> Literal["none", "closed_form", "adam"]:
+    def refinement(self) -> Literal["none", "adam"]:
         """What `refine` comes to."""
         return self.refine or ("none" if self.recover_minutes else "adam")
 
@@ -131,8 +131,6 @@ class Search(_Frozen):
     validation_pool: Annotated[int, Field(ge=64)] = 16384
     """Tokens of the pool."""
     validation_length: Annotated[int, Field(ge=16)] = 512
-    generations: Annotated[int, Field(ge=0)] = 0
-    """Generations of evolutionary level switching from the study's best plan, of four plans each; for a ratio target only."""
     measured_plans: Annotated[int, Field(ge=1)] = 3
     """Plans of the front that are measured end to end on the engine, besides the dense model."""
     choose: Annotated[int, Field(ge=0)] | None = None
@@ -201,12 +199,6 @@ class Recipe(_Frozen):
     report: Report = Report()
     export: Annotated[tuple[str, ...], Field(min_length=1)] = ("vllm", "onnx")
     seed: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="after")
-    def _evolution_needs_a_ratio(self) -> Recipe:
-        if self.search.generations and not self.target.ratio:
-            raise ValueError("search.generations switches levels within a parameter budget: it goes with target.ratio only")
-        return self
 
     @property
     def structure(self) -> Structure:

@@ -154,7 +154,7 @@ def next_candidate(trials: Sequence[Evaluated], measured: Sequence[Evaluated], g
 
 
 @dataclass(frozen=True)
-class Found:
+class MeasuredSpeed:
     """What the engine said of a plan: its speedup, and the least that it can be told from."""
 
     trial: Evaluated
@@ -162,7 +162,7 @@ class Found:
     at_least: float
 
 
-def choose(measured: Sequence[Found], goal: Goal) -> Evaluated:
+def choose(measured: Sequence[MeasuredSpeed], goal: Goal) -> Evaluated:
     """Choose by *measured* speedups: the best objective that meets the target; of the front the knee.
 
     Under a ratio target nothing is promised of the speed. Otherwise the plan is faster than dense beyond the spread.

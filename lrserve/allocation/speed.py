@@ -1,7 +1,7 @@
 """Predicting a plan's speed from measured latencies of single layers.
 
 One run of a workload with P prompt tokens, S output tokens and c requests at once is a prefill of c P tokens (in chunks of at
-most `_PREFILL_CHUNK`) and S - 1 decode steps of c tokens. The dense model's run is measured as a whole, in T seconds; a plan is
+most `PREFILL_CHUNK`) and S - 1 decode steps of c tokens. The dense model's run is measured as a whole, in T seconds; a plan is
 predicted to take T plus, for each group, the difference between its factors' and its dense latency over all those calls.
 Everything outside the linear layers is thus measured, not modelled, and the dense plan is predicted exactly. What the engine then
 says of whole plans corrects the differences by one factor for each workload (`SpeedModel.corrected`).
@@ -19,6 +19,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from scipy.optimize import isotonic_regression
 
@@ -26,7 +27,8 @@ from lrserve.allocation.plan import RankPlan, rank_choices
 from lrserve.compression.groups import Group, Stored, Structure
 from lrserve.recipe import Workload, shares
 
-_PREFILL_CHUNK = 4096
+PREFILL_CHUNK: Final = 4096
+"""Most tokens in one forward pass: engines are started with it (`max_num_batched_tokens`)."""
 _TABLE_WEIGHTS = 10**9  # dense weights of a group times ranks measured: larger layers are measured at fewer ranks, and interpolated
 _FEWEST_RANKS = 12  # but at about so many
 _TRUST = 0.05**2  # squared relative change of time at which a measured plan counts as much as the table
@@ -83,7 +85,7 @@ def calls(workload: Workload) -> Counter[int]:
     rows = workload.concurrency * workload.prompt_tokens
     count: Counter[int] = Counter()
     count[workload.concurrency] += workload.output_tokens - 1
-    count[min(rows, _PREFILL_CHUNK)] += math.ceil(rows / _PREFILL_CHUNK)
+    count[min(rows, PREFILL_CHUNK)] += math.ceil(rows / PREFILL_CHUNK)
     return count
 
 

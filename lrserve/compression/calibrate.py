@@ -24,10 +24,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from lrserve.artifacts.store import write_tensors
 from lrserve.compression.covariance import Covariance, CovarianceAccumulator
 from lrserve.compression.groups import Group, family_of
 from lrserve.errors import CalibrationError
+from lrserve.storage.store import write_tensors
 
 _FIELDS = ("C", "mu", "pool_means", "pool_tokens")
 

@@ -10,8 +10,9 @@ Among all maps y' = B A x + b of rank r, A = U_r^T W, B = U_r, b = beta + (I - U
 eigenvectors of Cy, and the minimum is the sum of the lambdas that were left out. No inverse is taken, so a singular C is no
 special case, and one decomposition serves every rank.
 
-Two-sided weighting (METHOD.md 2) minimises E|Gamma (y - y')|^2 instead. With Gamma^2 = E[g g^T], the second moment of the loss
-gradient g with respect to y, half of that is the second-order estimate of the loss itself, in nats per token when the loss is
+Two-sided weighting (docs/methods.md, "Two-sided weighting") minimises E|Gamma (y - y')|^2 instead. With Gamma^2 = E[g g^T], the
+second moment of the loss gradient g with respect to y, half of that is the second-order estimate of the loss itself, in nats per
+token when the loss is
 the cross entropy of labels drawn from the model (then Gamma^2 is the block of the KL divergence's Fisher matrix, up to the
 Kronecker assumption that x and g are independent; K-FAC, arXiv 1503.05671, section 3). Either side of W will do, the narrower
 is cheaper:

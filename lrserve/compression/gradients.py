@@ -22,12 +22,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lrserve.artifacts.store import write_tensors
 from lrserve.compression.covariance import exact_products
 from lrserve.compression.factorize import Side
 from lrserve.compression.groups import Group
 from lrserve.compression.logits import LOGIT_ROWS, logits_of
 from lrserve.errors import CalibrationError
+from lrserve.storage.store import write_tensors
 
 _FILE = "moments.safetensors"
 _SAVED_TOKENS = 8192  # between two saves of the running sums: what an interruption costs

@@ -1,7 +1,7 @@
 """Which linear layers form which fused group: the only file that knows the module names of an architecture.
 
-A fused group is the unit of allocation: the linears that the serving engine multiplies as one matrix because they read
-the same input (METHOD.md 3). Its members' weights are stacked by rows into one W (m, n); its factors are one shared
+A fused group is the unit of allocation: the linears that the serving engine multiplies as one matrix because they read the same
+input (docs/methods.md, "Fused groups"). Its members' weights are stacked by rows into one W (m, n); its factors are one shared
 A (r, n) and one stacked B (m, r), of which each member owns its rows.
 """
 
@@ -20,7 +20,10 @@ Kind = Literal["qkv", "o", "gate_up", "down"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 Stored = Literal["identity_block", "low_rank", "narrow_in", "narrow_out"]
-"""What a compressed group is stored as: B (x_J + T x_Jc) + b or B (A x) + b (METHOD.md 4); fewer inputs, or fewer outputs."""
+"""What a compressed group is stored as (docs/methods.md, "Structures").
+
+In this order: B (x_J + T x_Jc) + b, B (A x) + b, fewer inputs, fewer outputs.
+"""
 STORED: Final = get_args(Stored)
 
 Structure = Literal["identity_block", "low_rank", "narrow"]
@@ -164,7 +167,7 @@ def separate(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
     """Take fused groups apart into groups of one linear, each beside the fused group it came from.
 
     For plans that factorize q, k, v, gate and up on their own, as the papers do; its kind is the linear's name without
-    `_proj` (`q`). The engine then multiplies once more for each (`serving/vllm_layer.py`).
+    `_proj` (`q`). The engine then multiplies once more for each (`plugins/vllm/layers.py`).
     """
     return [
         (

@@ -1,9 +1,9 @@
 """The low-rank layer in torch, and putting it in the place of dense linears.
 
-y = B z + b, with z = A x or, for an identity block, z = x_J + T x_Jc (METHOD.md 4). The members of a fused group share what makes
-z, which stands once in the model under the group's name; each member keeps its own rows of B and b. Names in the state dict are
-those of docs/format.md: `<group>.A.weight` (A or T), `<group>.A.order` (identity blocks whose inputs are not ordered),
-`<member>.B.weight`, `<member>.B.bias`.
+y = B z + b, with z = A x or, for an identity block, z = x_J + T x_Jc (docs/methods.md, "Structures"). The members of a fused group
+share what makes z, which stands once in the model under the group's name; each member keeps its own rows of B and b. Names in the
+state dict are those of docs/format.md: `<group>.A.weight` (A or T), `<group>.A.order` (identity blocks whose inputs are not
+ordered), `<member>.B.weight`, `<member>.B.bias`.
 """
 
 from __future__ import annotations

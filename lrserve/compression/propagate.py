@@ -1,4 +1,4 @@
-"""Error propagation: factors for the inputs that a group has in the compressed model (AA-SVD, arXiv 2604.02119; METHOD.md 2).
+"""Error propagation: factors for the inputs that a group has in the compressed model (AA-SVD, arXiv 2604.02119).
 
 Notation, besides that of sequential.py (x, x^, mu, mu^, G, H) and factorize.py (W, beta, Gamma, K)
     d          damping times the mean of H's diagonal

@@ -27,12 +27,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lrserve.artifacts.store import whole, write_tensors
 from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group
 from lrserve.compression.logits import logits_of
 from lrserve.compression.training import TrainableGroup, TrainedFactors, install_trainable
 from lrserve.errors import CalibrationError
+from lrserve.storage.store import atomic_path, write_tensors
 
 _LENGTH: Final = 256  # tokens per window
 _BATCH_TOKENS: Final = 2048
@@ -203,7 +203,7 @@ def _divergence(teacher: Any, student: Any, wanted: torch.Tensor, hidden: torch.
 
 def _save(path: Path, trainable: Mapping[str, TrainableGroup], optimizer: torch.optim.Optimizer, state: _Progress) -> None:
     groups = {name: group.state_dict() for name, group in trainable.items()}
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         torch.save({"groups": groups, "optimizer": optimizer.state_dict(), "progress": asdict(state)}, partial)
 
 

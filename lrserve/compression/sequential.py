@@ -32,7 +32,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lrserve.artifacts.store import write_tensors
 from lrserve.compression.calibrate import Intercepted, Rehearsal, embed, memory_map, resume_at, run_block, states_path
 from lrserve.compression.covariance import CovarianceAccumulator, exact_products
 from lrserve.compression.factorize import Factors, FactorSource
@@ -40,6 +39,7 @@ from lrserve.compression.groups import Group, family_of
 from lrserve.compression.spectra import stacked_weight
 from lrserve.compression.training import TrainableGroup, TrainedFactors, install_trainable
 from lrserve.errors import CalibrationError
+from lrserve.storage.store import write_tensors
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lrserve.artifacts.store import write_tensors
-from lrserve.compression.baselines import BASELINES
 from lrserve.compression.calibrate import read_statistics
 from lrserve.compression.factorize import Factors, FactorSource, GradientOf, Spectrum, factorize
 from lrserve.compression.groups import Group, Structure
@@ -19,6 +17,7 @@ from lrserve.compression.lowrank import install_low_rank, keep_outputs, load_fac
 from lrserve.compression.narrow import narrow
 from lrserve.compression.structure import structured
 from lrserve.errors import CalibrationError
+from lrserve.storage.store import write_tensors
 
 _FIELDS = ("U", "V", "eigenvalues", "offset", "mean", "beta")
 
@@ -51,12 +50,6 @@ def features(statistics: Path, gradient: GradientOf = lambda group: None) -> Dec
         return solve(weight, covariance.C, covariance.mu, bias, gradient(group))
 
     return decompose
-
-
-def baseline(name: str, statistics: Path, pairs: Sequence[tuple[Group, Group]]) -> Decompose:
-    """Return one of `BASELINES` for single linears, on the statistics of the fused groups that they are of (`groups.separate`)."""
-    origin = {single.name: fused for single, fused in pairs}
-    return lambda group, weight, bias: BASELINES[name](weight, read_statistics(statistics, origin[group.name]), bias)
 
 
 @torch.no_grad()

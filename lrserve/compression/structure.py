@@ -1,4 +1,4 @@
-"""What the factors of a rank are stored as: the same map, in other coordinates (METHOD.md 4).
+"""What the factors of a rank are stored as: the same map, in other coordinates (docs/methods.md, "Structures").
 
 Notation
     A (r, n), B (m, r)   any two factors of the map B A

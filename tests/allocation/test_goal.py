@@ -7,7 +7,7 @@ import math
 import pytest
 from allocation.searching import GROUPS, goal
 
-from lrserve.allocation.goal import Evaluated, Found, choose, knee, next_candidate, pareto_front
+from lrserve.allocation.goal import Evaluated, MeasuredSpeed, choose, knee, next_candidate, pareto_front
 from lrserve.allocation.plan import RankPlan
 from lrserve.errors import InfeasibleTargetError
 from lrserve.recipe import Target
@@ -60,8 +60,8 @@ def test_what_was_measured_corrects_what_comes_next() -> None:
     assert next_candidate(TRIALS, [B], goal(Target(min_speedup=1.05)), lambda plan: slower[plan.key()]) is D
 
 
-def found(trial: Evaluated, measured: float, at_least: float | None = None) -> Found:
-    return Found(trial, measured, measured - 0.05 if at_least is None else at_least)
+def found(trial: Evaluated, measured: float, at_least: float | None = None) -> MeasuredSpeed:
+    return MeasuredSpeed(trial, measured, measured - 0.05 if at_least is None else at_least)
 
 
 def test_the_choice() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FACTORED
 
-from lrserve.allocation.allocate import estimates, fisher, greedy, least_loss, loss_aware, probed, uniform
+from lrserve.allocation.losses import estimates, fisher, greedy, least_loss, loss_aware, probed, uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan, rank_choices
 from lrserve.compression.groups import Group, Structure, allocated, separate
 from lrserve.errors import InfeasibleTargetError, InputError

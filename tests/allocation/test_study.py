@@ -19,8 +19,7 @@ from allocation.searching import GROUPS, SETTINGS, SPEED, evaluate, goal, perple
 from lrserve.allocation.goal import Evaluated
 from lrserve.allocation.plan import RankPlan
 from lrserve.allocation.quality import Judgement, Validation, representative
-from lrserve.allocation.resumable import open_study
-from lrserve.allocation.study import STUDY, Evaluate, copy_study, finished, importances, run_study, time_spent
+from lrserve.allocation.study import STUDY, Evaluate, copy_study, finished, importances, open_study, run_study, time_spent
 from lrserve.errors import InputError
 from lrserve.recipe import Search, Target
 
@@ -178,8 +177,8 @@ def test_the_trial_of_a_worker_that_is_gone_is_done_by_another(tmp_path: Path, m
         time.sleep(0.1)
     worker.kill()
     worker.join()
-    monkeypatch.setattr("lrserve.allocation.resumable._GRACE_SECONDS", 1)
-    monkeypatch.setattr("lrserve.allocation.resumable._HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr("lrserve.allocation.study._GRACE_SECONDS", 1)
+    monkeypatch.setattr("lrserve.allocation.study._HEARTBEAT_SECONDS", 1)
     time.sleep(2)
     trials = run(Target(ratio=0.3), place)
     assert [trial.origin for trial in trials[:3]] == ["loss_aware", "greedy", "uniform"]

@@ -28,10 +28,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from exporters.base import Transcript
-from exporters.onnx import OnnxDecoder, OnnxExporter
+from exporters.onnx import OnnxExporter
 from lrserve.compression.groups import STRUCTURES, Structure, allocated, find_groups
 from lrserve.compression.lowrank import IdentityBlock, specs_of
+from lrserve.engines import onnx_session
+from lrserve.engines.onnx_session import OnnxDecoder
+from lrserve.engines.transcripts import Transcript
 from lrserve.errors import ArtifactError, EngineError, InputError, UnsupportedModelError
 
 WINDOW = 8
@@ -198,15 +200,18 @@ def out(tmp_path: Path) -> Path:
     return folder
 
 
+def transcribe(out: Path, prompts: list[list[int]], new_tokens: int) -> list[Transcript]:
+    decoder = OnnxDecoder(out / "onnx" / "model.onnx")
+    return [onnx_session.transcribe(decoder, prompt, new_tokens) for prompt in prompts]
+
+
 @pytest.mark.parametrize("structure", [None, *STRUCTURES])
 @pytest.mark.parametrize("name", MODELS)
 def test_transcript_equals_transformers(name: str, structure: Structure | None, source: Path, out: Path) -> None:
     model = make(name, structure)
     exporter = OnnxExporter()
     exporter.export(model, source, out, torch.float32)
-    found = exporter.transcribe(out, prompts(), NEW_TOKENS)
-    assert list(found) == ["onnxruntime"]
-    for transcript, prompt in zip(found["onnxruntime"], prompts(), strict=True):
+    for transcript, prompt in zip(transcribe(out, prompts(), NEW_TOKENS), prompts(), strict=True):
         expected = reference(model, prompt)
         assert max(expected.logprobs) - min(expected.logprobs) > 1.0, "a degenerate model proves nothing"
         assert_same(transcript, expected)
@@ -217,7 +222,7 @@ def test_linears_apart_from_their_group(name: str, source: Path, out: Path) -> N
     model = make(name, apart=True)
     exporter = OnnxExporter()
     exporter.export(model, source, out, torch.float32)
-    for transcript, prompt in zip(exporter.transcribe(out, prompts(), NEW_TOKENS)["onnxruntime"], prompts(), strict=True):
+    for transcript, prompt in zip(transcribe(out, prompts(), NEW_TOKENS), prompts(), strict=True):
         assert_same(transcript, reference(model, prompt))
     assert {"model.layers.1.self_attn.v_proj.A.order", "model.layers.1.mlp.gate_proj.A.weight"} <= set(initializers(out))
 
@@ -233,7 +238,7 @@ def test_bfloat16_model_is_rendered_as_its_exact_float32_twin(name: str, source:
         twin.model.embed_tokens.embed_scale.fill_(float(rounded))
     exporter = OnnxExporter()
     exporter.export(model, source, out, torch.float32)
-    [found] = exporter.transcribe(out, prompts(1), NEW_TOKENS)["onnxruntime"]
+    [found] = transcribe(out, prompts(1), NEW_TOKENS)
     assert_same(found, reference(twin, prompts(1)[0]))
 
 
@@ -409,22 +414,22 @@ def test_transcribe_without_an_export_says_what_is_there(out: Path) -> None:
     (out / "onnx").mkdir()
     (out / "onnx" / "config.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"no ONNX graph at .*model\.onnx.*holds: config\.json"):
-        OnnxExporter().transcribe(out, prompts(), 1)
+        transcribe(out, prompts(), 1)
 
 
 def test_transcribe_reports_a_damaged_graph(out: Path) -> None:
     (out / "onnx").mkdir()
     (out / "onnx" / "model.onnx").write_bytes(b"not a graph")
     with pytest.raises(EngineError, match=r"cannot load .*model\.onnx"):
-        OnnxExporter().transcribe(out, prompts(), 1)
+        transcribe(out, prompts(), 1)
 
 
 def test_transcribe_limits(source: Path, out: Path) -> None:
     exporter = OnnxExporter()
     exporter.export(make("llama"), source, out, torch.float32)
-    with pytest.raises(InputError, match="prompt 1 has no tokens"):
-        exporter.transcribe(out, [[5], []], 1)
-    [single] = exporter.transcribe(out, [[5]], 0)["onnxruntime"]
+    with pytest.raises(InputError, match="a prompt needs at least one token"):
+        transcribe(out, [[5], []], 1)
+    [single] = transcribe(out, [[5]], 0)
     assert single == Transcript(logprobs=(), tokens=(), margins=())
     with pytest.raises(EngineError, match=r"64 \+ 1 tokens"):  # max_position_embeddings
-        exporter.transcribe(out, prompts(1, 64), 2)
+        transcribe(out, prompts(1, 64), 2)

@@ -22,14 +22,14 @@ from openai import APIConnectionError, OpenAI
 from tiny import dense_model, write_dense
 from transformers import AutoModelForCausalLM
 
-from exporters.base import Transcript
-from exporters.onnx import OnnxExporter
-from lrserve.artifacts.store import read_manifest
-from lrserve.benchmark import bench
+from lrserve.engines.renderings import transcribe_rendering
+from lrserve.engines.transcripts import Transcript
 from lrserve.errors import AgreementError, ArtifactError, InfeasibleTargetError, InputError
-from lrserve.inspection import inspect, verify
-from lrserve.pipeline import compress_and_export
+from lrserve.pipeline.inspect import inspect, verify
+from lrserve.pipeline.run import compress_and_export
 from lrserve.recipe import Recipe
+from lrserve.serving.bench import bench
+from lrserve.storage.store import read_manifest
 
 pytestmark = pytest.mark.engine
 
@@ -233,13 +233,11 @@ def test_bench_measures_it_again(made: tuple[Path, dict[str, Any], list[str]], t
 
 
 def test_a_rendering_that_disagrees_is_not_published(place: Path, made: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    transcribe = OnnxExporter.transcribe
-
-    def wrong(self: OnnxExporter, out: Path, prompts: Any, new_tokens: int) -> dict[str, list[Transcript]]:
-        found = transcribe(self, out, prompts, new_tokens)["onnxruntime"]
+    def wrong(name: str, out: Path, prompts: Any, new_tokens: int) -> dict[str, list[Transcript]]:
+        found = transcribe_rendering(name, out, prompts, new_tokens)["onnxruntime"]
         return {"onnxruntime": [replace(t, logprobs=(t.logprobs[0] + 0.01, *t.logprobs[1:])) for t in found]}
 
-    monkeypatch.setattr(OnnxExporter, "transcribe", wrong)
+    monkeypatch.setattr("lrserve.pipeline.prove.transcribe_rendering", wrong)
     said: list[str] = []
     with pytest.raises(AgreementError, match=r"onnxruntime differs from the model in memory by 0\.01"):
         compress_and_export(recipe(place, export=["onnx"]), place / "wrong", work=place / "out.work", say=said.append)

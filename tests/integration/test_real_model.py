@@ -8,22 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from baselines import svd
 
 from exporters.onnx import OnnxExporter
-from exporters.transcript import transcribe_model
 from exporters.vllm import VllmExporter
-from lrserve.allocation.allocate import uniform
+from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.quality import Reference
-from lrserve.compression.baselines import svd
 from lrserve.compression.calibrate import calibrate, read_statistics
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.groups import STRUCTURES, Structure, allocated
-from lrserve.compression.products import fast_products
+from lrserve.compression.matmul import fast_products
 from lrserve.compression.spectra import SpectrumStore, compress_model, features, round_parameters, write_spectra
-from lrserve.evidence import agree
+from lrserve.engines.renderings import transcribe_rendering
+from lrserve.engines.transcripts import transcribe_model
 from lrserve.inputs.demo import demo_recipe
-from lrserve.job import Job, open_job
+from lrserve.pipeline.job import Job, open_job
+from lrserve.pipeline.prove import agree
 from lrserve.recipe import Recipe
 
 pytestmark = [pytest.mark.real, pytest.mark.engine]
@@ -119,6 +120,6 @@ def test_every_engine_agrees_on_real_weights(job: Job, stores: dict[str, Spectru
     reference = transcribe_model(model, prompts, 32)
     for exporter in (VllmExporter(), OnnxExporter()):
         exporter.export(model, job.source.path, tmp_path, job.dtype)
-        for engine, transcripts in exporter.transcribe(tmp_path, prompts, 32).items():
+        for engine, transcripts in transcribe_rendering(exporter.name, tmp_path, prompts, 32).items():
             found = agree(engine, reference, transcripts, exporter.tolerance)
             assert found["greedy_equal"] == found["greedy_tokens"] == 64

@@ -16,11 +16,10 @@ from tiny import FAMILIES_TESTED, VOCABULARY, factorized_model, write_artifact
 from transformers import AutoModelForCausalLM
 
 import lrserve  # noqa: F401 - registers the quantizer
-from exporters.base import Transcript
-from exporters.transcript import transcribe_model
 from lrserve.allocation.speed import Shape
+from lrserve.engines.transcripts import Transcript, transcribe_model
+from lrserve.engines.vllm import Engine, in_turns
 from lrserve.errors import ArtifactError, EngineError, InputError
-from lrserve.serving.engine import Engine, in_turns
 
 pytestmark = pytest.mark.engine
 

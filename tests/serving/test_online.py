@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from lrserve.benchmark import plot, render, server_arguments
+from lrserve.engines.workloads import Mix, spread
 from lrserve.errors import EngineError
 from lrserve.recipe import PROFILES, EngineSettings, Workload
 from lrserve.serving import online
-from lrserve.serving.loadtest import Mix, spread
+from lrserve.serving.bench import plot, render, server_arguments
 from lrserve.serving.online import Client, Load, OnlineComparison, Server, compare_online, load
 
 WORKLOAD = Workload(prompt_tokens=4, output_tokens=3, concurrency=2)
@@ -91,11 +91,11 @@ def test_servers_take_turns_and_no_prompts_come_twice(monkeypatch: pytest.Monkey
 
 
 def test_servers_are_large_enough_for_every_workload(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lrserve.benchmark.on_cpu", lambda: True)
+    monkeypatch.setattr("lrserve.serving.bench.on_cpu", lambda: True)
     arguments = server_arguments(PROFILES, EngineSettings(enforce_eager=True))
     assert {"--max-model-len=1064", "--max-num-seqs=8", "--enforce-eager", "--no-enable-prefix-caching"} <= set(arguments)
     assert not any("gpu" in argument for argument in arguments)
-    monkeypatch.setattr("lrserve.benchmark.on_cpu", lambda: False)
+    monkeypatch.setattr("lrserve.serving.bench.on_cpu", lambda: False)
     assert "--gpu-memory-utilization=0.45" in server_arguments(PROFILES, EngineSettings())
 
 

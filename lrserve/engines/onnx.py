@@ -1,0 +1,76 @@
+"""ONNX Runtime as an engine to measure on, in a process of its own like vLLM (engines/protocol.py)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from exporters.onnx import require_packages
+from lrserve.engines.protocol import EngineProcess
+from lrserve.plugins.versions import onnx_version
+
+if TYPE_CHECKING:
+    from lrserve.allocation.speed import Shape
+
+__all__ = ["OnnxEngine", "onnx_version"]
+
+WORKER_COMMAND: Final = (sys.executable, "-m", "lrserve.engines.onnx_worker")
+
+
+class OnnxEngine(EngineProcess):
+    """ONNX Runtime over an exported graph, in a subprocess, as a context manager; float32, on the CPU.
+
+    Args:
+        model: folder with `onnx/`, as `OnnxExporter` writes it.
+        threads: of ONNX Runtime; None takes torch's number in the subprocess, which OMP_NUM_THREADS sets.
+        log: file that takes everything that the engine prints; None is a temporary file, deleted on a clean end.
+        start_timeout, request_timeout: seconds.
+        report: told, in a sentence, what the engine is doing while it starts.
+
+    Raises:
+        EngineError: a package is missing, or ONNX Runtime failed; the message ends with the last lines of its log.
+        ArtifactError: there is no exported graph in `model`.
+        InputError: a request of sequences longer than the model's context.
+    """
+
+    engine = "ONNX Runtime"
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        threads: int | None = None,
+        log: Path | None = None,
+        start_timeout: float = 900.0,
+        request_timeout: float = 3600.0,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            {"model": str(model), "threads": threads},
+            os.environ,
+            log=log,
+            start_timeout=start_timeout,
+            request_timeout=request_timeout,
+            report=report,
+        )
+
+    def start(self) -> None:
+        """Start the process and wait until the graph is loaded."""
+        require_packages()
+        self._start(WORKER_COMMAND, onnx_version())
+
+    def latency_table(
+        self, shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str = "float32", seconds: float | None = None
+    ) -> list[list[float]]:
+        """Time single linear layers as graphs of their own, in this engine's process and threads.
+
+        Returns microseconds [shape][token count]: lower quartiles, or means over so many `seconds` each.
+
+        Raises:
+            InputError: another dtype than float32.
+        """
+        return super().latency_table(shapes, tokens, dtype=dtype, seconds=seconds)

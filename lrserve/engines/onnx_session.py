@@ -1,0 +1,133 @@
+"""One ONNX Runtime session over an exported graph, and greedy decoding with its KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lrserve.engines.transcripts import Transcript
+from lrserve.errors import ArtifactError, EngineError, InputError
+
+Tokens = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+
+def open_session(path: Path, threads: int | None = None, entries: Mapping[str, str] | None = None) -> Any:
+    """Open an `onnxruntime.InferenceSession` over a saved graph, on the CPU: CUDA has no float32 kernel of GroupQueryAttention.
+
+    `threads` defaults to torch's number, so that the two can be compared; `entries` are further session config entries.
+
+    Raises:
+        EngineError: ONNX Runtime cannot load the graph.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would burn shared cores
+    options.log_severity_level = 4  # failures arrive as exceptions; printing them too is noise
+    for name, value in (entries or {}).items():
+        options.add_session_config_entry(name, value)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+        raise EngineError(f"ONNX Runtime cannot load {path}; export the model again: {error}") from error
+
+
+class OnnxDecoder:
+    """One ONNX Runtime session (`open_session`) over an exported graph, and the KV cache of the batch that it is decoding.
+
+    `vocabulary` is V.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        import onnxruntime
+
+        if not path.is_file():
+            there = ", ".join(sorted(entry.name for entry in path.parent.iterdir())) if path.parent.is_dir() else ""
+            raise ArtifactError(
+                f"no ONNX graph at {path} (the folder {f'holds: {there}' if there else 'is missing or empty'}); "
+                "export the model with the onnx exporter first"
+            )
+        self._runtime: Any = onnxruntime
+        self._session = open_session(path, threads)
+        outputs = self._session.get_outputs()
+        self._outputs = [output.name for output in outputs]
+        self.vocabulary = int(outputs[0].shape[-1])
+        # (name, key/value heads, head width) of every cache input; its values never leave the runtime.
+        caches = [cache for cache in self._session.get_inputs() if cache.name.startswith("past_key_values.")]
+        self._caches = [(cache.name, cache.shape[1], cache.shape[3]) for cache in caches]
+        self._past: dict[str, Any] = {}
+        self._length = 0
+
+    def prefill(self, tokens: Tokens) -> Logits:
+        """Start over with a batch of prompts of equal length: tokens (B, T) -> logits (B, T, V)."""
+        self._length = 0
+        self._past = {
+            name: self._value(np.zeros((len(tokens), heads, 0, width), np.float32)) for name, heads, width in self._caches
+        }
+        return self._run(tokens)
+
+    def step(self, tokens: Tokens) -> Logits:
+        """Append one token to every sequence: tokens (B,) -> logits (B, V) of the next."""
+        return self._run(tokens[:, None])[:, 0]
+
+    def _value(self, array: npt.NDArray[Any]) -> Any:
+        return self._runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+    def _run(self, tokens: Tokens) -> Logits:
+        batch, new = tokens.shape
+        mask = np.ones((batch, self._length + new), np.int64)
+        feed = {"input_ids": self._value(tokens), "attention_mask": self._value(mask), **self._past}
+        try:
+            logits, *present = self._session.run_with_ort_values(self._outputs, feed)
+        except Exception as error:
+            raise EngineError(
+                f"ONNX Runtime failed on {batch} sequences of {self._length} + {new} tokens; "
+                f"a shorter prompt may fit the model's context: {error}"
+            ) from error
+        self._past = {name: value for (name, _, _), value in zip(self._caches, present, strict=True)}
+        self._length += new
+        return np.asarray(_Borrowed(logits))
+
+
+class _Borrowed:
+    """A float32 OrtValue as numpy reads it: not copied (a prefill's logits are hundreds of megabytes), and kept alive."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        data = (value.data_ptr(), True)  # read-only
+        self.__array_interface__ = {"version": 3, "typestr": "<f4", "shape": tuple(value.shape()), "data": data}
+
+
+def transcribe(decoder: OnnxDecoder, prompt: Sequence[int], new_tokens: int) -> Transcript:
+    """Run one prompt: log probabilities of its tokens, then exactly `new_tokens` greedy ones, past any EOS."""
+    if not len(prompt):
+        raise InputError("a prompt without tokens cannot be run; a prompt needs at least one token")
+    ids = np.asarray(prompt, np.int64)
+    logits = decoder.prefill(ids[None])[0]  # (T, V)
+    logprobs = _log_probabilities(logits[:-1], ids[1:])
+    row = logits[-1]
+    tokens: list[int] = []
+    margins: list[float] = []
+    for number in range(new_tokens):
+        if number:
+            row = decoder.step(np.array(tokens[-1:], np.int64))[0]
+        second, best = np.partition(row, -2)[-2:]
+        tokens.append(int(row.argmax()))
+        margins.append(float(best - second))  # the normalizer is the same for both
+    return Transcript(logprobs=tuple(logprobs.tolist()), tokens=tuple(tokens), margins=tuple(margins))
+
+
+def _log_probabilities(logits: Logits, tokens: Tokens) -> npt.NDArray[np.float64]:
+    """Natural-log probabilities (T,) of `tokens` (T,) under `logits` (T, V)."""
+    peak = logits.max(axis=-1)
+    total = np.log(np.exp(logits - peak[:, None]).sum(axis=-1, dtype=np.float64))
+    chosen = logits[np.arange(len(tokens)), tokens].astype(np.float64)
+    result: npt.NDArray[np.float64] = chosen - peak - total
+    return result

@@ -1,0 +1,88 @@
+"""The process around one ONNX graph: `python -m lrserve.engines.onnx_worker`, started by engines/onnx.py.
+
+What the two say to each other is in engines/protocol.py.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from exporters.onnx import FOLDER, MODEL_FILE
+from lrserve.engines.onnx_latency import latency_table as measure
+from lrserve.engines.onnx_session import OnnxDecoder
+from lrserve.engines.onnx_session import transcribe as transcribe_prompt
+from lrserve.engines.protocol import serve
+from lrserve.engines.timing import random_prompts
+from lrserve.errors import ArtifactError, InputError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A graph, the tokens that it has positions for, and ONNX Runtime's threads (None: torch's number)."""
+
+    decoder: OnnxDecoder
+    context: int
+    threads: int | None
+
+
+def build_engine(settings: dict[str, Any]) -> Loaded:
+    """Open the graph. Its context is read from genai_config.json, which, unlike config.json, the exporter always writes itself.
+
+    Raises:
+        ArtifactError: the graph or that file is missing.
+    """
+    folder = Path(settings["model"]) / FOLDER
+    decoder = OnnxDecoder(folder / MODEL_FILE, settings["threads"])
+    path = folder / "genai_config.json"
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; export the model with the onnx exporter again")
+    context = int(json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"])
+    return Loaded(decoder, context, settings["threads"])
+
+
+def throughput(loaded: Loaded, prompt_tokens: int, output_tokens: int, concurrency: int, seed: int) -> dict[str, Any]:
+    """Generate greedily for random prompts, one batch; seconds are wall-clock, and CPU time of this process."""
+    if min(prompt_tokens, output_tokens, concurrency) < 1:
+        raise InputError(f"{concurrency} requests of {prompt_tokens} + {output_tokens} tokens: there must be at least one of each")
+    if prompt_tokens + output_tokens > loaded.context:
+        raise InputError(f"{prompt_tokens} + {output_tokens} tokens are more than the model's context, {loaded.context}")
+    decoder = loaded.decoder
+    prompts = np.array(random_prompts(decoder.vocabulary, prompt_tokens, concurrency, seed), np.int64)
+    began, cpu_began = time.perf_counter(), time.process_time()
+    tokens = [decoder.prefill(prompts)[:, -1].argmax(-1)]
+    while len(tokens) < output_tokens:
+        tokens.append(decoder.step(tokens[-1]).argmax(-1))
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "output_tokens": sum(map(len, tokens))}
+
+
+def latency_table(
+    loaded: Loaded, entries: list[dict[str, Any]], tokens: list[int], dtype: str, seconds: float | None
+) -> dict[str, Any]:
+    """Time single layers (engines/onnx_latency.py)."""
+    if dtype != "float32":
+        raise InputError(f"the ONNX graph computes in float32, not in {dtype}")
+    return {"microseconds": measure(entries, tokens, loaded.threads, seconds)}
+
+
+def transcribe(loaded: Loaded, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    """Run the prompts one by one."""
+    return {"transcripts": [asdict(transcribe_prompt(loaded.decoder, prompt, new_tokens)) for prompt in prompts]}
+
+
+REQUESTS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
+    "throughput": throughput,
+    "transcribe": transcribe,
+    "latency_table": latency_table,
+}
+
+
+if __name__ == "__main__":
+    serve(build_engine, REQUESTS)

@@ -1,0 +1,73 @@
+"""What the processes of engines share: a temporary folder, a log that outlives a failure, and an end that leaves nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import re
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Final
+
+_LOG_LINES: Final = 25
+
+
+class Scratch:
+    """A folder for the temporary files of processes: vLLM leaves a socket or two in TMPDIR each time it runs.
+
+    Compiled kernels stay where torch would have put them, so that the next process finds them.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="lrserve-", ignore_cleanup_errors=True)
+
+    def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        """Return an environment whose temporary files stand here."""
+        try:
+            user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+        except (KeyError, OSError):  # a container's user may have no name
+            user = f"uid_{os.getuid()}"
+        kernels = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+        return {"TORCHINDUCTOR_CACHE_DIR": str(kernels), **inherited, "TMPDIR": self._folder.name}
+
+    def remove(self) -> None:
+        """Delete the folder; safe to call twice."""
+        self._folder.cleanup()
+
+
+def open_log(wanted: Path | None) -> IO[bytes]:
+    """Open the log to append to; a temporary file, which the caller deletes, where none is wanted. Its `name` is the path."""
+    if wanted is None:
+        handle, name = tempfile.mkstemp(prefix="lrserve-engine-", suffix=".log")
+        os.close(handle)
+        wanted = Path(name)
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    return wanted.open("ab")
+
+
+def log_tail(path: Path) -> str:
+    """Return the last lines of a log, under a line that names it."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "(its log is gone)"
+    return f"last lines of {path}:\n" + "\n".join("  " + line for line in lines[-_LOG_LINES:])
+
+
+def end_session(process: subprocess.Popen[Any], patience: float) -> None:
+    """Wait for a process that leads a session of its own, at most `patience` seconds, then end whatever is left of the session.
+
+    That reaches the process and its children only.
+    """
+    try:
+        process.wait(timeout=patience)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,136 @@
+"""One run's opened inputs: what every stage of the pipeline reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lrserve.allocation.plan import RankPlan
+from lrserve.compression.factorize import FactorSource
+from lrserve.compression.groups import Group, allocated, family_of, find_groups
+from lrserve.compression.spectra import compress_model
+from lrserve.inputs.source import Source, open_source
+from lrserve.inputs.text import Documents, load_texts, token_windows
+from lrserve.recipe import Recipe
+from lrserve.report.console import Say
+
+WORK_VERSION = 3
+"""Version of the computation kept in work folders: raised when the same inputs would give other numbers."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with its model and texts opened.
+
+    `groups` are the model's, in layer order; `units` what a plan of the recipe's structure decides on. `windows` holds int64 token
+    windows by use: calibration, validation, report, prompts; `fingerprints` identify the content of the model and of each text.
+    """
+
+    recipe: Recipe
+    source: Source
+    architecture: str
+    groups: list[Group]
+    windows: dict[str, torch.Tensor]
+    fingerprints: dict[str, str]
+    calibration_text: Documents
+    say: Say
+
+    @property
+    def units(self) -> list[Group]:
+        """What a plan allocates (`groups.allocated`)."""
+        return allocated(self.groups, self.recipe.structure)
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder blocks."""
+        return max(group.layer for group in self.groups) + 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the model is calibrated, stored and served."""
+        dtype: torch.dtype = getattr(torch, self.recipe.engine.dtype)
+        return dtype
+
+    def provenance(self) -> dict[str, Any]:
+        """Identify everything that decides the result; JSON."""
+        settings = self.recipe.model_dump(mode="json", exclude={"model", "text"})  # whose content counts, not their place
+        return {"recipe": settings, "content": self.fingerprints, "work_version": WORK_VERSION}
+
+    def calibration_inputs(self) -> dict[str, Any]:
+        """Identify what the covariances depend on; JSON."""
+        settings = self.recipe.calibration.model_dump(mode="json", exclude={"batch_tokens"})
+        return {**self.model_inputs(), "windows": tensor_sha256(self.windows["calibration"]), **settings}
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Identify the model and the dtype that it is used in; JSON."""
+        return {"version": WORK_VERSION, "model": self.fingerprints["model"], "dtype": self.recipe.engine.dtype}
+
+    def recovery_windows(self) -> torch.Tensor:
+        """Cut all of the calibration text into windows: training goes through more of it than the covariances need."""
+        return token_windows(self.source.tokenizer(), self.calibration_text, self.recipe.calibration.length)
+
+    def compressed_model(self, plan: RankPlan, factors: FactorSource) -> Any:
+        """Build the compressed model in float32 on the CPU, every value rounded to the dtype that it is stored in."""
+        model = self.source.load(torch.float32).cpu()
+        return compress_model(model, plan.factorized(allocated(self.groups, plan.structure)), plan.structure, factors, self.dtype)
+
+    def served_model(self, plan: RankPlan, factors: FactorSource, groups: Sequence[Group] | None = None) -> Any:
+        """Build the compressed model as it is served, in its own dtype; `groups` are the plan's, if other than the fused ones."""
+        ranks = plan.factorized(allocated(self.groups, plan.structure) if groups is None else groups)
+        return compress_model(self.source.load(self.dtype), ranks, plan.structure, factors, self.dtype)
+
+
+def first_tokens(windows: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Return the first of windows (sequences, length) that so many tokens fill; at least one."""
+    return windows[: max(1, tokens // windows.shape[1])]
+
+
+def open_job(recipe: Recipe, say: Say) -> Job:
+    """Open the model and the texts of a recipe; reads no weight but a GGUF file's, which is converted once.
+
+    Raises:
+        InputError, UnsupportedModelError: what cannot be used, and what to do.
+    """
+    source = open_source(recipe.model)
+    config = source.config()
+    family_of(config)
+    texts = load_texts(recipe.text.calibration, recipe.text.validation, recipe.text.report)
+    tokenizer = source.tokenizer()
+    calibration, search, report = recipe.calibration, recipe.search, recipe.report
+    most = max(search.validation_tokens, search.probe_tokens)
+    windows = {
+        "calibration": token_windows(tokenizer, texts.calibration, calibration.length, calibration.sequences, seed=recipe.seed),
+        "validation": token_windows(
+            tokenizer,
+            texts.validation,
+            search.validation_length,
+            max(1, most // search.validation_length),
+            up_to=search.validation_pool // search.validation_length,
+        ),
+        "report": token_windows(tokenizer, texts.report, report.length, max(1, report.tokens // report.length)),
+        "prompts": token_windows(tokenizer, texts.report, report.prompt_tokens, report.prompts),
+    }
+    return Job(
+        recipe=recipe,
+        source=source,
+        architecture=config.architectures[0],
+        groups=find_groups(source.skeleton()),
+        windows=windows,
+        fingerprints={
+            "model": source.fingerprint(),
+            "calibration": texts.calibration.fingerprint(),
+            "validation": texts.validation.fingerprint(),
+            "report": texts.report.fingerprint(),
+        },
+        calibration_text=texts.calibration,
+        say=say,
+    )
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """Return sha256 of a tensor's shape and values, as hex."""
+    return hashlib.sha256(str(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,217 @@
+"""What the search asks of the engine: times of single layers, and whole plans beside the dense model."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import platform
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrserve.allocation.goal import Evaluated, Goal, next_candidate
+from lrserve.allocation.speed import Shape, SpeedModel, shapes_to_measure, token_counts
+from lrserve.compression.spectra import SpectrumStore
+from lrserve.engines.protocol import EngineProcess
+from lrserve.engines.runtimes import Runtime
+from lrserve.engines.workloads import MixComparison, compare, read_comparison
+from lrserve.pipeline.job import Job
+from lrserve.report.console import progress_bar, reused
+from lrserve.storage.store import fingerprint, write_json
+from lrserve.storage.work import WorkFolder
+
+_TABLE = "latency"  # user attribute of a shared study
+_TIMING_VARIABLES = ("OMP_NUM_THREADS", "GLIBC_TUNABLES", "LD_PRELOAD")
+_DENSE_RUNS = 3  # of each workload, the first of which warms up
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A plan of the front, and its measured throughput beside dense.
+
+    `predicted` are the speedups by the table of single layers, workload by workload, `predicted_speedup` that of the mix, and
+    `corrected` that of the mix after what the engine had said of the plans before this one.
+    """
+
+    candidate: Evaluated
+    predicted: Mapping[str, float]
+    predicted_speedup: float
+    corrected: float
+    comparison: MixComparison
+
+
+def machine() -> list[Any]:
+    """Identify what times depend on: processor or GPU, cores, threads asked for, and the settings of malloc."""
+    names = [platform.machine(), os.cpu_count(), *(os.environ.get(name) for name in _TIMING_VARIABLES)]
+    if torch.cuda.is_available():
+        return [*names, torch.cuda.get_device_name(), torch.cuda.device_count()]
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
+    return [*names, next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())]
+
+
+def dense_checkpoint(job: Job, runtime: Runtime, folder: WorkFolder) -> Path:
+    """Return the folder from which the runtime loads the dense model; it is exported where the model's own does not do."""
+    if runtime.loads_sources:
+        return job.source.path
+    stage = folder.stage("dense", {**job.model_inputs(), "engine": runtime.version})
+    done = stage / "done.json"
+    if not done.is_file():
+        job.say(f"4/6 dense: exported for {runtime.version}")
+        runtime.exporter.export(job.source.load(torch.float32).cpu(), job.source.path, stage, job.dtype)
+        write_json(done, {})
+    return stage
+
+
+def measure_layers(job: Job, runtime: Runtime, dense: Path, folder: WorkFolder) -> tuple[dict[str, Any], str]:
+    """Measure, in one engine, the dense model's runs and the latency of single layers, dense and at `measured_ranks`.
+
+    Returns:
+        `dense_seconds` by workload, `tokens` (numbers of rows), and `rows`: shapes with `us`, microseconds for each number of rows;
+        JSON. And the name of the stage that holds it.
+    """
+    workloads = job.recipe.workloads
+    shapes = shapes_to_measure(job.units, job.recipe.search.rank_step, job.recipe.structure)
+    tokens = token_counts(workloads)
+    identity = {
+        **job.model_inputs(),
+        "engine": runtime.version,
+        "machine": machine(),
+        "settings": job.recipe.engine.model_dump(mode="json", exclude={"repeats"}),
+        "workloads": {name: workload.model_dump(mode="json", exclude={"share"}) for name, workload in workloads.items()},
+        "rank_step": job.recipe.search.rank_step,
+        "structure": job.recipe.structure,
+        "shapes": fingerprint([asdict(shape) for shape in shapes]),
+    }
+    stage = folder.stage("latency", identity)
+    path = stage / "latency.json"
+    before = path.is_file()
+    if not before:
+        ran = count(1)
+        with (
+            progress_bar(_DENSE_RUNS * len(workloads) + 2, "4/6 latency") as progress,
+            runtime.open(dense, workloads, log=stage / "engine.log") as engine,
+        ):
+            progress(next(ran))
+            seconds: dict[str, list[float]] = {name: [] for name in workloads}
+
+            def run(number: int) -> None:
+                for name, w in workloads.items():
+                    found = engine.throughput(w.prompt_tokens, w.output_tokens, w.concurrency, seed=number)
+                    seconds[name] += [found.seconds] if number else []
+                    progress(next(ran))
+
+            run(0)  # warms up
+            run(1)
+            table = engine.latency_table(shapes, tokens, dtype=runtime.dtype)
+            progress(next(ran))
+            for number in range(2, _DENSE_RUNS):  # on the other side of the table: the machine's speed drifts
+                run(number)
+        rows = [{**asdict(shape), "us": [round(cell, 2) for cell in us]} for shape, us in zip(shapes, table, strict=True)]
+        write_json(path, {"dense_seconds": {name: min(s) for name, s in seconds.items()}, "tokens": tokens, "rows": rows})
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    rates = ", ".join(
+        f"{name} {w.concurrency * w.output_tokens / data['dense_seconds'][name]:.0f}" for name, w in workloads.items()
+    )
+    job.say(
+        f"4/6 latency: {len(shapes)} layers at {', '.join(map(str, tokens))} tokens on {runtime.version}, "
+        f"dense output tokens/s: {rates}{reused(int(before), 1)}"
+    )
+    return data, stage.name
+
+
+def published(study: Any, table: dict[str, Any]) -> dict[str, Any]:
+    """Return the table of a shared study's first worker, so that all predict alike; that is this one where there was none.
+
+    It is kept compressed, since MySQL takes no more than 64 KiB in an attribute.
+    """
+    if _TABLE not in study.user_attrs:
+        study.set_user_attr(_TABLE, base64.b85encode(zlib.compress(json.dumps(table).encode(), 9)).decode())
+    found: dict[str, Any] = json.loads(zlib.decompress(base64.b85decode(study.user_attrs[_TABLE])))
+    return found
+
+
+def speed_model(job: Job, table: Mapping[str, Any]) -> SpeedModel:
+    """Make the speed model from what `measure_layers` returned."""
+    latencies = {
+        Shape(**{name: value for name, value in row.items() if name != "us"}): dict(zip(table["tokens"], row["us"], strict=True))
+        for row in table["rows"]
+    }
+    recipe = job.recipe
+    return SpeedModel(job.units, recipe.workloads, table["dense_seconds"], latencies, recipe.search.rank_step, recipe.structure)
+
+
+def measure_front(
+    job: Job,
+    store: SpectrumStore,
+    folder: WorkFolder,
+    runtime: Runtime,
+    dense: Path,
+    trials: Sequence[Evaluated],
+    goal: Goal,
+    speed: SpeedModel,
+    only: Evaluated | None = None,
+) -> list[Measured]:
+    """Export the most promising plans of the front, or `only` one, and measure each in turns with the dense model.
+
+    What was measured corrects the predictions by which the next plan is picked.
+    """
+    recipe = job.recipe
+    workloads, settings = recipe.workloads, recipe.engine
+    identity = {
+        "spectra": store.folder.name,
+        "engine": runtime.version,
+        "machine": machine(),
+        "settings": settings.model_dump(mode="json"),
+        "workloads": {name: workload.model_dump(mode="json") for name, workload in workloads.items()},
+        "seed": recipe.seed,
+    }
+    stage = folder.stage("measure", identity)
+    checkpoint = folder.root / "candidate"
+    measured: list[Measured] = []
+    runs = count(1)
+    plans = recipe.search.measured_plans if only is None else 1
+    with progress_bar(plans * len(workloads) * 2 * settings.repeats, "4/6 measure") as progress, ExitStack() as stack:
+        beside: EngineProcess | None = None
+        while len(measured) < plans:
+            now = speed.corrected([(m.candidate.plan, m.comparison.relative_times) for m in measured])
+            candidate = only or next_candidate(trials, [m.candidate for m in measured], goal, now.speedup)
+            if candidate is None:
+                break
+            path = stage / f"{fingerprint(candidate.plan.key())[:16]}.json"
+            before = path.is_file()
+            if not before:
+                beside = beside or stack.enter_context(runtime.open(dense, workloads, sharing=2))
+                shutil.rmtree(checkpoint, ignore_errors=True)
+                checkpoint.mkdir()
+                runtime.exporter.export(job.compressed_model(candidate.plan, store), job.source.path, checkpoint, job.dtype)
+                with runtime.open(checkpoint, workloads, sharing=2) as engine:
+                    [comparison] = compare(
+                        beside,
+                        [engine],
+                        workloads,
+                        settings.repeats,
+                        version=runtime.version,
+                        seed=recipe.seed,
+                        progress=lambda: progress(next(runs)),
+                    )
+                write_json(path, asdict(comparison))
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            found = read_comparison(path)
+            plan = candidate.plan
+            measured.append(Measured(candidate, speed.speedups(plan), speed.speedup(plan), now.speedup(plan), found))
+            parts = ", ".join(f"{name} {comparison.speedup:.2f}x" for name, comparison in found.workloads.items())
+            job.say(
+                f"4/6 measure: {candidate.origin}: validation perplexity {candidate.perplexity:.2f}, {found.speedup:.2f}x of dense "
+                f"({found.spread[0]:.2f} to {found.spread[1]:.2f}), predicted {speed.speedup(plan):.2f}x, corrected "
+                f"{now.speedup(plan):.2f}x; {parts}{reused(int(before), 1)}"
+            )
+    return measured

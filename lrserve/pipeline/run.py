@@ -1,0 +1,275 @@
+"""compress-and-export, top to bottom: the story of the program."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporters.base import Exporter
+from lrserve.allocation.losses import uniform
+from lrserve.allocation.plan import BudgetFit
+from lrserve.allocation.study import connect
+from lrserve.compression.calibrate import calibrate
+from lrserve.compression.gradients import GradientStore, collect_gradients
+from lrserve.compression.matmul import fast_products
+from lrserve.compression.spectra import SpectrumStore, features, write_spectra
+from lrserve.engines.runtimes import runtime_of
+from lrserve.errors import ArtifactError, InputError
+from lrserve.pipeline.improve import gradient_reader, improve_factors, validate_improved
+from lrserve.pipeline.job import Job, first_tokens, open_job, tensor_sha256
+from lrserve.pipeline.prove import collect_metrics, prove_agreement, report_perplexity, write_evidence
+from lrserve.pipeline.search import tune
+from lrserve.recipe import Recipe
+from lrserve.report import card
+from lrserve.report.console import Say, progress_bar, reused
+from lrserve.storage.store import check_place, disk_errors_named, read_manifest, staged, verify_files
+from lrserve.storage.work import WorkFolder, differences, work_folder
+
+
+def compress_and_export(
+    recipe: Recipe,
+    out: Path,
+    *,
+    work: Path | None = None,
+    storage: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Compress a model, search the ranks, export the result and prove it.
+
+    1. open the model and the texts          4. search: probe, time single layers, run the study, measure its front
+    2. calibrate, block by block             5. improve the factors, if asked to, and export
+    3. factorize, every rank at once         6. prove it: the engines agree, perplexity, throughput
+
+    Finished stages are kept in the work folder and reused when the same inputs come again; `out` appears when it is whole.
+
+    Args:
+        recipe: every setting.
+        out: the artifact's folder.
+        work: folder for intermediate results; `<out>.work` when None.
+        storage: URL of a database in which several runs with the same inputs share the study (`resumable.open_study`); each has a
+            work folder and an artifact of its own.
+        overwrite: replace an artifact at `out` that was made from other inputs.
+        dry_run: open the inputs, check the target, say what would be done; nothing is written to `out` or `work`.
+        say: takes each line of result.
+
+    Returns:
+        What metrics.json holds; empty for a dry run.
+
+    Raises:
+        LrserveError: of any kind; nothing half-written is left at `out`.
+    """
+    out = out.resolve()
+    work = work.resolve() if work is not None else out.with_name(f"{out.name}.work")
+    if out == work or out in work.parents:
+        raise ArtifactError(f"the work folder {work} lies inside {out}, which is published as a whole; choose another --work")
+    exporters = load_exporters(recipe.export)
+    job = open_job(recipe, say)
+    skeleton = job.source.skeleton()
+    for exporter in [runtime_of(recipe.engine).exporter, *exporters]:  # it measures the plans, whatever is exported
+        exporter.preflight(skeleton)
+    linears = sum(group.dense_parameters for group in job.groups)
+    say(
+        f"1/6 open: {job.architecture}, {job.layers} layers, {len(job.groups)} fused groups, {linears / 1e6:.1f} M parameters in "
+        f"linears; target {recipe.target}"
+    )
+    if (finished := _finished(out, job.provenance(), overwrite)) is not None:
+        say(f"{out} was made from these inputs before; nothing to do")
+        _say_summary(finished, out, say)
+        return finished
+    if storage is not None:
+        connect(storage)  # a mistake in the URL should not cost a calibration
+    if recipe.target.ratio:
+        fit = BudgetFit(job.units, recipe.search.rank_step, recipe.structure)
+        fit.require((1 - recipe.target.ratio) * fit.dense_cost)
+    weights = sum(parameter.numel() for parameter in skeleton.parameters()) * job.dtype.itemsize
+    check_place(out, weights * (3 if "onnx" in recipe.export else 1))  # float32 is twice as large
+    check_place(work, _work_bytes(job, weights))
+    if dry_run:
+        _say_intent(job)
+        return {}
+
+    with work_folder(work, say) as folder, disk_errors_named(work), fast_products():
+        model = job.source.load(job.dtype)
+        statistics = calibrate_blocks(job, model, folder)
+        gradients = backpropagate(job, model, folder)
+        store = factorize_groups(job, model, statistics, gradients, folder)
+        tuned = tune(job, model, store, folder, storage)
+        del model
+        plan = tuned.chosen.candidate.plan
+        factors, improved = improve_factors(job, plan, store, gradient_reader(job, gradients), folder)
+        validation = tuned.chosen.candidate.perplexity
+        if improved and (found := validate_improved(job, tuned, factors)) is not None:
+            validation = found
+        else:
+            factors, improved = store, {}
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # engines are to come
+        with staged(out, replace=overwrite) as staging:
+            model = job.compressed_model(plan, factors)
+            _export(job, model, exporters, staging)
+            agreement = prove_agreement(job, model, exporters, staging)
+            del model
+            report = report_perplexity(job, plan, factors, staging)
+            metrics = collect_metrics(job, tuned, improved, validation, agreement, report)
+            write_evidence(job, tuned, metrics, staging)
+    _say_summary(metrics, out, say)
+    return metrics
+
+
+def load_exporters(names: Sequence[str]) -> list[Exporter]:
+    """Load exporters by name from the entry point group `lrserve.exporters`.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    points = {point.name: point for point in importlib.metadata.entry_points(group="lrserve.exporters")}
+    for name in names:
+        if name not in points:
+            raise InputError(f"no exporter named {name!r}; --export takes {', '.join(sorted(points))}")
+    return [points[name].load()() for name in dict.fromkeys(names)]
+
+
+def _finished(out: Path, provenance: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """Return the metrics of an artifact at `out` that came from the same inputs; refuse to replace anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not out.is_dir():
+        raise ArtifactError(f"{out} is a file; choose another -o")
+    try:
+        manifest = read_manifest(out)
+    except ArtifactError:
+        raise ArtifactError(f"{out} holds other files than an lrserve artifact; choose another -o") from None
+    changed = differences(manifest["inputs"], json.loads(json.dumps(provenance)))
+    if not changed and not verify_files(out):
+        metrics: dict[str, Any] = json.loads((out / "lrserve" / "metrics.json").read_text(encoding="utf-8"))
+        return metrics
+    changed = changed or ["files that no longer match the manifest"]
+    if overwrite:
+        return None
+    raise ArtifactError(f"{out} differs from what this run would make: {', '.join(changed)}; pass --overwrite or choose another -o")
+
+
+def _work_bytes(job: Job, weights: int) -> int:
+    """Estimate the work folder: hidden states twice, covariances, gradients and spectra in float32, one candidate checkpoint."""
+    hidden = job.windows["calibration"].numel() * int(job.source.config().hidden_size) * job.dtype.itemsize
+    covariances = sum(group.n**2 for group in job.groups)
+    spectra = sum(unit.full_rank * (unit.m + unit.n) for unit in job.units)
+    settings = job.recipe.factorization
+    gradients = sum(min(group.n, group.m) ** 2 for group in job.groups if group.kind in settings.fisher)
+    feeding = sum(unit.fed_by.m * unit.fed_by.n for unit in job.units if unit.fed_by)
+    improves = settings.propagate is not False or settings.refinement != "none"
+    copies = 3 if settings.recover_minutes else int(improves)  # factors, and a recovery's two moments of AdamW
+    factors = sum(unit.full_rank * (unit.m if unit.fed_by else unit.m + unit.n) for unit in job.units)
+    trained = copies * (factors + feeding)  # at most
+    return 2 * hidden + 4 * (covariances + 2 * gradients + spectra + trained) + weights
+
+
+def _say_intent(job: Job) -> None:
+    recipe = job.recipe
+    if recipe.target.ratio:
+        fit = BudgetFit(job.units, recipe.search.rank_step, recipe.structure)
+        plan = uniform(fit, (1 - recipe.target.ratio) * fit.dense_cost)
+        ranks = {unit.kind: plan.ranks[unit.name] for unit in reversed(job.units)}
+        shown = ", ".join(f"{kind} {rank or 'dense'}" for kind, rank in reversed(ranks.items()))
+        job.say(f"uniform ranks would be: {shown} (ratio {plan.ratio(job.units):.3f})")
+    settings = recipe.factorization
+    backwards = f" and backwards on {settings.fisher_tokens}" if settings.fisher else ""
+    may = {None: ["perhaps propagate errors"] * (recipe.structure != "narrow"), True: ["propagate errors"], False: []}
+    after = may[settings.propagate] + [f"refine the factors ({settings.refinement})"] * (settings.refinement != "none")
+    after += [f"recover for {settings.recover_minutes:g} minutes"] * bool(settings.recover_minutes)
+    then = "".join(f"{step}, " for step in after)
+    job.say(
+        f"dry run: would calibrate on {recipe.calibration.sequences} x {recipe.calibration.length} tokens{backwards}, run "
+        f"{recipe.search.trials} trials on {recipe.search.validation_tokens} validation tokens, measure up to "
+        f"{recipe.search.measured_plans} plans on {runtime_of(recipe.engine).version}, {then}and export "
+        f"{' and '.join(recipe.export)}"
+    )
+
+
+def calibrate_blocks(job: Job, model: Any, folder: WorkFolder) -> Path:
+    """Stage 2: collect the covariances, or reuse them; returns their folder."""
+    settings = job.recipe.calibration
+    stage = folder.stage("calibration", job.calibration_inputs())
+    with progress_bar(job.layers, "2/6 calibrate") as progress:
+        before = calibrate(
+            model,
+            job.groups,
+            job.windows["calibration"],
+            stage,
+            pool_sequences=settings.pool_sequences,
+            batch_tokens=settings.batch_tokens,
+            progress=progress,
+        )
+    tokens = job.windows["calibration"].numel()
+    job.say(f"2/6 calibrate: covariances of {job.layers} blocks from {tokens} tokens{reused(before, job.layers)}")
+    return stage
+
+
+def backpropagate(job: Job, model: Any, folder: WorkFolder) -> GradientStore | None:
+    """Stage 2, second half: collect the gradient moments, or reuse them; None where no group kind asks for them."""
+    settings = job.recipe.factorization
+    if not settings.fisher:
+        return None
+    calibration = job.windows["calibration"]
+    windows = first_tokens(calibration, settings.fisher_tokens)
+    batch = max(1, job.recipe.calibration.batch_tokens // 2)  # activations are kept for the way back
+    inputs = {**job.model_inputs(), "windows": tensor_sha256(windows), "seed": job.recipe.seed, "batch_tokens": batch}
+    stage = folder.stage("gradients", inputs)
+    with progress_bar(len(windows), "2/6 gradients") as progress:
+        before = collect_gradients(
+            model,
+            job.groups,
+            windows,
+            stage,
+            batch_tokens=batch,
+            seed=job.recipe.seed,
+            progress=progress,
+        )
+    job.say(f"2/6 gradients: moments of {len(job.groups)} groups from {windows.numel()} tokens{reused(before, len(windows))}")
+    return GradientStore(stage)
+
+
+def factorize_groups(job: Job, model: Any, statistics: Path, gradients: GradientStore | None, folder: WorkFolder) -> SpectrumStore:
+    """Stage 3: decompose every group at every rank, or reuse the spectra."""
+    kinds = job.recipe.factorization.fisher
+    stage = folder.stage(
+        "spectra",
+        {
+            "calibration": statistics.name,
+            "fisher": kinds,
+            "gradients": gradients.folder.name if gradients is not None else None,
+            "neurons": job.recipe.structure == "narrow",
+        },
+    )
+    before = len(list(stage.glob("*.safetensors")))
+    with progress_bar(job.layers, "3/6 factorize") as progress:
+        write_spectra(model, job.units, features(statistics, gradient_reader(job, gradients)), stage, progress=progress)
+    job.say(f"3/6 factorize: {len(job.units)} groups at every rank{reused(before, job.layers)}")
+    return SpectrumStore(stage, job.units)
+
+
+def _export(job: Job, model: Any, exporters: Sequence[Exporter], staging: Path) -> None:
+    with progress_bar(len(exporters), "5/6 export") as progress:
+        for index, exporter in enumerate(exporters):
+            exporter.export(model, job.source.path, staging, job.dtype)
+            progress(index + 1)
+    job.say(f"5/6 export: {' and '.join(exporter.name for exporter in exporters)}")
+
+
+def _say_summary(metrics: Mapping[str, Any], out: Path, say: Say) -> None:
+    say("")
+    say(card.summary(metrics))
+    say("")
+    say(card.agreement(metrics))
+    say("")
+    if "vllm" in metrics["exports"]:
+        say(f"{out}: 'lrserve serve {out}' or 'vllm serve {out}' serves it, 'lrserve bench {out}' measures it again")
+    else:
+        say(f"{out}: {' and '.join(metrics['exports'])}; no checkpoint for vLLM was asked for")

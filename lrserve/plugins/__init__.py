@@ -1,0 +1,1 @@
+"""What other programs load lrserve through: the vLLM plugin and the transformers quantizer."""

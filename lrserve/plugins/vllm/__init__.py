@@ -1,0 +1,1 @@
+"""The vLLM plugin: what registers, what reads an artifact's config, and the layers that multiply."""

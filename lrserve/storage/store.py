@@ -1,0 +1,203 @@
+"""Writing folders so that they are either whole or not there: stage, flush to disk, publish by renaming."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from lrserve.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+
+
+def replace_folder(staging: Path, target: Path) -> None:
+    """Move a finished folder to its place; a folder that is already there is replaced and then removed."""
+    _flush(staging)
+    old = None
+    if target.exists():
+        old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+        target.rename(old)
+    try:
+        staging.rename(target)
+    except OSError:
+        if old is not None:
+            old.rename(target)
+        raise
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)  # what is new is in place; a leftover is no failure
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_symlink():
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary neighbour to write to, and rename it into the place of `path` once it is written; remove it otherwise."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as partial:
+        save_file(dict(tensors), partial, metadata=None if metadata is None else dict(metadata))
+
+
+def fingerprint(data: Any) -> str:
+    """Return sha256 of a JSON value, as hex."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def check_place(out: Path, needed_bytes: int) -> None:
+    """Check, before the work starts, that `out` can be made and its disk has the space; makes nothing.
+
+    Raises:
+        ArtifactError: it cannot, or has not.
+    """
+    if os.path.ismount(out):
+        raise ArtifactError(f"{out} is a mount point, which cannot be replaced as a whole; choose a folder inside it")
+    place = out.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ArtifactError(f"cannot write to {place}: not a folder that you may write to; choose another place")
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise ArtifactError(
+            f"{place} has {free / 1e9:.2f} GB free and the job needs about {needed_bytes / 1e9:.2f} GB; "
+            "free some space or choose another place"
+        )
+
+
+@contextmanager
+def disk_errors_named(what: Path) -> Iterator[None]:
+    """Turn errors of a full or read-only disk into one line about `what`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+        if isinstance(error, OSError) and error.errno not in codes:
+            raise
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"writing below {what} failed: {reason}; make room or choose another place, then run again") from error
+
+
+@contextmanager
+def staged(out: Path, *, replace: bool) -> Iterator[Path]:
+    """Give a private folder beside `out`; it becomes `out` when the block ends, and vanishes when the block raises.
+
+    It lies on the same file system, so that publishing is one rename.
+
+    Args:
+        out: the folder to publish, absolute.
+        replace: whether a folder that is there may be replaced; an empty one always is.
+
+    Raises:
+        ArtifactError: the place cannot be written, ran full, or something appeared at `out` meanwhile.
+    """
+    with disk_errors_named(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.staging-", dir=out.parent))
+        try:
+            staging.chmod(0o755)
+            yield staging
+            if not replace and out.exists() and any(out.iterdir()):
+                raise ArtifactError(f"{out} was made by something else meanwhile; choose another -o and run again")
+            replace_folder(staging, out)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_manifest(folder: Path, versions: Mapping[str, str], inputs: Mapping[str, Any]) -> None:
+    """Hash every file of a finished folder and write manifest.json, which completes it (docs/format.md)."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST
+    }
+    data = {"format_version": MANIFEST_VERSION, "created_by": dict(versions), "inputs": dict(inputs), "files": files}
+    write_json(folder / MANIFEST, data)
+
+
+def file_sha256(path: Path) -> str:
+    """Return sha256 of a file's content, as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read manifest.json.
+
+    Raises:
+        ArtifactError: the folder, the manifest or its version is not there.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"no folder at {folder}; check the path")
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ArtifactError(
+            f"{folder} has no {MANIFEST}: it is not an lrserve artifact, or a copy of one is incomplete; "
+            "make one with 'lrserve compress-and-export'"
+        ) from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not JSON ({error}); copy or export the artifact again") from None
+    if not isinstance(data, dict) or data.get("format_version") != MANIFEST_VERSION or "files" not in data:
+        raise ArtifactError(f"{path} has an unknown format version; install the lrserve that wrote it, or export again")
+    return data
+
+
+def verify_files(folder: Path) -> list[str]:
+    """Compare every file with the manifest and return one line per fault; an empty list means that all is well.
+
+    Raises:
+        ArtifactError: as `read_manifest`.
+    """
+    faults = []
+    for name, entry in read_manifest(folder)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{name} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            faults.append(f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
+        elif file_sha256(path) != entry["sha256"]:
+            faults.append(f"{name} differs from the manifest's sha256")
+    return faults

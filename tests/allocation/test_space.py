@@ -1,0 +1,74 @@
+"""The search space: budgets by construction, base plans first."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+from allocation.searching import GROUPS, LATENCIES, LOSSES, SPEED, TAILS, WORKLOADS, space
+
+from lrserve.allocation import losses as allocate
+from lrserve.allocation.goal import limit_of
+from lrserve.allocation.space import SearchSpace
+from lrserve.allocation.speed import Shape, SpeedModel
+from lrserve.compression.groups import Group
+from lrserve.errors import InfeasibleTargetError
+from lrserve.recipe import Search, Target, Workload
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_factors_that_are_slower_than_dense_have_to_be_worth_it(weight: float) -> None:
+    groups = [
+        Group(name=name, kind="o", layer=0, members=(name,), out_features=(256,), in_features=n)
+        for name, n in (("slow", 256), ("fast", 320))
+    ]
+    latencies = {Shape(n, 256, None): {1: 100.0} for n in (256, 320)}
+    for rank in range(16, 256, 16):
+        latencies |= {Shape(256, 256, rank): {1: 200.0}, Shape(320, 256, rank): {1: 50.0}}
+    workloads = {"only": Workload(prompt_tokens=1, output_tokens=100, concurrency=1)}
+    speed = SpeedModel(groups, workloads, {"only": 0.1}, latencies, 16, "low_rank")
+    losses = {base: {"slow": 0.001 * TAILS, "fast": 0.002 * TAILS} for base in ("loss_aware", "greedy")}
+    search = Search(speed_weight=weight)
+    trial = optuna.trial.FixedTrial({"base": "loss_aware", **{f"o.{run}": 1.0 for run in range(3)}})
+    plan = SearchSpace(groups, Target(ratio=0.2), search, losses, speed, "low_rank").suggest(trial)
+    assert (plan.ranks["slow"] is None) == (weight > 0)
+    trial = optuna.trial.FixedTrial({"base": "greedy", **{f"o.{run}": 1.0 for run in range(3)}})
+    plan = SearchSpace(groups, Target(ratio=0.2), search, losses, speed, "low_rank").suggest(trial)
+    assert plan.ranks["slow"] is not None  # its losses are in no unit that seconds could be added to
+
+
+@pytest.mark.parametrize("target", [Target(), Target(max_ppl_increase=0.5)])
+def test_without_a_budget_the_best_guess_is_tried_at_several_speedups(target: Target) -> None:
+    first = space(target).first_trials()
+    plans = {name: space(target).suggest(optuna.trial.FixedTrial(parameters)) for name, parameters in first.items()}
+    for name, plan in plans.items():
+        asked = float(name.split()[1].removesuffix("x"))
+        assert asked - 0.001 <= SPEED.speedup(plan) < asked * 1.05
+    assert {name.split()[0] for name in first} == {"loss_aware", "greedy", "uniform"}
+    assert sum(name.startswith("loss_aware") for name in first) == (6 if target.front else 3)
+    fastest = max(first.values(), key=lambda row: row["speedup"])["speedup"] ** (1 if target.front else 4 / 3)
+    best = allocate.least_loss(space(target).fit, LOSSES["loss_aware"], SPEED.budget(fastest))
+    lost = sum(float(LOSSES["loss_aware"][name][rank]) for name, rank in best.ranks.items() if rank is not None)
+    assert lost == pytest.approx(1.25 * limit_of(target), rel=0.2)
+
+
+def test_every_plan_meets_the_budget() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(30):
+        assert SPEED.speedup(space(Target(min_speedup=1.2)).suggest(study.ask())) >= 1.2
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(30):
+        assert 0.3 <= space(Target(ratio=0.3)).suggest(study.ask()).ratio(GROUPS) < 0.36
+
+
+def test_a_model_that_compression_only_slows_down_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    latencies = {shape: dict.fromkeys(row, 50.0 if shape.rank is None else 60.0) for shape, row in LATENCIES.items()}
+    slow = SpeedModel(GROUPS, WORKLOADS, {"chat": 0.5, "decode": 0.1}, latencies, 16, "low_rank")
+    with pytest.raises(InfeasibleTargetError, match="compression makes this model slower here"):
+        SearchSpace(GROUPS, Target(), Search(), LOSSES, slow, "low_rank")
+
+
+def test_infeasible_targets_are_refused_at_once() -> None:
+    with pytest.raises(InfeasibleTargetError, match="out of reach"):
+        space(Target(min_speedup=50))
+    with pytest.raises(InfeasibleTargetError, match="smallest ranks"):
+        space(Target(ratio=0.99))

@@ -1,0 +1,104 @@
+"""Publishing is all or nothing; verification names every fault."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from lrserve.errors import ArtifactError
+from lrserve.storage.store import check_place, disk_errors_named, read_manifest, staged, verify_files, write_manifest
+from lrserve.storage.work import differences, work_folder
+
+
+def test_a_block_that_raises_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError), staged(out, replace=True) as staging:
+        (staging / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_publishing_replaces_and_verifies(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    for content in ("first", "second"):
+        with staged(out, replace=True) as staging:
+            (staging / "sub").mkdir()
+            (staging / "sub" / "file").write_text(content)
+            write_manifest(staging, {"lrserve": "0"}, {"seed": 0})
+    assert (out / "sub" / "file").read_text() == "second"
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+    assert verify_files(out) == []
+    assert read_manifest(out)["inputs"] == {"seed": 0}
+    (out / "sub" / "file").write_text("secant")
+    assert verify_files(out) == ["sub/file differs from the manifest's sha256"]
+    (out / "sub" / "file").write_text("longer than before")
+    assert "bytes, the manifest says 6" in verify_files(out)[0]
+    (out / "sub" / "file").unlink()
+    assert verify_files(out) == ["sub/file is missing"]
+
+
+def test_a_full_disk_and_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="needs about"):
+        check_place(tmp_path / "new" / "out", 10**18)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArtifactError, match="cannot write to"):
+        check_place(tmp_path / "file" / "out", 0)
+    with pytest.raises(ArtifactError, match="mount point"):
+        check_place(Path("/"), 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_runs_full_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ArtifactError, match="No space left on device; make room"),
+        staged(tmp_path / "out", replace=True) as staging,
+    ):
+        (staging / "half").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(ArtifactError, match="make room"), disk_errors_named(tmp_path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ArtifactError, match="meanwhile"), staged(out, replace=False):
+        out.mkdir()
+        (out / "precious").write_text("x")
+    assert (out / "precious").read_text() == "x"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format_version": 99}'])
+def test_a_missing_or_strange_manifest(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        read_manifest(tmp_path)
+    with pytest.raises(ArtifactError, match="no folder"):
+        read_manifest(tmp_path / "nowhere")
+
+
+def test_the_work_folder_reuses_notices_and_locks(tmp_path: Path) -> None:
+    said: list[str] = []
+    with work_folder(tmp_path, said.append) as work:
+        first = work.stage("calibration", {"seed": 0, "text": {"a": 1}})
+        os.utime(first / "inputs.json", (1, 1))
+        assert work.stage("calibration", {"text": {"a": 1}, "seed": 0}) == first
+        assert said == []
+        assert work.stage("calibration", {"seed": 1, "text": {"a": 2}}) != first
+        assert said == ["calibration: made anew, since the last run here differs in seed (0 -> 1), text.a (1 -> 2)"]
+        with pytest.raises(ArtifactError, match="another lrserve run"), work_folder(tmp_path, said.append):
+            pass
+    with work_folder(tmp_path, said.append):
+        pass
+
+
+def test_differences_names_added_and_removed_settings() -> None:
+    assert differences({"a": 1}, {"b": 2}) == ["a (1 -> None)", "b (None -> 2)"]
+    assert differences(json.loads('{"x": {"y": 1}}'), {"x": {"y": 1}}) == []
