@@ -20,9 +20,10 @@ from lrserve.compression.matmul import fast_products
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.engines.runtimes import runtime_of
 from lrserve.errors import ArtifactError, InputError
+from lrserve.pipeline.evidence import collect_metrics, write_evidence
 from lrserve.pipeline.improve import gradient_reader, improve_factors, validate_improved
 from lrserve.pipeline.job import Job, first_tokens, open_job, tensor_sha256
-from lrserve.pipeline.prove import collect_metrics, prove_agreement, report_perplexity, write_evidence
+from lrserve.pipeline.prove import prove_agreement, report_perplexity
 from lrserve.pipeline.search import tune
 from lrserve.recipe import Recipe
 from lrserve.report import card
