@@ -183,7 +183,7 @@ class _Nodes:
         self.parameters = {id(parameter): name for name, parameter in module.named_parameters()}
         self.nodes: list[Any] = []
         self.initializers: dict[str, Any] = {}
-        self.products: dict[tuple[int, str], Any] = {}  # (A, input) -> z, which the members of a group share
+        self.shared_inputs: dict[tuple[int, str], Any] = {}  # (A, input) -> z, which the members of a group share
 
     def finish(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
         graph = self.ir.Graph(
@@ -279,13 +279,13 @@ class _Nodes:
             if first is None:
                 return self.affine(x, module.B, f"{where}.B")
             key = (id(first), x.name)
-            if key not in self.products:
+            if key not in self.shared_inputs:
                 name = self.parameters.get(id(first.weight), f"{where}.A.weight").removesuffix(".weight")
                 if isinstance(first, IdentityBlock):
-                    self.products[key] = self.interpolate(x, first, name)
+                    self.shared_inputs[key] = self.interpolate(x, first, name)
                 else:
-                    self.products[key] = self.affine(x, first, name)
-            return self.affine(self.products[key], module.B, f"{where}.B")
+                    self.shared_inputs[key] = self.affine(x, first, name)
+            return self.affine(self.shared_inputs[key], module.B, f"{where}.B")
         # A subclass with a forward of its own (quantized, adapted) is not the plain product that its weight suggests.
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             return self.affine(x, module, where)

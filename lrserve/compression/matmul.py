@@ -1,4 +1,4 @@
-"""Products of bfloat16 values on processors that cannot multiply them.
+"""Matrix multiplications in bfloat16 on processors that cannot multiply bfloat16.
 
 oneDNN, by which torch multiplies on the CPU, emulates them there, at a quarter of float32's speed (docs/performance.md). A bfloat16
 value is a float32 value, so what is multiplied in float32 and rounded at the end is as exact.
@@ -51,29 +51,29 @@ def _wide(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16 else value
 
 
-_PRODUCTS: dict[Any, Any] = {nn.functional.linear: _linear, nn.functional.scaled_dot_product_attention: _attention}
+_MATMULS: dict[Any, Any] = {nn.functional.linear: _linear, nn.functional.scaled_dot_product_attention: _attention}
 """What a model spends its time in."""
 
 
 class _InFloat32(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _PRODUCTS:
+        if func in _MATMULS:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
             factors = {(value.dtype, value.device.type) for value in tensors if value.is_floating_point()}
             if factors == {(torch.bfloat16, "cpu")}:
-                return _PRODUCTS[func](*args, **kwargs)
+                return _MATMULS[func](*args, **kwargs)
         return func(*args, **kwargs)
 
 
 def emulated() -> bool:
-    """Say whether this is an x86 processor without products of bfloat16."""
+    """Say whether this is an x86 processor without bfloat16 multiplication."""
     known = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return platform.machine().lower() in ("x86_64", "amd64") and not known
 
 
 @contextmanager
-def fast_products() -> Iterator[None]:
+def float32_matmuls() -> Iterator[None]:
     """Let models in bfloat16 on the CPU multiply in float32 within, in this thread, if this processor is faster so."""
     if not emulated():
         yield

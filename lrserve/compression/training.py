@@ -1,9 +1,9 @@
 """Factors as trainable parameters, for what improves them after the closed form: `refine` and `recover`.
 
 The dense model stays in its own dtype and is frozen; in the place of each factorized group's linears stand layers that multiply by
-A (r, n) and by rows of B (m, r), both kept and updated in float32 and rounded to the activations' dtype for each product. Training
-two factors is training the map: afterwards they are stored in whatever structure the plan names (`structured`). Where an MLP
-loses neurons the linears before it give only those that are left, and their rows learn as well.
+A (r, n) and by rows of B (m, r), both kept and updated in float32 and rounded to the activations' dtype for each multiplication.
+Training two factors is training the map: afterwards they are stored in whatever structure the plan names (`structured`). Where an
+MLP loses neurons the linears before it give only those that are left, and their rows learn as well.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from lrserve.allocation.plan import BudgetFit
 from lrserve.allocation.study import connect
 from lrserve.compression.calibrate import calibrate
 from lrserve.compression.gradients import GradientStore, collect_gradients
-from lrserve.compression.matmul import fast_products
+from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.engines.runtimes import runtime_of
 from lrserve.errors import ArtifactError, InputError
@@ -99,7 +99,7 @@ def compress_and_export(
         _say_intent(job, costs, say)
         return {}
 
-    with work_folder(work, say) as folder, disk_errors_named(work), fast_products():
+    with work_folder(work, say) as folder, disk_errors_named(work), float32_matmuls():
         model = job.source.load(job.dtype)
         statistics = calibrate_blocks(job, model, folder)
         gradients = backpropagate(job, model, folder)

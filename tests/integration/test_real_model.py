@@ -18,7 +18,7 @@ from lrserve.allocation.quality import Reference
 from lrserve.compression.calibrate import calibrate, read_statistics
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.groups import STRUCTURES, Structure, allocated
-from lrserve.compression.matmul import fast_products
+from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.spectra import SpectrumStore, compress_model, features, round_parameters, write_spectra
 from lrserve.engines.renderings import transcribe_rendering
 from lrserve.engines.transcripts import transcribe_model
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.real, pytest.mark.engine]
 
 @pytest.fixture(scope="module", autouse=True)
 def as_fast_as_the_job() -> Iterator[None]:
-    with fast_products():
+    with float32_matmuls():
         yield
 
 

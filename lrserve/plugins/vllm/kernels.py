@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 from lrserve.compression.groups import Stored
 
 Precision = Literal["int8", "fp8"]
-"""What the weights and activations of a quantized product are rounded to."""
+"""What the weights and activations of a quantized multiplication are rounded to."""
 
 
 def quantized_kernel(layer: nn.Module, precision: Precision) -> Any:
@@ -96,8 +96,8 @@ class Factor(nn.Module):
         """
         bias = self.bias if with_bias else None
         if self._quantized is not None:
-            product: torch.Tensor = self._quantized.apply_weights(self, x, bias)
-            return product
+            quantized: torch.Tensor = self._quantized.apply_weights(self, x, bias)
+            return quantized
         y: torch.Tensor = self._unquantized.apply(self, x, bias)
         return y
 

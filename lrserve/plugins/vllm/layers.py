@@ -59,7 +59,7 @@ _REORDERED = (
 
 
 class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
-    """What vLLM asks of one factorized layer: its parameters, what to do once they are loaded, and the product."""
+    """What vLLM asks of one factorized layer: its parameters, what to do once they are loaded, and the multiplication."""
 
     def __init__(self, prefix: str, spec: GroupSpec, precision: Precision | None = None) -> None:
         self.prefix, self.spec, self.precision = prefix, spec, precision
@@ -171,8 +171,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
 class PerShardMethod(LinearMethodBase):  # type: ignore[misc]
     """A layer of several linears (`members`), each with factors of its own or, where its spec is None, dense.
 
-    The first product is by one stacked weight: every A_i (r_i, n), and the dense members' W_i. z_i goes through B_i, and what the
-    dense members give is an output already.
+    The first multiplication is by one stacked weight: every A_i (r_i, n), and the dense members' W_i. z_i goes through B_i; what
+    the dense members give is an output already.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class PerShardMethod(LinearMethodBase):  # type: ignore[misc]
     ) -> None:
         self.prefix, self.members, self.specs, self.precision = prefix, tuple(members), tuple(specs), precision
         self._widths: list[int] = []
-        """Of what the first product gives for each member: r_i, or this rank's outputs."""
+        """Of what the first multiplication gives for each member: r_i, or this rank's outputs."""
         self._dummy = False
 
     def create_weights(

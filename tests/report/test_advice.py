@@ -1,0 +1,56 @@
+"""The last lines of a run: what was gained and lost, and whether it is worth it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrserve.report.advice import advice
+
+
+def metrics(speedup: float, lowest: float, increase: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "throughput": {"speedup": speedup, "speedup_lowest": lowest, "speedup_highest": speedup + 0.05},
+        "perplexity": {"report": {"increase": increase, "dense": 20.0, "compressed": 20.0 * (1 + increase)}},
+        "sizes": {"bytes": {"ratio": 0.158}},
+        "improved": {"refine": {}},
+        "exports": ["vllm", "onnx"],
+        "target": "ratio 0.2",
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("speedup", "lowest", "increase", "verdict"),
+    [
+        (1.20, 1.15, 0.05, "worth trying"),
+        (1.20, 1.15, 0.30, "the gain is not worth the loss"),
+        (1.05, 0.98, 0.01, "do not show that it is faster"),
+        (0.90, 0.85, 0.01, "do not show that it is faster"),
+        (1.20, 1.15, -0.01, "worth trying"),
+        (1.20, 1.15, float("inf"), "the gain is not worth the loss"),
+    ],
+)
+def test_the_verdict_weighs_gain_against_loss(speedup: float, lowest: float, increase: float, verdict: str) -> None:
+    text = advice(metrics(speedup, lowest, increase), Path("demo"))
+    assert verdict in text
+    assert f"{speedup:.2f}x as fast" in text
+    assert "16% smaller" in text
+
+
+def test_commands_are_those_of_what_was_exported() -> None:
+    both = advice(metrics(1.2, 1.1, 0.05), Path("demo"))
+    assert "lrserve serve demo" in both
+    assert "lrserve bench demo" in both
+    graph = advice(metrics(1.2, 1.1, 0.05, exports=["onnx"]), Path("demo"))
+    assert "lrserve serve" not in graph
+    assert "--export vllm" in graph
+
+
+def test_what_was_done_is_not_advised_again() -> None:
+    assert "--recover 10" in advice(metrics(1.2, 1.1, 0.3), Path("demo"))
+    assert "--recover" not in advice(metrics(1.2, 1.1, 0.3, improved={"recover": {}}), Path("demo"))
+    assert "--min-speedup" not in advice(metrics(1.2, 1.1, 0.05, target="min-speedup 1.15"), Path("demo"))
+    assert "--max-ppl-increase" in advice(metrics(1.2, 1.1, 0.3), Path("demo"))
