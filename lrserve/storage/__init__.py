@@ -1,1 +1,1 @@
-"""Artifacts on disk: staging, publishing, verifying, the model card, and the work folder."""
+"""Files on disk: artifacts that are staged, published and verified as a whole, and the work folder."""
