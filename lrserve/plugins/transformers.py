@@ -67,6 +67,9 @@ class LrserveQuantizer(HfQuantizer):  # type: ignore[misc]
         is_base = not hasattr(model, model.base_model_prefix)
         with torch.device("meta"):
             install_low_rank(model, self.quantization_config.groups, prefix=base if is_base else "")
+        for module in model.modules():
+            if isinstance(module, LowRankLinear):
+                module._is_hf_initialized = True  # transformers fills a linear layer's weight, which here is computed
         _check_tensors(model, base, checkpoint_files or ())
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model
@@ -77,6 +80,8 @@ class LrserveQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, parameter in model.named_parameters():
             if parameter.dtype != self._dtypes.get(name, parameter.dtype):
                 parameter.data = parameter.data.to(self._dtypes[name])
+        # The factors are ordinary parameters: transformers need not refuse float(), half() and training as for packed integers.
+        model.is_quantized = False
         return model
 
     def is_serializable(self) -> bool:
