@@ -21,7 +21,7 @@ class DenseWeight(torch.Tensor):
     _make: Callable[[], torch.Tensor]
 
     # As in PyTorch's guide to wrapper subclasses: results are plain tensors.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __new__(cls, shape: Sequence[int], like: torch.Tensor, make: Callable[[], torch.Tensor]) -> DenseWeight:
         """Describe what `make` returns: of this shape, and of `like`'s dtype and device."""
@@ -30,7 +30,7 @@ class DenseWeight(torch.Tensor):
         return weight
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         """The same tensor: it has no gradient to leave out."""
         return self
 
@@ -38,11 +38,11 @@ class DenseWeight(torch.Tensor):
     def data(self, value: torch.Tensor) -> None:
         raise _read_only()
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"DenseWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return args[0]
         if func._schema.is_mutable:

@@ -224,9 +224,9 @@ class LowRankLinear(nn.Linear):
         return DenseWeight((self.out_features, self.in_features), self.B.weight, self._product)
 
     @property
-    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+    def bias(self) -> nn.Parameter:  # type: ignore[override]
         """B's bias (m,)."""
-        return self.B.bias
+        return self.B.get_parameter("bias")
 
     @torch.no_grad()
     def _product(self) -> torch.Tensor:
@@ -342,7 +342,7 @@ def load_factors(model: nn.Module, group: Group, factors: Factors, dtype: torch.
         layer = model.get_submodule(member)
         if not isinstance(layer, LowRankLinear):
             raise TypeError(f"{member} is a {type(layer).__name__}, not a LowRankLinear")
-        parameters = [(layer.B.weight, B), (layer.B.bias, b)]
+        parameters = [(layer.B.weight, B), (layer.bias, b)]
         if layer.first is not None:
             parameters.append((layer.first.weight, factors.A))
         for parameter, value in parameters:

@@ -36,7 +36,7 @@ from lrserve.compression.lowrank import (
 from lrserve.errors import ArtifactError
 
 
-class LrserveQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class LrserveQuantizationConfig(QuantizationConfigMixin):
     """config.json's `quantization_config` as transformers holds it.
 
     Raises:
@@ -44,7 +44,7 @@ class LrserveQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, **entries: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a registered name, like those of the enumeration
         self.groups = parse_groups(entries)
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,9 +52,10 @@ class LrserveQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return quantization_config(self.groups)
 
 
-class LrserveQuantizer(HfQuantizer):  # type: ignore[misc]
+class LrserveQuantizer(HfQuantizer):
     """Puts `LowRankLinear` layers into the empty model, and refuses a checkpoint that does not fill them."""
 
+    quantization_config: LrserveQuantizationConfig
     requires_calibration = True  # loads artifacts; does not make them
 
     def __init__(self, quantization_config: LrserveQuantizationConfig, **kwargs: Any) -> None:
@@ -69,7 +70,8 @@ class LrserveQuantizer(HfQuantizer):  # type: ignore[misc]
             install_low_rank(model, self.quantization_config.groups, prefix=base if is_base else "")
         for module in model.modules():
             if isinstance(module, LowRankLinear):
-                module._is_hf_initialized = True  # transformers fills a linear layer's weight, which here is computed
+                # transformers would initialise a linear layer's weight, which here is computed
+                module._is_hf_initialized = True  # type: ignore[assignment]
         _check_tensors(model, base, checkpoint_files or ())
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,8 +48,9 @@ class Settings:
 def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
     imported = ModuleType("tiny_imported")
     exec("OTHER = 7\ndef imported(unseen=8): ...", imported.__dict__)
-    monkeypatch.setitem(__import__("sys").modules, "tiny_imported", imported)
+    monkeypatch.setitem(sys.modules, "tiny_imported", imported)
     module = ModuleType("lrserve.room.tiny")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(CODE, module.__dict__)
     return module, imported
 
