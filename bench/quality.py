@@ -435,7 +435,7 @@ def main() -> None:
         for name, path in files.items()
     }
     ratios = sorted(set(arguments.ratio or RATIOS))
-    with work_folder(arguments.work, MODULES, lambda line: None) as folder:
+    with work_folder(arguments.work, lambda line: None, MODULES) as folder:
         bench = Bench(job, folder, texts)
         dense = {name: reference.nll for name, reference in bench.reference.items()}
         if arguments.rounding:

@@ -385,7 +385,7 @@ def main() -> None:
         "workloads": {name: workload.model_dump() for name, workload in WORKLOADS.items()},
     }
     job = open_job(Recipe.load(arguments.recipe or demo_recipe(), overrides), print)
-    with work_folder(arguments.work, MODULES, lambda line: None) as folder:
+    with work_folder(arguments.work, lambda line: None, MODULES) as folder:
         bench = Bench(job, folder, arguments.trials, arguments.plans)
         result = report(bench, arguments.method or METHODS, arguments.seeds, arguments.phase == "engine")
     if "hypervolume" in result:

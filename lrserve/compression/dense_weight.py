@@ -38,7 +38,7 @@ class DenseWeight(torch.Tensor):
     def data(self, value: torch.Tensor) -> None:
         raise _read_only()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"DenseWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod

@@ -38,7 +38,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    y: torch.Tensor = _Linear.apply(input, weight, bias)
+    y: torch.Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
     return y
 
 

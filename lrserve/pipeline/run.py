@@ -100,7 +100,7 @@ def compress_and_export(
         _say_intent(job, costs, say)
         return {}
 
-    with work_folder(work, MODULES, say) as folder, disk_errors_named(work), fast_products():
+    with work_folder(work, say, MODULES) as folder, disk_errors_named(work), fast_products():
         model = job.source.load(job.dtype)
         statistics = calibrate_blocks(job, model, folder)
         gradients = backpropagate(job, model, folder)

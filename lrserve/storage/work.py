@@ -68,11 +68,11 @@ class WorkFolder:
 
     Args:
         root: the work folder.
-        modules: by a stage's name, those that compute what it holds; a stage without an entry depends on all of them.
         say: receives a line when a stage is made anew.
+        modules: by a stage's name, those that compute what it holds; a stage without an entry depends on all of them.
     """
 
-    def __init__(self, root: Path, modules: Mapping[str, Sequence[ModuleType]], say: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, say: Callable[[str], None], modules: Mapping[str, Sequence[ModuleType]] = {}) -> None:
         self.root = root
         self._modules = modules
         self._say = say
@@ -97,7 +97,7 @@ class WorkFolder:
 
 
 @contextmanager
-def work_folder(root: Path, modules: Mapping[str, Sequence[ModuleType]], say: Callable[[str], None]) -> Iterator[WorkFolder]:
+def work_folder(root: Path, say: Callable[[str], None], modules: Mapping[str, Sequence[ModuleType]] = {}) -> Iterator[WorkFolder]:
     """Open and lock a work folder (`WorkFolder`).
 
     Raises:
@@ -113,4 +113,4 @@ def work_folder(root: Path, modules: Mapping[str, Sequence[ModuleType]], say: Ca
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ArtifactError(f"another lrserve run is using {root}; wait for it or choose another --work") from None
-        yield WorkFolder(root, modules, say)
+        yield WorkFolder(root, say, modules)

@@ -63,7 +63,7 @@ def change(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_stages_that_use_a_setting_are_made_anew_and_no_others(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    work = WorkFolder(tmp_path, MODULES, said.append)
+    work = WorkFolder(tmp_path, said.append, MODULES)
     before = {stage: work.stage(stage, {}) for stage in MODULES}
     change(name, monkeypatch)
     assert {stage for stage, folder in before.items() if work.stage(stage, {}) != folder} == SETTINGS[name]
@@ -95,7 +95,7 @@ def improved(tmp_path: Path) -> list[str]:
     )
     plan: Any = SimpleNamespace(structure="low_rank", factorized=lambda units: [(None, 1)], key=RankPlan({"g": 1}, "low_rank").key)
     store: Any = SimpleNamespace(folder=Path("spectra-0"))
-    improve.improve_factors(job, plan, store, lambda group: None, WorkFolder(tmp_path, MODULES, lambda line: None))
+    improve.improve_factors(job, plan, store, lambda group: None, WorkFolder(tmp_path, lambda line: None, MODULES))
     return sorted(path.name for path in tmp_path.iterdir())
 
 

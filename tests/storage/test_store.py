@@ -86,16 +86,16 @@ def test_a_missing_or_strange_manifest(tmp_path: Path, content: str | None) -> N
 
 def test_the_work_folder_reuses_notices_and_locks(tmp_path: Path) -> None:
     said: list[str] = []
-    with work_folder(tmp_path, {}, said.append) as work:
+    with work_folder(tmp_path, said.append) as work:
         first = work.stage("calibration", {"seed": 0, "text": {"a": 1}})
         os.utime(first / "inputs.json", (1, 1))
         assert work.stage("calibration", {"text": {"a": 1}, "seed": 0}) == first
         assert said == []
         assert work.stage("calibration", {"seed": 1, "text": {"a": 2}}) != first
         assert said == ["calibration: made anew, since the last run here differs in seed (0 -> 1), text.a (1 -> 2)"]
-        with pytest.raises(ArtifactError, match="another lrserve run"), work_folder(tmp_path, {}, said.append):
+        with pytest.raises(ArtifactError, match="another lrserve run"), work_folder(tmp_path, said.append):
             pass
-    with work_folder(tmp_path, {}, said.append):
+    with work_folder(tmp_path, said.append):
         pass
 
 

@@ -88,7 +88,7 @@ CHANGES = {
 def test_changed_setting_of_its_code_makes_a_stage_anew_and_is_named(change: str, modules: Any, tmp_path: Path) -> None:
     module, other = modules
     said: list[str] = []
-    work = WorkFolder(tmp_path, {"spectra": (module,), "study": (other,)}, said.append)
+    work = WorkFolder(tmp_path, said.append, {"spectra": (module,), "study": (other,)})
     before = {name: work.stage(name, {"seed": 0}) for name in ("spectra", "study", "unlisted")}
     for folder in before.values():
         os.utime(folder / "inputs.json", (1, 1))

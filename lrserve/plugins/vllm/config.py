@@ -23,7 +23,7 @@ class LrserveConfig(QuantizationConfig):
     """Gives every listed group a method of vllm_layer.py, and every other layer vLLM's own unquantized method."""
 
     def __init__(self, groups: Mapping[str, GroupSpec]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.groups = dict(groups)
         self._precision: Precision | None = None
         self._ignored: list[str] = []
