@@ -56,6 +56,7 @@ from lrserve.pipeline.improve import gradient_reader, improve_factors
 from lrserve.pipeline.job import Job, first_tokens, open_job, tensor_sha256
 from lrserve.pipeline.run import backpropagate, calibrate_blocks
 from lrserve.pipeline.search import probe_groups
+from lrserve.pipeline.stages import MODULES
 from lrserve.recipe import Recipe, Target
 from lrserve.report.card import table
 from lrserve.storage.store import write_json
@@ -434,7 +435,7 @@ def main() -> None:
         for name, path in files.items()
     }
     ratios = sorted(set(arguments.ratio or RATIOS))
-    with work_folder(arguments.work, lambda line: None) as folder:
+    with work_folder(arguments.work, lambda line: None, MODULES) as folder:
         bench = Bench(job, folder, texts)
         dense = {name: reference.nll for name, reference in bench.reference.items()}
         if arguments.rounding:

@@ -58,6 +58,7 @@ from lrserve.pipeline.job import Job, open_job
 from lrserve.pipeline.measure import DenseEngine, measure_layers, speed_model
 from lrserve.pipeline.run import backpropagate, calibrate_blocks, factorize_groups
 from lrserve.pipeline.search import choose_windows, judge, probed_losses
+from lrserve.pipeline.stages import MODULES
 from lrserve.recipe import Recipe, Target, Workload
 from lrserve.report.card import table
 from lrserve.report.console import progress_bar
@@ -384,7 +385,7 @@ def main() -> None:
         "workloads": {name: workload.model_dump() for name, workload in WORKLOADS.items()},
     }
     job = open_job(Recipe.load(arguments.recipe or demo_recipe(), overrides), print)
-    with work_folder(arguments.work, lambda line: None) as folder:
+    with work_folder(arguments.work, lambda line: None, MODULES) as folder:
         bench = Bench(job, folder, arguments.trials, arguments.plans)
         result = report(bench, arguments.method or METHODS, arguments.seeds, arguments.phase == "engine")
     if "hypervolume" in result:

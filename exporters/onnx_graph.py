@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lrserve.compression.lowrank import IdentityBlock, LowRankLinear
+from lrserve.compression.groups import is_dense
+from lrserve.compression.lowrank import Factor, IdentityBlock, LowRankLinear
 from lrserve.errors import UnsupportedModelError
 
 OPSET: Final = 23  # the first with RMSNormalization
@@ -256,7 +257,7 @@ class _Nodes:
 
     # -- linear layers ------------------------------------------------------------------------------------------------
 
-    def affine(self, x: Any, linear: nn.Linear, where: str) -> Any:
+    def affine(self, x: Any, linear: nn.Linear | Factor, where: str) -> Any:
         y = self.node("MatMul", [x, self.weight(linear.weight, where, _transposed)], f"{where}.MatMul")
         return y if linear.bias is None else self.node("Add", [y, self.weight(linear.bias, where)], f"{where}.Add")
 
@@ -286,8 +287,7 @@ class _Nodes:
                 else:
                     self.shared_inputs[key] = self.affine(x, first, name)
             return self.affine(self.shared_inputs[key], module.B, f"{where}.B")
-        # A subclass with a forward of its own (quantized, adapted) is not the plain product that its weight suggests.
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        if is_dense(module):
             return self.affine(x, module, where)
         raise UnsupportedModelError(
             f"{where}: the ONNX graph renders dense and factorized linears, this is a {type(module).__name__}; "

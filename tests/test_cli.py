@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,11 +32,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_help_answers_in_under_a_second() -> None:
+def test_help_takes_less_than_a_second_of_processor_time() -> None:
     run("--help")  # compiles
-    began = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     shown = run("--help")
-    assert time.perf_counter() - began < 1
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
     assert shown.returncode == 0
     for verb in ("compress-and-export", "serve", "bench", "inspect", "verify"):
         assert verb in shown.stdout

@@ -206,7 +206,7 @@ def open_study(name: str, storage: Path | str, metrics: Mapping[str, str] | None
         InputError: no database at the URL, or no driver for it.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    directions = list(metrics.values()) if metrics else ["minimize"]
+    directions: list[Any] = list(metrics.values()) if metrics else ["minimize"]
     with quietly():
         backend = connect(storage) if isinstance(storage, str) else f"sqlite:///{storage}"
         study = optuna.create_study(study_name=name, storage=backend, directions=directions, load_if_exists=True)

@@ -57,7 +57,7 @@ class _Moment:
 
     def _take(self, tensor: torch.Tensor) -> None:
         if tensor.requires_grad:
-            tensor.register_hook(self._add)  # type: ignore[no-untyped-call]
+            tensor.register_hook(self._add)
 
     def _add(self, gradient: torch.Tensor) -> None:
         g = gradient.detach().flatten(0, -2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeGuard, get_args
 
 from lrserve.errors import UnsupportedModelError
 
@@ -213,6 +213,16 @@ def family_of(config: Any) -> Family:
     )
 
 
+def is_dense(module: object) -> TypeGuard[nn.Linear]:
+    """Say whether a module is a dense linear layer.
+
+    A subclass with a forward of its own (compressed, quantized, adapted) is not the plain product that its weight suggests.
+    """
+    from torch import nn
+
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 def find_groups(model: nn.Module) -> list[Group]:
     """List every fused group of a dense causal LM in layer order; the model may live on the meta device.
 
@@ -235,7 +245,7 @@ def find_groups(model: nn.Module) -> list[Group]:
                     linear = model.get_submodule(prefix + member)
                 except AttributeError:
                     linear = None
-                if not isinstance(linear, nn.Linear):
+                if not is_dense(linear):
                     kind_found = "nothing" if linear is None else type(linear).__name__
                     raise UnsupportedModelError(
                         f"expected a linear layer at {prefix + member}, found {kind_found}; "

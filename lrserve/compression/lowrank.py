@@ -17,8 +17,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from lrserve.compression.dense_weight import DenseWeight
 from lrserve.compression.factorize import Factors
-from lrserve.compression.groups import ORDERED, STORED, Group, Stored, Structure, family_of
+from lrserve.compression.groups import ORDERED, STORED, Group, Stored, Structure, family_of, is_dense
 from lrserve.errors import ArtifactError, CalibrationError
 
 QUANT_METHOD = "lrserve"
@@ -120,6 +121,26 @@ def _check_neurons(specs: Mapping[str, GroupSpec]) -> None:
             )
 
 
+class Factor(nn.Module):
+    """y = W x + b, x (..., n), y (..., m): `weight` (m, n) and, if wanted, `bias` (m,), uninitialised.
+
+    Not an `nn.Linear`: tools that look for linear layers, such as PEFT's `target_modules="all-linear"`, must find the compressed
+    layer and not its factors.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, n: int, m: int, *, bias: bool, dtype: torch.dtype | None = None, device: Any = None) -> None:
+        super().__init__()
+        self.in_features = n
+        self.weight = nn.Parameter(torch.empty(m, n, dtype=dtype, device=device))
+        self.register_parameter("bias", nn.Parameter(torch.empty(m, dtype=dtype, device=device)) if bias else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply x (..., n) -> (..., m)."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 class IdentityBlock(nn.Module):
     """z = x_J + T x_Jc, x (..., n), z (..., r): `weight` is T (r, n - r), `order` (n,) int32 names J's inputs and then Jc's.
 
@@ -130,7 +151,7 @@ class IdentityBlock(nn.Module):
 
     def __init__(self, n: int, rank: int, ordered: bool, dtype: torch.dtype | None = None, device: Any = None) -> None:
         super().__init__()
-        self.rank = rank
+        self.in_features, self.rank = n, rank
         self.weight = nn.Parameter(torch.empty(rank, n - rank, dtype=dtype, device=device))
         self.register_buffer("order", None if ordered else torch.empty(n, dtype=torch.int32, device=device))
 
@@ -147,50 +168,73 @@ def is_permutation(order: torch.Tensor) -> bool:
     return order.dtype == torch.int32 and torch.equal(order.sort().values, wanted)
 
 
-def first_factor(spec: GroupSpec, n: int, dtype: torch.dtype | None = None, device: Any = None) -> nn.Linear | IdentityBlock:
+def first_factor(spec: GroupSpec, n: int, dtype: torch.dtype | None = None, device: Any = None) -> Factor | IdentityBlock:
     """Build what makes z (..., r) of x (..., n), uninitialised."""
     if spec.structure == "identity_block":
         return IdentityBlock(n, spec.rank, spec.ordered, dtype=dtype, device=device)
-    return nn.Linear(n, spec.rank, bias=False, dtype=dtype, device=device)
+    return Factor(n, spec.rank, bias=False, dtype=dtype, device=device)
 
 
 class FirstFactor(nn.Module):
     """Holder of the A that the members of a fused group share."""
 
-    def __init__(self, A: nn.Linear | IdentityBlock) -> None:
+    def __init__(self, A: Factor | IdentityBlock) -> None:
         super().__init__()
         self.A = A
 
 
-class LowRankLinear(nn.Module):
-    """y = B z + b, x (..., n), y (..., m).
+class LowRankLinear(nn.Linear):
+    """y = B z + b, x (..., n), y (..., m): a linear layer whose weight is computed from its factors when somebody reads it.
 
     `A`, which makes z of x, is None where x arrives as z: fewer inputs than the dense layer has. It may belong to a `FirstFactor`
     and only be borrowed here, so that it is stored, moved and counted once; otherwise the layer owns it. Sharing is of the weight:
     each member computes z by itself, since the models' own code calls q, k and v one by one. The serving engine computes it once.
+
+    An `nn.Linear` to tools that adapt linear layers (PEFT); `groups.is_dense` tells it from a dense one.
     """
 
-    A: nn.Linear | IdentityBlock | None
+    A: Factor | IdentityBlock | None
 
     def __init__(
         self,
         m: int,
         rank: int,
-        A: nn.Linear | IdentityBlock | FirstFactor | None,
+        A: Factor | IdentityBlock | FirstFactor | None,
         dtype: torch.dtype | None = None,
         device: Any = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not nn.Linear's, which makes a dense weight
         self.out_features, self.rank = m, rank
         self._shared = (A,) if isinstance(A, FirstFactor) else None  # a tuple, so that torch does not register it twice
         if not isinstance(A, FirstFactor):
             self.A = A
-        self.B = nn.Linear(rank, m, bias=True, dtype=dtype, device=device)
+        self.B = Factor(rank, m, bias=True, dtype=dtype, device=device)
+        self.in_features = rank if self.first is None else self.first.in_features
 
     @property
-    def first(self) -> nn.Linear | IdentityBlock | None:
+    def first(self) -> Factor | IdentityBlock | None:
         """What makes z of x, borrowed or owned; None where nothing has to be made."""
         return self._shared[0].A if self._shared is not None else self.A
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The dense weight (m, n) that the factors stand for, to read; where there is no first factor it is B's own."""
+        if self.first is None:
+            return self.B.weight
+        return DenseWeight((self.out_features, self.in_features), self.B.weight, self._product)
+
+    @property
+    def bias(self) -> nn.Parameter:  # type: ignore[override]
+        """B's bias (m,)."""
+        return self.B.get_parameter("bias")
+
+    @torch.no_grad()
+    def _product(self) -> torch.Tensor:
+        B, first = self.B.weight, self.first
+        if not isinstance(first, IdentityBlock):
+            return B if first is None else B @ first.weight
+        W = torch.cat([B, B @ first.weight], dim=1)
+        return W if first.order is None else torch.empty_like(W).index_copy_(1, first.order.long(), W)
 
     @property
     def shares(self) -> bool:
@@ -252,7 +296,7 @@ def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: s
             parent = model.get_submodule(parent_name)
             for member in spec.members:
                 linear = parent.get_submodule(member)
-                if not isinstance(linear, nn.Linear):
+                if not is_dense(linear):
                     raise ArtifactError(f"{name}: {member} is a {type(linear).__name__}, not a dense linear layer")
                 linears.append(linear)
         except AttributeError as error:
@@ -269,7 +313,7 @@ def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: s
             continue
         if spec.structure == "identity_block" and spec.rank >= linears[0].in_features:
             raise ArtifactError(f"{name}: an identity block of rank {spec.rank} leaves nothing of {linears[0].in_features} inputs")
-        A: nn.Linear | IdentityBlock | FirstFactor | None = None
+        A: Factor | IdentityBlock | FirstFactor | None = None
         if spec.structure != "narrow_in":
             first = first_factor(spec, linears[0].in_features, weight.dtype, weight.device)
             A = first if spec.members == (leaf,) else FirstFactor(first)
@@ -298,7 +342,7 @@ def load_factors(model: nn.Module, group: Group, factors: Factors, dtype: torch.
         layer = model.get_submodule(member)
         if not isinstance(layer, LowRankLinear):
             raise TypeError(f"{member} is a {type(layer).__name__}, not a LowRankLinear")
-        parameters = [(layer.B.weight, B), (layer.B.bias, b)]
+        parameters = [(layer.B.weight, B), (layer.bias, b)]
         if layer.first is not None:
             parameters.append((layer.first.weight, factors.A))
         for parameter, value in parameters:

@@ -48,7 +48,7 @@ def adam(source: FactorSource, *, steps: int = 50, learning_rate: float = 3e-4, 
                 cause = "lower the learning rate" if done else "its factors or its inputs are not; keep its groups dense"
                 raise CalibrationError(f"the loss of decoder block {block.index} is not finite after {done} steps; {cause}")
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
         return trainable

@@ -93,9 +93,10 @@ class Source:
 
         logging.disable_progress_bar()
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"the weights in {self.path} cannot be loaded: {_one_line(error)}; check the download") from None
+        model, info = loaded
         missing = sorted(info["missing_keys"])
         if missing:
             raise InputError(
@@ -190,7 +191,7 @@ def _convert_gguf(path: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config  # says "gguf", which the plain weights no longer are
-        plain = type(model)(model.config)
+        plain: Any = type(model)(model.config)
         plain.load_state_dict(model.state_dict())
         plain.to(torch.bfloat16).save_pretrained(staging)
         tokenizer.save_pretrained(staging)

@@ -12,7 +12,7 @@ from lrserve.compression.recover import recover
 from lrserve.compression.refine import adam
 from lrserve.compression.sequential import Step, walk
 from lrserve.compression.spectra import SpectrumStore
-from lrserve.compression.training import TRAINED, TrainedFactors
+from lrserve.compression.training import TrainedFactors
 from lrserve.pipeline.job import Job, first_tokens, tensor_sha256
 from lrserve.pipeline.search import Tuned
 from lrserve.report.console import progress_bar, reused
@@ -49,23 +49,22 @@ def improve_factors(
     calibration, seed = job.windows["calibration"], job.recipe.seed
     windows = first_tokens(calibration, settings.refine_tokens or calibration.numel() // 4)
     batch = job.recipe.calibration.batch_tokens
-    identity: dict[str, Any] = {"spectra": store.folder.name, "plan": fingerprint(plan.key()), "seed": seed, "trained": TRAINED}
+    identity: dict[str, Any] = {"factors": store.folder.name, "plan": fingerprint(plan.key()), "seed": seed}
     model = job.source.load(job.dtype)
 
-    def walked(name: str, step: Step) -> TrainedFactors:
-        stage = folder.stage(name, identity)
+    def walked(name: str, step: Step, **inputs: Any) -> TrainedFactors:
+        stage = folder.stage(name, {**identity, "windows": tensor_sha256(windows), **inputs})
+        identity["factors"] = stage.name
         with progress_bar(job.layers, f"5/6 {name}") as progress:
             return walk(model, ranks, windows, stage, step, batch_tokens=batch, progress=progress)
 
     if propagate:
-        identity |= {"propagate": tensor_sha256(windows)}
         factors = walked("propagate", propagation(gradient))
         job.say(f"5/6 propagate: factors of {len(ranks)} groups for their compressed inputs")
         done["propagate"] = windows.numel()
     if refine != "none":
         steps = settings.refine_steps
-        identity |= {"refine": tensor_sha256(windows), "steps": steps, "batch_tokens": batch}
-        factors = walked("refine", adam(factors, steps=steps, seed=seed))
+        factors = walked("refine", adam(factors, steps=steps, seed=seed), steps=steps, batch_tokens=batch)
         job.say(f"5/6 refine: factors of {len(ranks)} groups, {steps} steps of Adam in each block")
         done["refine"] = {"method": refine, "tokens": windows.numel(), "steps": steps}
     if settings.recover_minutes:

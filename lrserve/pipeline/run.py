@@ -26,6 +26,7 @@ from lrserve.pipeline.improve import gradient_reader, improve_factors, validate_
 from lrserve.pipeline.job import Job, first_tokens, open_job, tensor_sha256
 from lrserve.pipeline.prove import prove_agreement, report_perplexity
 from lrserve.pipeline.search import tune
+from lrserve.pipeline.stages import MODULES
 from lrserve.recipe import Recipe
 from lrserve.report import card
 from lrserve.report.advice import advice
@@ -99,7 +100,7 @@ def compress_and_export(
         _say_intent(job, costs, say)
         return {}
 
-    with work_folder(work, say) as folder, disk_errors_named(work), float32_matmuls():
+    with work_folder(work, say, MODULES) as folder, disk_errors_named(work), float32_matmuls():
         model = job.source.load(job.dtype)
         statistics = calibrate_blocks(job, model, folder)
         gradients = backpropagate(job, model, folder)

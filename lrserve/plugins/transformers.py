@@ -35,7 +35,7 @@ from lrserve.compression.lowrank import (
 from lrserve.errors import ArtifactError
 
 
-class LrserveQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class LrserveQuantizationConfig(QuantizationConfigMixin):
     """config.json's `quantization_config` as transformers holds it.
 
     Raises:
@@ -43,7 +43,7 @@ class LrserveQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, **entries: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a registered name, like those of the enumeration
         self.groups = parse_groups(entries)
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,9 +51,10 @@ class LrserveQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return quantization_config(self.groups)
 
 
-class LrserveQuantizer(HfQuantizer):  # type: ignore[misc]
+class LrserveQuantizer(HfQuantizer):
     """Puts `LowRankLinear` layers into the empty model, and refuses a checkpoint that does not fill them."""
 
+    quantization_config: LrserveQuantizationConfig
     requires_calibration = True  # loads artifacts; does not make them
 
     def __init__(self, quantization_config: LrserveQuantizationConfig, **kwargs: Any) -> None:
@@ -66,6 +67,10 @@ class LrserveQuantizer(HfQuantizer):  # type: ignore[misc]
         is_base = not hasattr(model, model.base_model_prefix)
         with torch.device("meta"):
             install_low_rank(model, self.quantization_config.groups, prefix=base if is_base else "")
+        for module in model.modules():
+            if isinstance(module, LowRankLinear):
+                # transformers would initialise a linear layer's weight, which here is computed
+                module._is_hf_initialized = True  # type: ignore[assignment]
         _check_tensors(model, base, checkpoint_files or ())
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model
@@ -76,6 +81,8 @@ class LrserveQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, parameter in model.named_parameters():
             if parameter.dtype != self._dtypes.get(name, parameter.dtype):
                 parameter.data = parameter.data.to(self._dtypes[name])
+        # The factors are ordinary parameters: transformers need not refuse float(), half() and training as for packed integers.
+        model.is_quantized = False
         return model
 
     def is_serializable(self) -> bool:

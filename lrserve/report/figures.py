@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _INK: Final = "#24292f"  # becomes the page's text colour in an SVG, so that it is read in the light and in the dark
 _TRIAL, _FRONT, _MEASURED, _CHOSEN = "#6b8fb5", "#2f7ed8", "#e8710a", "#d6336c"
 _WORKLOADS: Final = ("#2f9e6e", "#8a63d2", "#b58900", "#1b9aaa", "#c0564b")
-_STYLE: Final = {
+_STYLE: Final[Any] = {
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
     "figure.constrained_layout.use": True,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import fcntl
+import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from lrserve.errors import ArtifactError
 from lrserve.storage.store import fingerprint, write_json
 
 _INPUTS = "inputs.json"
+_CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -28,16 +32,58 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return names
 
 
-class WorkFolder:
-    """Holds one folder per stage and set of inputs."""
+def settings_of(*modules: ModuleType) -> dict[str, dict[str, Any]]:
+    """Return the numbers, strings and other plain values that modules hold as their settings; JSON.
 
-    def __init__(self, root: Path, say: Callable[[str], None]) -> None:
+    By module, without the package's name: its constants by their names (`_DAMPING`), and the defaults of its functions and methods
+    by function and parameter (`adam.learning_rate`). A plain value is None, a bool, a number, a string, or a sequence or mapping
+    of such.
+    """
+    return {module.__name__.partition(".")[2]: _settings(module) for module in modules}
+
+
+def _settings(module: ModuleType) -> dict[str, Any]:
+    found = {name: value for name, value in vars(module).items() if _CONSTANT.fullmatch(name)}
+    own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+    members = [member for value in own if inspect.isclass(value) for member in vars(value).values()]
+    for function in (*own, *members):
+        function = getattr(function, "__func__", function)  # of a static or class method
+        if inspect.isfunction(function):
+            for parameter in inspect.signature(function).parameters.values():
+                if parameter.default is not parameter.empty:
+                    found[f"{function.__qualname__}.{parameter.name}"] = parameter.default
+    return {name: found[name] for name in sorted(found) if _is_plain(found[name])}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+class WorkFolder:
+    """Holds one folder per stage and set of inputs.
+
+    Args:
+        root: the work folder.
+        say: receives a line when a stage is made anew.
+        modules: by a stage's name, those that compute what it holds; a stage without an entry depends on all of them.
+    """
+
+    def __init__(self, root: Path, say: Callable[[str], None], modules: Mapping[str, Sequence[ModuleType]] = {}) -> None:
         self.root = root
+        self._modules = modules
         self._say = say
 
     def stage(self, name: str, inputs: Mapping[str, Any]) -> Path:
-        """Return the folder of a stage that depends on exactly these inputs; says so when an earlier run's differ."""
-        inputs = json.loads(json.dumps(inputs))
+        """Return the folder of a stage that depends on exactly these inputs and on the settings of its modules.
+
+        Says so when an earlier run's differ.
+        """
+        modules = self._modules.get(name) or {module for own in self._modules.values() for module in own}
+        inputs = json.loads(json.dumps({**inputs, "code": settings_of(*modules)}))
         folder = self.root / f"{name}-{fingerprint(inputs)[:12]}"
         if not (folder / _INPUTS).is_file():
             earlier = list(self.root.glob(f"{name}-*/{_INPUTS}"))
@@ -51,8 +97,8 @@ class WorkFolder:
 
 
 @contextmanager
-def work_folder(root: Path, say: Callable[[str], None]) -> Iterator[WorkFolder]:
-    """Open and lock a work folder.
+def work_folder(root: Path, say: Callable[[str], None], modules: Mapping[str, Sequence[ModuleType]] = {}) -> Iterator[WorkFolder]:
+    """Open and lock a work folder (`WorkFolder`).
 
     Raises:
         ArtifactError: it cannot be written, or another run is using it.
@@ -67,4 +113,4 @@ def work_folder(root: Path, say: Callable[[str], None]) -> Iterator[WorkFolder]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ArtifactError(f"another lrserve run is using {root}; wait for it or choose another --work") from None
-        yield WorkFolder(root, say)
+        yield WorkFolder(root, say, modules)

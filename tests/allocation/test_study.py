@@ -210,6 +210,7 @@ def test_a_trial_is_compared_with_plans_that_are_at_least_as_fast(tmp_path: Path
 
     trials = run(Target(), tmp_path / "s.sqlite3", judge)
     losses = {trial.plan.key(): math.log(trial.perplexity) for trial in trials}
+    assert any(rivals for _, rivals in seen)
     for index, (plan, rivals) in enumerate(seen):
         faster = [p for p, _ in seen[:index] if SPEED.tokens_per_second(p) >= SPEED.tokens_per_second(plan)]
         assert sorted(rivals) == pytest.approx(sorted(losses[p.key()] for p in faster))

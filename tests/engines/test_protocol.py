@@ -145,10 +145,9 @@ def test_death_during_a_request_is_reported(tmp_path: Path) -> None:
 
 def test_start_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     engine = Engine("hangs", log=tmp_path / "log", start_timeout=3)
-    began = time.monotonic()
     with pytest.raises(EngineError, match="no answer to 'start' within 3 s"):
         engine.start()
-    assert time.monotonic() - began < 20
+    assert engine._process is None
 
 
 def test_request_that_takes_too_long_ends_the_engine(tmp_path: Path) -> None:

@@ -225,7 +225,8 @@ def test_bench_measures_it_again(made: tuple[Path, dict[str, Any], list[str]], t
     assert result["rounds"] == 2
     for side in ("dense", "compressed"):
         assert result[side]["tokens_per_second"]["median"] > 0
-        assert 0 < result[side]["time_per_output_token_ms"]["median"] < result[side]["time_to_first_token_ms"]["p99"]
+        assert result[side]["time_per_output_token_ms"]["median"] > 0
+        assert result[side]["time_to_first_token_ms"]["p99"] >= result[side]["time_to_first_token_ms"]["median"] > 0
 
 
 def test_a_rendering_that_disagrees_is_not_published(place: Path, made: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,6 @@ def check_measurements(engine: Engine) -> None:
     table = engine.latency_table(shapes, [1, 64], dtype="bfloat16")
     assert len(table) == len(shapes)
     assert all(len(row) == 2 and min(row) > 0 for row in table)
-    assert max(row[1] for row in table[1:]) < table[0][1]  # a tenth of the parameters, 64 tokens
 
     with pytest.raises(InputError, match="concurrency 5 is more than the engine's max_num_seqs, 4"):
         engine.throughput(8, 4, 5)

@@ -17,9 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from safetensors.torch import save_file
 from tiny import VOCABULARY, dense_model, factorized_model, write_artifact
 from transformers import AutoModelForCausalLM
 
@@ -260,20 +260,16 @@ def as_two_factors(folder: Path, architecture: str) -> Any:
     return twin
 
 
-LORA_RANK, LORA_SCALE = 8, 2.0
+LORA_RANK = 8
 
 
 def test_lora_adapter_with_replicated_key_heads(llama: Case, serving: Any, tmp_path: Path) -> None:
-    """Four ranks for two key and value heads; with the adapter and, in a batch of their own, without.
+    """PEFT trains an adapter beside every linear. Four ranks serve it, for two key and value heads; then without it.
 
-    Not in one batch: there vLLM's CPU build gives the last adapter to requests that ask for none, dense models included.
+    Not both in one batch: there vLLM's CPU build gives the last adapter to requests that ask for none, dense models included.
     """
-    model = load(llama.folder)
-    adapter = random_adapter()
-    write_adapter(adapter, tmp_path)
-    for name, (a, b) in adapter.items():
-        # the definition, beside the layer: y += scale * B A x
-        model.get_submodule(name).register_forward_hook(lambda _, inputs, y, a=a, b=b: y + LORA_SCALE * (inputs[0] @ a.T @ b.T))
+    model = train_adapter(load(llama.folder))
+    model.save_pretrained(tmp_path)
     adapted = transcribe_model(model, PROMPTS, NEW_TOKENS)
     assert all(with_it.tokens != without.tokens for with_it, without in zip(adapted, llama.reference, strict=False))
 
@@ -283,33 +279,18 @@ def test_lora_adapter_with_replicated_key_heads(llama: Case, serving: Any, tmp_p
         assert_agree(continuations(llama.reference[:3]), engine.generate(PROMPTS)[0])
 
 
-def random_adapter() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """A (rank, n) and B (m, rank) beside every linear of the Llama's blocks, factorized or not."""
-    generator = torch.Generator().manual_seed(0)
-    adapter = {}
-    for name, linear in dense_model("LlamaForCausalLM").model.named_modules(prefix="model"):
-        if isinstance(linear, torch.nn.Linear):
-            m, n = linear.weight.shape
-            a = torch.randn(LORA_RANK, n, generator=generator) * n**-0.5
-            adapter[name] = (a, torch.randn(m, LORA_RANK, generator=generator) * 0.1)
-    return adapter
-
-
-def write_adapter(adapter: dict[str, tuple[torch.Tensor, torch.Tensor]], folder: Path) -> None:
-    """Write it as PEFT does."""
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": LORA_RANK,
-        "lora_alpha": LORA_RANK * LORA_SCALE,
-        "target_modules": sorted({name.rpartition(".")[2] for name in adapter}),
-        "bias": "none",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    tensors = {}
-    for name, pair in adapter.items():
-        tensors |= {f"base_model.model.{name}.lora_{factor}.weight": tensor for factor, tensor in zip("AB", pair, strict=True)}
-    save_file(tensors, folder / "adapter_model.safetensors")
+def train_adapter(model: Any) -> Any:
+    """LoRA by PEFT's name for all linears, after some steps on the prompts."""
+    torch.manual_seed(0)
+    options = {"r": LORA_RANK, "lora_alpha": 2 * LORA_RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(model, peft.LoraConfig(**options))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for step in range(12):
+        prompt = torch.tensor([PROMPTS[step % len(PROMPTS)]])
+        model(input_ids=prompt, labels=prompt).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
 
 
 def test_dummy_weights_need_no_checkpoint_and_are_all_written(llama: Case, serving: Any, tmp_path: Path) -> None:

@@ -19,17 +19,17 @@ if TYPE_CHECKING:  # kernels, and what else the plugin need not load in every pr
 _DRAFT_PREFIX = "draft_model."  # vLLM builds the draft model of speculative decoding under this name
 
 
-class LrserveConfig(QuantizationConfig):  # type: ignore[misc]
+class LrserveConfig(QuantizationConfig):
     """Gives every listed group a method of vllm_layer.py, and every other layer vLLM's own unquantized method."""
 
     def __init__(self, groups: Mapping[str, GroupSpec]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.groups = dict(groups)
         self._precision: Precision | None = None
         self._ignored: list[str] = []
 
     @classmethod
-    def get_name(cls) -> str:
+    def get_name(cls) -> str:  # type: ignore[override]
         """Return the `quant_method` of config.json."""
         return QUANT_METHOD
 

@@ -58,7 +58,7 @@ _REORDERED = (
 )
 
 
-class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
+class LowRankLinearMethod(LinearMethodBase):
     """What vLLM asks of one factorized layer: its parameters, what to do once they are loaded, and the multiplication."""
 
     def __init__(self, prefix: str, spec: GroupSpec, precision: Precision | None = None) -> None:
@@ -168,7 +168,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return y
 
 
-class PerShardMethod(LinearMethodBase):  # type: ignore[misc]
+class PerShardMethod(LinearMethodBase):
     """A layer of several linears (`members`), each with factors of its own or, where its spec is None, dense.
 
     The first multiplication is by one stacked weight: every A_i (r_i, n), and the dense members' W_i. z_i goes through B_i; what
@@ -267,7 +267,7 @@ class PerShardMethod(LinearMethodBase):  # type: ignore[misc]
         return torch.cat(outputs, -1)
 
 
-class DenseMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+class DenseMethod(UnquantizedLinearMethod):
     """vLLM's own dense layer, quantized when its weight has been loaded if that is asked for."""
 
     def __init__(self, precision: Precision | None) -> None:

@@ -27,4 +27,5 @@ def register() -> None:
         if QUANT_METHOD not in quantization.QUANTIZATION_METHODS:
             quantization.register_quantization_config(QUANT_METHOD)(LrserveConfig)
     except Exception as error:  # of whatever kind a future vLLM raises: another model's server must start
-        _log.warning("lrserve cannot extend this vLLM (%s: %s): its artifacts will not load here", type(error).__name__, error)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        _log.warning("lrserve cannot extend this vLLM (%s): its artifacts will not load here", reason)

@@ -1,0 +1,54 @@
+"""The modules whose code computes what each stage of the work folder holds.
+
+Their constants and defaults are part of the stage's inputs (`storage.work.settings_of`), so a changed damping or learning rate
+makes the stage anew. A stage that is computed from another stage's folder has that folder's name among its inputs, and does
+not list the other's modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Final
+
+from exporters import companions, onnx, onnx_graph
+from exporters import vllm as vllm_exporter
+from lrserve.allocation import goal, losses, plan, quality, space, speed, study
+from lrserve.compression import (
+    calibrate,
+    covariance,
+    factorize,
+    gradients,
+    logits,
+    matmul,
+    narrow,
+    propagate,
+    recover,
+    refine,
+    sequential,
+    spectra,
+    structure,
+    training,
+)
+from lrserve.engines import protocol, timing, workloads
+from lrserve.pipeline import measure
+
+_FORWARD = (matmul, logits, quality)
+_CUT = (spectra, factorize, structure)
+_WALK = (sequential, calibrate, training, structure, matmul)
+
+MODULES: Final[Mapping[str, tuple[ModuleType, ...]]] = {
+    "calibration": (calibrate, covariance, matmul),
+    "gradients": (gradients, covariance, logits, matmul),
+    "spectra": (spectra, factorize, narrow),
+    "probe": (plan, *_CUT, *_FORWARD),
+    "validation": (plan, losses, *_CUT, *_FORWARD),
+    "dense": (onnx, onnx_graph, companions),
+    "latency": (measure, speed, protocol, workloads, timing),
+    "study": (study, space, goal, losses, plan, speed, *_CUT, *_FORWARD),
+    "measure": (measure, protocol, workloads, *_CUT, vllm_exporter, onnx, onnx_graph),
+    "propagate": (propagate, factorize, narrow, covariance, *_WALK),
+    "refine": (refine, *_WALK),
+    "recover": (recover, logits, training, structure, matmul),
+}
+"""By the stage's name; a stage that is not listed depends on all of them."""
