@@ -162,6 +162,16 @@ class MeasuredSpeed:
     at_least: float
 
 
+def _reaches_target(found: MeasuredSpeed, goal: Goal) -> bool:
+    return not goal.target.min_speedup or found.speedup >= goal.target.min_speedup
+
+
+def _beats_dense(found: MeasuredSpeed, goal: Goal) -> bool:
+    """Whether a plan is faster than dense beyond the spread, where the target promises that it is faster."""
+    promised = not goal.target.ratio and (goal.target.min_speedup or 1.0) >= 1
+    return not promised or found.at_least > 1
+
+
 def choose(measured: Sequence[MeasuredSpeed], goal: Goal) -> Evaluated:
     """Choose by *measured* speedups: the best objective that meets the target; of the front the knee.
 
@@ -171,23 +181,59 @@ def choose(measured: Sequence[MeasuredSpeed], goal: Goal) -> Evaluated:
         InfeasibleTargetError: none reaches the speedup, or none is faster than dense.
     """
     rows = [f"{f.trial.origin} perplexity {f.trial.perplexity:.2f} at {f.speedup:.2f}x" for f in measured]
-    left = list(measured)
-    if goal.target.min_speedup:
-        left = [found for found in left if found.speedup >= goal.target.min_speedup]
-        if not left:
-            raise InfeasibleTargetError(
-                f"no measured plan reaches {goal.target.min_speedup:g}x of dense ({'; '.join(rows)}); "
-                "ask for less, or give more trials"
-            )
-    if not goal.target.ratio and (goal.target.min_speedup or 1.0) >= 1:
-        left = [found for found in left if found.at_least > 1]
-        if not left:
-            lowest = "; ".join(f"{row}, at least {f.at_least:.2f}x" for row, f in zip(rows, measured, strict=True))
-            which = f"no plan that reaches {goal.target.min_speedup:g}x" if goal.target.min_speedup else "no plan"
-            raise InfeasibleTargetError(
-                f"{which} is faster than dense beyond the spread of its measurements ({lowest}); serve the dense model, "
-                "allow more loss, or measure on a quieter machine or with more engine.repeats"
-            )
+    left = [found for found in measured if _reaches_target(found, goal)]
+    if not left:
+        raise InfeasibleTargetError(
+            f"no measured plan reaches {goal.target.min_speedup:g}x of dense ({'; '.join(rows)}); ask for less, or give more trials"
+        )
+    left = [found for found in left if _beats_dense(found, goal)]
+    if not left:
+        lowest = "; ".join(f"{row}, at least {f.at_least:.2f}x" for row, f in zip(rows, measured, strict=True))
+        which = f"no plan that reaches {goal.target.min_speedup:g}x" if goal.target.min_speedup else "no plan"
+        raise InfeasibleTargetError(
+            f"{which} is faster than dense beyond the spread of its measurements ({lowest}); serve the dense model, "
+            "allow more loss, or measure on a quieter machine or with more engine.repeats"
+        )
     if goal.target.front:
         return left[knee({i: (math.log(f.speedup), goal.loss(f.trial.perplexity)) for i, f in enumerate(left)})].trial
     return min(left, key=lambda found: goal.objective(found.trial.perplexity, found.speedup)).trial
+
+
+def rule(goal: Goal) -> str:
+    """Say which of the measured plans `choose` chooses, to stand after 'the choice is'."""
+    target = goal.target
+    if target.ratio:
+        weight = "" if goal.speed_weight == 1 else f"{goal.speed_weight:g} times "
+        return f"the lowest log perplexity over dense less {weight}the log of the speedup, the speedup taken of the fastest rounds"
+    faster = ", of those whose spread lies above dense" if (target.min_speedup or 1.0) >= 1 else ""
+    if target.min_speedup:
+        return f"the lowest perplexity of those that reach {target.min_speedup:g}x{faster}"
+    if target.max_ppl_increase:
+        return f"the fastest within the limit of the perplexity{faster}"
+    return f"the knee, which lies furthest below the line from the dense model to the fastest plan{faster}"
+
+
+def why_not(found: MeasuredSpeed, chosen: MeasuredSpeed, goal: Goal) -> str:
+    """Say why `choose` chose another plan than the measured one `found`."""
+    target = goal.target
+    if not _reaches_target(found, goal):
+        return f"it misses the target: {found.speedup:.3f}x measured, {target.min_speedup:g}x asked for"
+    if not _beats_dense(found, goal):
+        return f"its speedup cannot be told from dense: {found.at_least:.3f}x in the lowest of the spread"
+    both = found, chosen
+    if target.front:
+        own, best = (f"{goal.loss(plan.trial.perplexity):.3f} nats at {plan.speedup:.3f}x" for plan in both)
+        return f"it is further from the knee: {own}, the chosen plan {best}"
+    objectives = [goal.objective(plan.trial.perplexity, plan.speedup) for plan in both]
+    if objectives[0] == objectives[1]:
+        return "it is as good by the rule, and was measured later"
+    if target.ratio:
+        own, best = (
+            f"{objective:+.3f} ({goal.loss(plan.trial.perplexity):+.3f} nats at {plan.speedup:.3f}x)"
+            for objective, plan in zip(objectives, both, strict=True)
+        )
+        return f"its loss less its gain is {own}, that of the chosen plan {best}"
+    if target.min_speedup:
+        own, best = (f"{plan.trial.perplexity:.2f}" for plan in both)
+        return f"it reaches the target with a higher perplexity: {own}, the chosen plan {best}"
+    return f"it keeps the limit and is slower: {found.speedup:.3f}x, the chosen plan {chosen.speedup:.3f}x"

@@ -39,12 +39,6 @@ class RankPlan:
         """Parameters of the decoder's linears under this plan."""
         return sum(group.parameters(self.ranks[group.name], group.stored_as(self.structure)) for group in groups)
 
-    def order_entries(self, groups: Sequence[Group]) -> int:
-        """Entries of the identity blocks' orders of the inputs: stored as int32 beside the parameters, where there is one."""
-        if self.structure != "identity_block":
-            return 0
-        return sum(group.n for group, _ in self.factorized(groups) if not group.ordered)
-
     def ratio(self, groups: Sequence[Group]) -> float:
         """Share of the decoder's linear parameters that the plan removes."""
         return 1 - self.parameters(groups) / sum(group.dense_parameters for group in groups)

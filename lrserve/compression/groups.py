@@ -134,11 +134,13 @@ class Group:
             return self.m * rank + self.m + (self.fed_by.parameters(rank, "narrow_out") if self.fed_by else 0)
         return factor_entries(self.m, self.n, rank, stored) + self.m
 
-    def bias_entries(self, rank: int | None) -> int:
-        """Count those parameters that are added, not multiplied by."""
+    def bias_entries(self, rank: int | None, stored: Stored) -> int:
+        """Count those of `parameters` that are added, not multiplied by."""
         if rank is None:
             return self.biases + (self.fed_by.biases if self.fed_by else 0)
-        return self.m + (self.fed_by.biases // self.n * rank if self.fed_by else 0)
+        if stored == "narrow_out":
+            return self.biases // self.out_features[0] * rank
+        return self.m + (self.fed_by.bias_entries(rank, "narrow_out") if self.fed_by else 0)
 
     @property
     def ordered(self) -> bool:

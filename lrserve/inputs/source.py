@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 
 from lrserve.errors import InputError
 from lrserve.storage.store import file_sha256, replace_folder
 
 _FINGERPRINTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+_CARD = "README.md"
+_GGUF_SUFFIX = re.compile(r"([.-](I?Q\d\w*|B?F16|F32))?\.gguf", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -41,8 +44,19 @@ class Source:
 
     @property
     def title(self) -> str:
-        """The Hub id, or the last part of a local path."""
-        return Path(self.name).name if Path(self.name).expanduser().exists() else self.name
+        """The Hub id, or the last part of a local path, of a GGUF file without the ending and the kind of quantization."""
+        if not (path := Path(self.name).expanduser()).exists():
+            return self.name
+        return _GGUF_SUFFIX.sub("", path.name) if path.is_file() else path.resolve().name
+
+    def card(self) -> dict[str, Any]:
+        """Return the metadata of the model card: the YAML at the head of its README.md; empty where there is none."""
+        try:
+            text = (self.path / _CARD).read_text(encoding="utf-8")
+            found = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def config(self) -> Any:
         """Load the transformers config.
@@ -165,7 +179,7 @@ def _from_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(model, allow_patterns=list(_FINGERPRINTED), ignore_patterns=["consolidated*"])
+        folder = snapshot_download(model, allow_patterns=[*_FINGERPRINTED, _CARD], ignore_patterns=["consolidated*"])
     except Exception as error:
         # huggingface_hub's own exceptions, and those of the HTTP client underneath, share no base class
         raise InputError(
@@ -195,6 +209,8 @@ def _convert_gguf(path: Path) -> Path:
         plain.load_state_dict(model.state_dict())
         plain.to(torch.bfloat16).save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        if licence := _gguf_licence(path):
+            (staging / _CARD).write_text(f"---\n{yaml.safe_dump({'license': licence})}---\n", encoding="utf-8")
     except (OSError, ValueError, KeyError, ImportError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise InputError(f"{path} cannot be read as GGUF: {_one_line(error)}; convert it to Hugging Face layout") from None
@@ -203,3 +219,10 @@ def _convert_gguf(path: Path) -> Path:
         raise
     replace_folder(staging, target)
     return target
+
+
+def _gguf_licence(path: Path) -> str | None:
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("general.license")
+    return None if field is None else str(field.contents())

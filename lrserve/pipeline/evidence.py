@@ -10,14 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lrserve.allocation.goal import pareto_front
+from lrserve.allocation.goal import pareto_front, rule, why_not
 from lrserve.allocation.study import importances, study_of, time_spent
+from lrserve.compression.lowrank import specs_of
 from lrserve.engines.runtimes import runtime_of
 from lrserve.pipeline.job import Job
 from lrserve.pipeline.measure import Measured
-from lrserve.pipeline.search import Tuned
+from lrserve.pipeline.search import Tuned, measured_speed
+from lrserve.recipe import shares
 from lrserve.report import card
 from lrserve.report.html import write_report
+from lrserve.report.machine import made
+from lrserve.report.sizes import sizes
 from lrserve.storage.store import write_json, write_manifest
 
 
@@ -31,10 +35,10 @@ def collect_metrics(
 ) -> dict[str, Any]:
     """Return what metrics.json holds (docs/format.md)."""
     recipe = job.recipe
-    skeleton = job.source.skeleton()
     plan = tuned.chosen.candidate.plan
     return {
-        "model": {"name": job.source.title, "architecture": job.architecture},
+        "made": made(),
+        "model": {"name": job.source.title, "architecture": job.architecture, "licence": _licence(job)},
         "target": str(recipe.target),
         "dtype": recipe.engine.dtype,
         "exports": list(recipe.export),
@@ -48,13 +52,7 @@ def collect_metrics(
             "factorized": len(plan.factorized(job.units)),
         },
         "improved": improved,
-        "sizes": card.sizes(
-            job.units,
-            plan,
-            total_parameters=sum(p.numel() for p in skeleton.parameters()),
-            head_parameters=skeleton.get_output_embeddings().weight.numel(),
-            dtype_bytes=job.dtype.itemsize,
-        ),
+        "sizes": sizes(job.source.skeleton(), specs_of(plan.factorized(job.units), plan.structure), job.dtype.itemsize),
         "perplexity": {
             "validation": {
                 "dense": tuned.goal.dense_perplexity,
@@ -91,6 +89,12 @@ def collect_metrics(
     }
 
 
+def _licence(job: Job) -> dict[str, str]:
+    """Return what the source model's card says about its licence, by the Hub's keys; empty where it says nothing."""
+    found = job.source.card()
+    return {key: found[key] for key in ("license", "license_name", "license_link") if isinstance(found.get(key), str)}
+
+
 def versions(job: Job) -> dict[str, str]:
     """Versions of everything that had a part in the result."""
     found = {"python": platform.python_version(), "engine": runtime_of(job.recipe.engine).version}
@@ -103,7 +107,7 @@ def versions(job: Job) -> dict[str, str]:
 
 
 def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
-    """Return what `artifacts.report.write_report` draws."""
+    """Return what `html.write_report` draws besides metrics.json: the search and its plans."""
     recipe, goal = job.recipe, tuned.goal
     study = study_of(tuned.study_path)
     front = pareto_front(tuned.trials, tuned.speed.speedup)
@@ -114,14 +118,17 @@ def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
         kept = unit.parameters(rank, unit.stored_as(plan.structure)) / unit.dense_parameters
         kinds.setdefault(unit.kind, []).append({"layer": unit.layer, "rank": rank, "dense_rank": unit.full_rank, "kept": kept})
     seconds = time_spent(study)
+    share = shares(recipe.workloads)
     return {
         "title": job.source.title,
         "target": str(recipe.target),
         "engine": tuned.chosen.comparison.engine,
         "dtype": runtime_of(recipe.engine).dtype,
         "structure": plan.structure,
-        "workloads": {name: workload.model_dump(mode="json") for name, workload in recipe.workloads.items()},
-        "dense": {"perplexity": goal.dense_perplexity, "tokens_per_second": tuned.speed.dense_tokens_per_second},
+        "workloads": {
+            name: {**workload.model_dump(mode="json"), "share": share[name]} for name, workload in recipe.workloads.items()
+        },
+        "dense": {"perplexity": goal.dense_perplexity},
         "trials": [
             {
                 "number": trial.trial,
@@ -134,7 +141,8 @@ def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
             }
             for trial in tuned.trials
         ],
-        "measured": [_measured(job, m, chosen=m is tuned.chosen) for m in tuned.measured],
+        "rule": f"trial {recipe.search.choose}, which search.choose names" if recipe.search.choose is not None else rule(goal),
+        "measured": [_measured(m, tuned) for m in tuned.measured],
         "importances": importances(study, goal),
         "plan": {"layers": job.layers, "kinds": kinds},
         "search": {
@@ -149,8 +157,10 @@ def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
     }
 
 
-def _measured(job: Job, measured: Measured, *, chosen: bool) -> dict[str, Any]:
+def _measured(measured: Measured, tuned: Tuned) -> dict[str, Any]:
     mix, candidate = measured.comparison.to_json(), measured.candidate
+    chosen = measured is tuned.chosen
+    own, best = (measured_speed(m, tuned.goal) for m in (measured, tuned.chosen))
 
     def figures(found: Mapping[str, Any]) -> dict[str, float]:
         return {"speedup": found["speedup"], "lowest": found["speedup_lowest"], "highest": found["speedup_highest"]}
@@ -159,20 +169,12 @@ def _measured(job: Job, measured: Measured, *, chosen: bool) -> dict[str, Any]:
         "number": candidate.trial,
         "origin": candidate.origin,
         "perplexity": candidate.perplexity,
-        "ratio": candidate.plan.ratio(job.units),
         "predicted": measured.predicted_speedup,
         "corrected": measured.corrected,
         **figures(mix),
         "chosen": chosen,
-        "workloads": {
-            name: {
-                "predicted": measured.predicted[name],
-                **figures(found),
-                "dense_tokens_per_second": found["dense"]["tokens_per_second"],
-                "tokens_per_second": found["compressed"]["tokens_per_second"],
-            }
-            for name, found in mix["workloads"].items()
-        },
+        "why_not": None if chosen else why_not(own, best, tuned.goal),
+        "workloads": {name: {"predicted": measured.predicted[name], **figures(found)} for name, found in mix["workloads"].items()},
     }
 
 
@@ -184,6 +186,6 @@ def write_evidence(job: Job, tuned: Tuned, metrics: dict[str, Any], staging: Pat
     tuned.chosen.candidate.plan.write(folder / "plan.json")
     write_json(folder / "metrics.json", metrics)
     shutil.copyfile(tuned.study_path, folder / "study.sqlite3")
-    write_report(search_report(job, tuned), folder)
+    write_report(metrics, search_report(job, tuned), folder)
     (staging / "README.md").write_text(card.model_card(metrics), encoding="utf-8")
     write_manifest(staging, versions(job), job.provenance())

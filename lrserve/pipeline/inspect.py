@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lrserve.allocation.plan import RankPlan
 from lrserve.compression.groups import Group, as_listed, find_groups
 from lrserve.compression.lowrank import QUANT_METHOD, GroupSpec, is_permutation, parse_groups, stored_tensors
 from lrserve.errors import ArtifactError
 from lrserve.inputs.source import Source, open_source
-from lrserve.report.card import sizes, table
+from lrserve.report.card import table
+from lrserve.report.sizes import linear_parameters, sizes
 from lrserve.storage.store import MANIFEST, read_manifest, verify_files
 
 
@@ -27,25 +26,6 @@ def _quantization(folder: Path) -> dict[str, Any] | None:
         return None
     entry = config.get("quantization_config") if isinstance(config, dict) else None
     return entry if isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD else None
-
-
-@dataclass(frozen=True)
-class _StoredPlan(RankPlan):
-    """The plan that a checkpoint amounts to: it has one structure, an artifact may have another for every group."""
-
-    specs: Mapping[str, GroupSpec] = field(default_factory=dict)
-
-    def parameters(self, groups: Sequence[Group]) -> int:
-        """Parameters of the decoder's linears as they are stored."""
-        return sum(
-            group.parameters(spec.rank, spec.structure) if (spec := self.specs.get(group.name)) else group.dense_parameters
-            for group in groups
-        )
-
-    def order_entries(self, groups: Sequence[Group]) -> int:
-        """Entries of the orders of those groups whose inputs are reordered."""
-        reordered = {name for name, spec in self.specs.items() if spec.gathers}
-        return sum(group.n for group in groups if group.name in reordered)
 
 
 def inspect(model: str) -> str:
@@ -64,7 +44,6 @@ def inspect(model: str) -> str:
     source = Source(name=model, path=folder) if entry is not None else open_source(model)
     skeleton = source.skeleton()
     groups = as_listed(find_groups(skeleton), specs)
-    plan = _StoredPlan({group.name: specs[group.name].rank if group.name in specs else None for group in groups}, specs=specs)
     lines = [f"{source.path}: {type(skeleton).__name__}"]
     rows = []
     for kind in dict.fromkeys(group.kind for group in groups):
@@ -73,14 +52,12 @@ def inspect(model: str) -> str:
         ranks = [spec.rank for spec in found]
         shown = f"{min(ranks)} to {max(ranks)}" if ranks else "-"
         structures = ", ".join(sorted({spec.structure for spec in found})) or "-"
-        parameters = f"{plan.parameters(members) / 1e6:.1f} M"
+        parameters = f"{linear_parameters(members, specs) / 1e6:.1f} M"
         first = members[0]
         rows.append([kind, str(len(members)), f"{first.m} x {first.n}", str(len(ranks)), structures, shown, parameters])
     lines.append(table(["group", "layers", "outputs x inputs", "compressed", "structure", "ranks", "parameters"], rows))
-    total = sum(parameter.numel() for parameter in skeleton.parameters())
-    head = skeleton.get_output_embeddings().weight.numel()
     dtype = getattr(skeleton.config, "dtype", None)
-    units = sizes(groups, plan, total, head, dtype.itemsize if dtype is not None else 4)
+    units = sizes(skeleton, specs, dtype.itemsize if dtype is not None else 4)
     rows = [[name.replace("_", " "), f"{u['dense']:,}", f"{u['compressed']:,}", f"{u['ratio']:.3f}"] for name, u in units.items()]
     lines.append(table(["", "dense", "as stored", "ratio"], rows))
     return "\n\n".join(lines)

@@ -89,7 +89,7 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder, storage
         merged.to("cpu")
         picked = _picked(trials, settings.choose)
         measured = measure_front(job, store, folder, runtime, dense, trials, goal, speed, picked)
-    best = picked or choose([_measured_speed(m, goal) for m in measured], goal)
+    best = picked or choose([measured_speed(m, goal) for m in measured], goal)
     chosen = next(m for m in measured if m.candidate is best)
     job.say(f"4/6 chosen: {best.origin}, ratio {best.plan.ratio(job.units):.3f}, {chosen.comparison.speedup:.2f}x of dense")
     path = stage / "study.sqlite3"
@@ -115,7 +115,8 @@ def _picked(trials: Sequence[Evaluated], number: int | None) -> Evaluated | None
     return found
 
 
-def _measured_speed(measured: Measured, goal: Goal) -> MeasuredSpeed:
+def measured_speed(measured: Measured, goal: Goal) -> MeasuredSpeed:
+    """Return what `choose` compares; for a ratio the speedup of the fastest rounds, which ranks plans best."""
     comparison = measured.comparison
     speedup = comparison.undisturbed_speedup if goal.target.ratio else comparison.speedup
     return MeasuredSpeed(measured.candidate, speedup, comparison.spread[0])

@@ -1,46 +1,38 @@
-"""The summary of a run: sizes in four units, the table that is printed, and the model card."""
+"""What a run says of itself in tables, printed and in report.html, and the model card."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from lrserve.allocation.plan import RankPlan
-from lrserve.compression.groups import Group, Structure
+import yaml
 
+from lrserve.compression.groups import Structure
+from lrserve.report.machine import day, describe
 
-def sizes(groups: Sequence[Group], plan: RankPlan, total_parameters: int, head_parameters: int, dtype_bytes: int) -> dict[str, Any]:
-    """Return dense and compressed sizes in four units.
+Rows = list[list[str]]
 
-    Linear parameters (of the decoder's factorizable linears, biases included), whole-model parameters, bytes of the checkpoint's
-    tensors, and FLOPs per token in matrix products (2 per weight: linears and output layer; attention scores, which grow with
-    the context, left out).
-
-    Args:
-        groups: what the plan allocates.
-        plan: their ranks.
-        total_parameters: of the dense model, tied weights once.
-        head_parameters: of the output layer.
-        dtype_bytes: bytes per stored value.
-    """
-    dense = sum(group.dense_parameters for group in groups)
-    compressed = plan.parameters(groups)
-    biases = sum(group.bias_entries(None) for group in groups)
-    new_biases = sum(group.bias_entries(plan.ranks[group.name]) for group in groups)
-    orders = 4 * plan.order_entries(groups)
-    rows = {
-        "linear_parameters": (dense, compressed),
-        "model_parameters": (total_parameters, total_parameters - dense + compressed),
-        "bytes": (total_parameters * dtype_bytes, (total_parameters - dense + compressed) * dtype_bytes + orders),
-        "flops_per_token": (2 * (dense - biases + head_parameters), 2 * (compressed - new_biases + head_parameters)),
-    }
-    return {name: {"dense": d, "compressed": c, "ratio": 1 - c / d} for name, (d, c) in rows.items()}
-
+SUMMARY_HEADER: Final = ("", "dense", "compressed", "change")
+AGREEMENT_HEADER: Final = (
+    "engine",
+    "float32: largest difference, nats",
+    "tolerance",
+    "equal tokens",
+    "as served: mean difference (dense)",
+    "equal tokens (dense)",
+)
 
 _STRUCTURES: Final[Mapping[Structure, str]] = {
     "identity_block": "low-rank factors (identity blocks)",
     "low_rank": "low-rank factors",
     "narrow": "compressed: MLPs have fewer neurons, other linears are low-rank factors",
+}
+_INSTALL: Final = {
+    "vllm": """    pip install 'lrserve[vllm]'    # on a machine with a GPU
+    pip install 'lrserve[cpu]'     # on an x86-64 machine without one
+""",
+    "onnx": """    pip install 'lrserve[onnx]'    # for ONNX Runtime; 'lrserve[onnx-gpu]' on a machine with a GPU
+""",
 }
 
 
@@ -64,56 +56,120 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def speedup_cell(figures: Mapping[str, Any]) -> str:
-    """Format a speedup and its spread, as `loadtest.Rounds.speedup_json` gives them."""
+    """Format a speedup and its spread, as `workloads.Rounds.speedup_json` gives them."""
     return f"{figures['speedup']:.2f}x ({figures['speedup_lowest']:.2f} to {figures['speedup_highest']:.2f})"
 
 
-def summary(metrics: Mapping[str, Any]) -> str:
-    """Render metrics.json as the table that ends a run: dense against compressed."""
-    quality, speed = metrics["perplexity"]["report"], metrics["throughput"]
+def quality_rows(metrics: Mapping[str, Any]) -> Rows:
+    """Return the perplexity on the report text as a row of the summary."""
+    quality = metrics["perplexity"]["report"]
+    return [["perplexity, report text", f"{quality['dense']:.2f}", f"{quality['compressed']:.2f}", f"{quality['increase']:+.1%}"]]
+
+
+def speed_rows(metrics: Mapping[str, Any]) -> Rows:
+    """Return the measured throughputs, by workload and of all, as rows of the summary."""
+    speed = metrics["throughput"]
     rows = [
         [
-            "perplexity, report text",
-            f"{quality['dense']:.2f}",
-            f"{quality['compressed']:.2f}",
-            f"{quality['increase']:+.1%}",
-        ],
-        *(
-            [
-                f"output tokens/s, {name}: {workload['concurrency']} x ({workload['prompt_tokens']} + {workload['output_tokens']})",
-                f"{found['dense']['tokens_per_second']:.1f}",
-                f"{found['compressed']['tokens_per_second']:.1f}",
-                speedup_cell(found),
-            ]
-            for name, found in speed["workloads"].items()
-            for workload in [metrics["workloads"][name]]
-        ),
-        ["the same requests, all workloads", "", "", speedup_cell(speed)],
+            f"output tokens/s, {name}: {workload['concurrency']} x ({workload['prompt_tokens']} + {workload['output_tokens']})",
+            f"{found['dense']['tokens_per_second']:.1f}",
+            f"{found['compressed']['tokens_per_second']:.1f}",
+            speedup_cell(found),
+        ]
+        for name, found in speed["workloads"].items()
+        for workload in [metrics["workloads"][name]]
     ]
+    return [*rows, ["the same requests, all workloads", "", "", speedup_cell(speed)]]
+
+
+def size_rows(metrics: Mapping[str, Any]) -> Rows:
+    """Return the sizes (`sizes.sizes`) as rows of the summary."""
     names = {
         "linear_parameters": "parameters of the linears",
         "model_parameters": "parameters of the model",
         "bytes": "bytes of the weights",
         "flops_per_token": "FLOPs per token",
     }
-    for key, label in names.items():
-        size = metrics["sizes"][key]
-        rows.append([label, _count(size["dense"]), _count(size["compressed"]), f"{-size['ratio']:+.1%}"])
-    return table(["", "dense", "compressed", "change"], rows)
+    return [
+        [label, _count(size["dense"]), _count(size["compressed"]), f"{-size['ratio']:+.1%}"]
+        for key, label in names.items()
+        for size in [metrics["sizes"][key]]
+    ]
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    """Render metrics.json as the table that ends a run: dense against compressed."""
+    return table(SUMMARY_HEADER, [*quality_rows(metrics), *speed_rows(metrics), *size_rows(metrics)])
+
+
+def agreement_rows(metrics: Mapping[str, Any]) -> Rows:
+    """Return how closely each engine agrees with transformers in prompt log probabilities and greedy tokens, one row an engine.
+
+    In float32 with the compressed model in memory; as served, where that was compared, beside what the dense model shows.
+    """
+    rows = []
+    for engine, a in metrics["agreement"].items():
+        served = ["", ""]
+        if found := a.get("as_served"):
+            dense, own = found["dense"], found["compressed"]
+            served = [f"{own['mean']:.1e} ({dense['mean']:.1e})"]
+            served += [f"{own['greedy_equal']} ({dense['greedy_equal']}) of {own['greedy_tokens']}"]
+        float32 = [f"{a['max_logprob_difference']:.1e}", f"{a['tolerance']:g}", f"{a['greedy_equal']} of {a['greedy_tokens']}"]
+        rows.append([engine, *float32, *served])
+    return rows
 
 
 def agreement(metrics: Mapping[str, Any]) -> str:
-    """Render how closely the renderings agree with the model in memory."""
-    rows = [
-        [
-            engine,
-            f"{a['max_logprob_difference']:.1e}",
-            f"{a['tolerance']:g}",
-            f"{a['greedy_equal']} of {a['greedy_tokens']}",
-        ]
-        for engine, a in metrics["agreement"].items()
-    ]
-    return table(["engine, float32", "largest log-prob difference", "tolerance", "greedy tokens equal"], rows)
+    """Render `agreement_rows`."""
+    return table(AGREEMENT_HEADER, agreement_rows(metrics))
+
+
+def validation(metrics: Mapping[str, Any]) -> str:
+    """Say the validation perplexity of the exported factors and, if they were improved after it, that of the search."""
+    found = metrics["perplexity"]["validation"]
+    searched = ""
+    if found["searched"] != found["compressed"]:
+        searched = f" ({found['searched']:.2f} with the factors of the search, before they were improved)"
+    return f"Its validation perplexity is {found['compressed']:.2f}{searched}, that of the dense model {found['dense']:.2f}."
+
+
+def made_line(metrics: Mapping[str, Any]) -> str:
+    """Say when, where and with which versions the artifact was made."""
+    versions = metrics["versions"]
+    others = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
+    return (
+        f"Made on {day(metrics['made'])} by lrserve {versions['lrserve']} on {describe(metrics['made']['machine'])}; "
+        f"{versions['engine']}, {others}."
+    )
+
+
+def _front_matter(metrics: Mapping[str, Any]) -> str:
+    """Return the YAML at the head of the card; the licence is the base model's, where its card states one."""
+    model = metrics["model"]
+    data = {
+        "base_model": model["name"],
+        "base_model_relation": "quantized",  # the Hub's word for a compressed form of the same model
+        **model["licence"],
+        "pipeline_tag": "text-generation",
+        "library_name": "transformers",
+        "tags": ["lrserve", "low-rank", "compressed", *metrics["exports"]],
+    }
+    return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, allow_unicode=True)
+
+
+def _serving(metrics: Mapping[str, Any]) -> str:
+    exports = metrics["exports"]
+    text = "".join(_INSTALL[name] for name in exports if name in _INSTALL)
+    if "vllm" in exports:
+        text += """    lrserve serve PATH_TO_THIS_FOLDER
+
+`vllm serve PATH_TO_THIS_FOLDER` does the same, and so does `AutoModelForCausalLM.from_pretrained(...)` in Python after
+`import lrserve`. `lrserve bench PATH_TO_THIS_FOLDER` measures it against the dense model on your machine. No
+`trust_remote_code` is needed.
+"""
+    if "onnx" in exports:
+        text += "\n`onnx/model.onnx` is the model in float32 for ONNX Runtime, with a KV cache; pad on the right.\n"
+    return text
 
 
 def model_card(metrics: Mapping[str, Any]) -> str:
@@ -124,37 +180,28 @@ def model_card(metrics: Mapping[str, Any]) -> str:
     after = f" After the search the factors were improved: {', '.join(improved)}." if improved else ""
     made = _STRUCTURES[plan["structure"]]
     compiled = "" if metrics["runtime"] == "onnx" else f" {'without' if metrics['enforce_eager'] else 'with'} torch.compile"
-    serving = ""
-    if "vllm" in metrics["exports"]:
-        serving += """    pip install lrserve
-    vllm serve PATH_TO_THIS_FOLDER
-
-or in Python, `import lrserve` and then `AutoModelForCausalLM.from_pretrained(...)`. No `trust_remote_code` is needed.
-
-"""
-    if "onnx" in metrics["exports"]:
-        serving += "`onnx/model.onnx` is the model in float32 for ONNX Runtime, with a KV cache; pad on the right.\n\n"
     return f"""---
-library_name: transformers
-tags: [lrserve, low-rank, compressed]
----
+{_front_matter(metrics)}---
 
-# {model["name"]}, low-rank, {metrics["target"]}
+# {model["name"].rpartition("/")[2]}-lrserve
 
-Made by lrserve {metrics["versions"]["lrserve"]} from {model["name"]} ({model["architecture"]}):
-of its {plan["groups"]} groups of linears {plan["factorized"]} are {made}; the others are as they were.{after}
+{model["name"]} ({model["architecture"]}), compressed by lrserve to the target {metrics["target"]}:
+of its {plan["groups"]} groups of linears {plan["factorized"]} are {made};
+the others are as they were.{after}
 
 {summary(metrics)}
 
-Perplexity: {report["tokens"]} tokens of report text in windows of {report["length"]}, with
-transformers in {metrics["dtype"]}. Throughput: {speed["engine"]}{compiled}, requests at once x (prompt +
-output tokens), median and spread of {speed["rounds"]} rounds in turns with the dense model, on the machine that made
-this card; `lrserve/report.html` shows the search.
+{made_line(metrics)}
+Perplexity: {report["tokens"]} tokens of report text in windows of {report["length"]}, with transformers in {metrics["dtype"]}.
+{validation(metrics)}
+Throughput: {speed["engine"]}{compiled}, requests at once x (prompt + output tokens), median and spread of
+{speed["rounds"]} rounds in turns with the dense model on that machine. `lrserve/report.html` shows the search.
 
 {agreement(metrics)}
 
 ## Serve
 
-{serving}The recipe, the rank plan, the Optuna study and every figure are in `lrserve/`.
-`lrserve verify` checks the files. The base model's licence applies to these weights.
+{_serving(metrics)}
+The recipe, the rank plan, the Optuna study and every figure are in `lrserve/`. `lrserve verify` checks the files.
+The base model's licence applies to these weights.
 """

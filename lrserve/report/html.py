@@ -1,4 +1,4 @@
-"""The report of a search: one HTML file that needs nothing else, and its first figure as a PNG."""
+"""The report of a run: one HTML file that needs nothing else, and its first figure as a PNG."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
-from lrserve.report import figures
+from lrserve.report import card, figures
 from lrserve.storage.store import atomic_path
 
 _CSS: Final = """
@@ -30,50 +30,60 @@ th:first-child, td:first-child { text-align: left; } tr.strong { font-weight: 60
 .dense { background: repeating-linear-gradient(45deg, #8886 0 2px, #8882 2px 6px); }
 .key { display: inline-block; width: 6rem; height: .8rem; vertical-align: middle; } .key.dense { width: 1.6rem; margin-left: 1rem; }
 .bars { width: 100%; max-width: 56rem; } .bars th, .bars td { text-align: left; } .bars td { width: 45%; }
+.samples { table-layout: fixed; width: 100%; max-width: 70rem; } .samples td { text-align: left; white-space: pre-wrap;
+  vertical-align: top; overflow-wrap: anywhere; } .samples th { text-align: left; }
 .bars i { display: inline-block; height: .7rem; min-width: 1px; margin-right: .4rem; background: var(--bar); }
 """
 _DEEP, _PALE = (11, 79, 138), (214, 233, 248)  # colours of the smallest share that a plan keeps, and of all
 _WIDE: Final = 36  # layers; a heat map of more has narrow columns, and text that runs down
 
 
-def write_report(report: Mapping[str, Any], folder: Path) -> None:
+def write_report(metrics: Mapping[str, Any], search: Mapping[str, Any], folder: Path) -> None:
     """Write report.html and pareto.png.
 
     Args:
-        report: what the search found, as plain JSON data: title, target, engine, dtype and structure; workloads by name, with their
-            `share` of the dense model's time; `dense`; `trials`, with predicted speedups; `measured` plans, one of them `chosen`,
-            with the speedup `predicted` by the latency table, `corrected` by earlier measurements, and measured; `importances`
-            by objective; the chosen `plan`, by kind and layer; and what the `search` took.
+        metrics: what metrics.json holds: every figure of the artifact.
+        search: what the search found, as plain JSON data: title, target, engine, dtype and structure; workloads by name,
+            with their `share` of the dense model's time, of which the sum is 1; `dense`; `trials`, with predicted speedups;
+            `measured` plans, with the speedup `predicted` by the latency table, `corrected` by earlier measurements, and
+            measured, one of them `chosen`, the others with the reason `why_not`; the `rule` of the choice; `importances` by
+            objective; the chosen `plan`, by kind and layer; and what the `search` took.
         folder: where to; it is there.
     """
-    figure = figures.pareto(report)
+    figure = figures.pareto(search)
     figures.write_png(figure, folder / "pareto.png")
     front = _scroll(figures.svg(figure, "front"), "front")
-    page = _page(report, front, _scroll(figures.svg(figures.predictions(report), "predictions"), "predictions"))
+    page = _page(metrics, search, front, _scroll(figures.svg(figures.predictions(search), "predictions"), "predictions"))
     with atomic_path(folder / "report.html") as partial:
         partial.write_text(page, encoding="utf-8")
 
 
-def _page(report: Mapping[str, Any], front: str, predictions: str) -> str:
+def _page(metrics: Mapping[str, Any], report: Mapping[str, Any], front: str, predictions: str) -> str:
     title = escape(f"{report['title']}, {report['target']}")
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}: search report</title>
+<title>{title}: report</title>
 <style>{_CSS}</style>
 </head>
 <body>
 <h1>{title}</h1>
-{_summary(report)}
+<p>{escape(card.made_line(metrics))}</p>
+{_summary(metrics, report)}
 <h2>What the plans cost and bring</h2>
 <p>Each point is a plan: to the right it is faster, below it predicts text better. Trials stand at their predicted speedup, measured
 plans at the median of their rounds with the lowest and highest as a bar. Of trials that were stopped early the perplexity is an
-estimate.</p>
+estimate. All perplexities here are with the factors of the search.</p>
 {front}
+{_choice(report)}
 <h2>The chosen plan</h2>
 {_heat_map(report["plan"], report["structure"])}
+{_samples(metrics)}<h2>Do the engines agree?</h2>
+<p>Differences are of a prompt token's log probability, in nats, from transformers on the same prompts; equal tokens are those of
+greedy continuations before the first difference. In brackets: what the dense model shows between the same two engines.</p>
+{_table(card.AGREEMENT_HEADER, card.agreement_rows(metrics))}
 <h2>Predicted and measured speed</h2>
 <p>The latency table predicts a plan's speedup; the corrected prediction takes into account what the engine said of the plans that
 were measured before it. An error is the prediction over the measurement, less one.</p>
@@ -86,6 +96,8 @@ were measured before it. An error is the prediction over the measurement, less o
 <h2>Trials</h2>
 {_trials(report)}
 <p><code>optuna-dashboard sqlite:///study.sqlite3</code>, where that file is, opens the study.</p>
+<h2>Versions</h2>
+{_table(["", "version"], [[name, version] for name, version in metrics["versions"].items()])}
 </body>
 </html>
 """
@@ -107,36 +119,56 @@ def _perplexity(plan: Mapping[str, Any]) -> str:
     return ("" if plan.get("complete", True) else "about ") + figures.perplexity_text(plan["perplexity"])
 
 
-def _summary(report: Mapping[str, Any]) -> str:
-    dense, chosen = report["dense"], next(m for m in report["measured"] if m["chosen"])
-    change = chosen["perplexity"] / dense["perplexity"] - 1
-    percent = f" ({change:+.1%})" if change < 10 else ""
-    decided = "" if chosen["lowest"] > 1 or chosen["highest"] < 1 else ", so the rounds do not agree on which of the two is faster"
-    text = (
-        f"Chosen of {len(report['trials'])} trials, {len(report['measured'])} of them measured: {chosen['origin']}. "
-        f"It leaves out {chosen['ratio']:.1%} of the parameters of the decoder's linears. Its validation perplexity is "
-        f"{_perplexity(chosen)}, that of the dense model {_perplexity(dense)}{percent}. On {report['engine']} in {report['dtype']} "
-        f"it gives {chosen['speedup']:.2f} times the dense model's {dense['tokens_per_second']:.1f} tokens per second "
-        f"({chosen['lowest']:.2f} to {chosen['highest']:.2f} times{decided})."
+def _summary(metrics: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    speed, text = metrics["throughput"], metrics["perplexity"]["report"]
+    decided = speed["speedup_lowest"] > 1 or speed["speedup_highest"] < 1
+    doubt = "" if decided else " The rounds do not agree on which of the two is faster."
+    left_out = metrics["sizes"]["linear_parameters"]["ratio"]
+    words = (
+        f"Chosen of {len(report['trials'])} trials, {len(report['measured'])} of them measured: {metrics['plan']['origin']}. "
+        f"It leaves out {left_out:.1%} of the parameters of the decoder's linears. On the report text, which nothing else reads, "
+        f"its perplexity is {text['compressed']:.2f}, that of the dense model {text['dense']:.2f} ({text['increase']:+.1%}). "
+        f"{card.validation(metrics)} On {speed['engine']} in {report['dtype']} it serves the same requests at "
+        f"{speed['speedup']:.2f} times the speed of the dense model ({speed['speedup_lowest']:.2f} to "
+        f"{speed['speedup_highest']:.2f}).{doubt}"
     )
+    rows = [*card.quality_rows(metrics), *card.size_rows(metrics)]
+    return f"<p>{escape(words)}</p>" + _table(card.SUMMARY_HEADER, rows) + _workloads(metrics, report["workloads"])
+
+
+def _workloads(metrics: Mapping[str, Any], workloads: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
-    for name, load in report["workloads"].items():
-        found = chosen["workloads"].get(name)
-        rows.append(
-            [name]
-            + [f"{load['prompt_tokens']}", f"{load['output_tokens']}", f"{load['concurrency']}", f"{load['share']:.0%}"]
-            + (
-                [f"{found['dense_tokens_per_second']:.1f}", f"{found['tokens_per_second']:.1f}", _speedup(found)]
-                if found
-                else [""] * 3
-            )
-        )
-    header = ["workload", "prompt tokens", "output tokens", "requests at once", "share of dense time"]
-    return f"<p>{escape(text)}</p>" + _table([*header, "dense tokens/s", "chosen tokens/s", "speedup"], rows)
+    for name, load in workloads.items():
+        found = metrics["throughput"]["workloads"].get(name)
+        rates = [f"{found[side]['tokens_per_second']:.1f}" for side in ("dense", "compressed")] if found else ["", ""]
+        settings = [f"{load['prompt_tokens']} + {load['output_tokens']}", f"{load['concurrency']}"]
+        rows.append([name, *settings, f"{load['share']:.0%}", *rates, card.speedup_cell(found) if found else ""])
+    header = ["workload", "prompt + output tokens", "requests at once", "share of dense time"]
+    return _table([*header, "dense tokens/s", "chosen tokens/s", "speedup"], rows)
 
 
-def _speedup(found: Mapping[str, Any]) -> str:
-    return f"{found['speedup']:.2f}x ({found['lowest']:.2f} to {found['highest']:.2f})"
+def _choice(report: Mapping[str, Any]) -> str:
+    """Say by which rule the plan was chosen, and of every other measured plan why it was not."""
+
+    def named(plan: Mapping[str, Any]) -> str:
+        speed = f"{plan['speedup']:.3f}x, {plan['lowest']:.3f} to {plan['highest']:.3f}"
+        return f"<b>{escape(plan['origin'])}</b> (#{plan['number']}; perplexity {_perplexity(plan)}, {speed})"
+
+    chosen = next(m for m in report["measured"] if m["chosen"])
+    lines = [f"<li>{named(plan)}: {escape(plan['why_not'])}.</li>" for plan in report["measured"] if not plan["chosen"]]
+    others = "<p>Why not the other measured plans:</p>\n<ul>" + "\n".join(lines) + "</ul>" if lines else ""
+    return f"<p>Of the measured plans the choice is {escape(report['rule'])}: {named(chosen)}.</p>\n{others}"
+
+
+def _samples(metrics: Mapping[str, Any]) -> str:
+    """Show the continuations of the same prompts by both models side by side; nothing where there are none."""
+    samples = metrics.get("samples") or []
+    if not samples:
+        return ""
+    lines = ["<th>prompt</th><th>dense</th><th>compressed</th>"]
+    lines += ["".join(f"<td>{escape(sample[key].strip())}</td>" for key in ("prompt", "dense", "compressed")) for sample in samples]
+    table = '<table class="samples">' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return f"<h2>The same prompts to both models</h2>\n<p>Greedy continuations of report text.</p>{_scroll(table)}\n"
 
 
 def _heat_map(plan: Mapping[str, Any], structure: str) -> str:

@@ -13,10 +13,11 @@ from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.source import open_source
 from lrserve.plugins.versions import engine_version, on_cpu
 from lrserve.recipe import EngineSettings, Recipe, Workload, shares
-from lrserve.report.card import speedup_cell, table
+from lrserve.report.bench import bench_table, write_bench
 from lrserve.report.console import Say, progress_bar
+from lrserve.report.machine import made
 from lrserve.serving.online import Server, compare_online
-from lrserve.storage.store import atomic_path, read_manifest, write_json
+from lrserve.storage.store import read_manifest, write_json
 
 _SLACK_TOKENS = 8  # of a sequence, for what a tokenizer puts around a prompt
 
@@ -43,7 +44,8 @@ def bench(
         say: takes the table.
 
     Returns:
-        The figures: under `workloads`, `OnlineComparison.to_json` by name; the engine and its settings.
+        The figures: under `workloads`, `OnlineComparison.to_json` by name; when and where they were `made`, the names of the
+        `models`, the engine and its settings.
 
     Raises:
         LrserveError: not an artifact, no dense model, or a failing server.
@@ -70,28 +72,26 @@ def bench(
     ):
         results = compare_online(dense_server, server, workloads, rounds, seed=recipe.seed, progress=progress)
     mix = Mix(results, shares(workloads))
+    made_from = json.loads((out / "lrserve" / "metrics.json").read_text(encoding="utf-8"))
     figures = {
+        "made": made(),
+        "models": {"dense": source.title, "compressed": f"{out.resolve().name} ({made_from['target']})"},
         "engine": engine_version(),
         "settings": recipe.engine.model_dump(mode="json"),
         "vllm_arguments": list(vllm_arguments),
-        "dense_model": source.name,
         "mix": mix.speedup_json(),
-        "promised": None if given else _promised(out),
+        "promised": None if given else _promised(made_from),
         "workloads": {name: result.to_json() for name, result in results.items()},
     }
-    text = render(figures)
-    say(text)
+    say(bench_table(figures))
     if report is not None:
         write_json(report / "bench.json", figures)
-        with atomic_path(report / "bench.md") as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
-        plot(figures, report / "bench.png")
+        write_bench(figures, report)
     return figures
 
 
-def _promised(out: Path) -> float | None:
+def _promised(metrics: Mapping[str, Any]) -> float | None:
     """Return the mix's speedup that the search measured; None where another lrserve made the artifact."""
-    metrics = json.loads((out / "lrserve" / "metrics.json").read_text(encoding="utf-8"))
     speedup: float | None = metrics["throughput"].get("speedup") if "workloads" in metrics["throughput"] else None
     return speedup
 
@@ -111,70 +111,3 @@ def server_arguments(workloads: Mapping[str, Workload], settings: EngineSettings
     if not on_cpu():
         arguments.append(f"--gpu-memory-utilization={GPU_MEMORY / 2}")
     return arguments
-
-
-def render(figures: Mapping[str, Any]) -> str:
-    """Return the figures of `bench` as a Markdown table and a line below it."""
-
-    def latency(values: Mapping[str, float] | None) -> str:
-        return "" if values is None else f"{values['median']:.1f}, {values['p99']:.1f}"
-
-    rows = []
-    for name, result in figures["workloads"].items():
-        workload = result["workload"]
-        title = f"{name}: {workload['concurrency']} x ({workload['prompt_tokens']} + {workload['output_tokens']})"
-        for side in ("dense", "compressed"):
-            found = result[side]
-            rate = found["tokens_per_second"]
-            rows.append(
-                [
-                    title if side == "dense" else "",
-                    side,
-                    f"{rate['median']:.1f} ({rate['lowest']:.1f} to {rate['highest']:.1f})",
-                    latency(found["time_to_first_token_ms"]),
-                    latency(found["time_per_output_token_ms"]),
-                    speedup_cell(result) if side == "compressed" else "",
-                    result["verdict"] if side == "compressed" else "",
-                ]
-            )
-    header = ["workload", "", "output tokens/s", "first token, ms: median, p99", "per output token, ms: median, p99", "speedup", ""]
-    rounds = max(result["rounds"] for result in figures["workloads"].values())
-    settings, mix = figures["settings"], figures["mix"]
-    promised = "" if figures["promised"] is None else f"; the search measured {figures['promised']:.2f}x, without a server"
-    return (
-        f"{table(header, rows)}\n\n"
-        f"All of it: {speedup_cell(mix)}{promised}. "
-        f"{figures['engine']}, {'eager' if settings['enforce_eager'] else 'compiled'}, {settings['dtype']}; "
-        f"concurrency x (prompt + output tokens); {rounds} rounds in turns, each with prompts of its own, medians and spread; "
-        "`undecided`: dense's speed lies within the spread"
-    )
-
-
-def plot(figures: Mapping[str, Any], path: Path) -> None:
-    """Draw throughput with its spread, and median and p99 of both latencies, dense beside compressed, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    names = list(figures["workloads"])
-    panels = {
-        "output tokens/s: median and spread": ("tokens_per_second", "median", "lowest", "highest"),
-        "time to first token, ms: median and p99": ("time_to_first_token_ms", "median", "median", "p99"),
-        "time per output token, ms: median and p99": ("time_per_output_token_ms", "median", "median", "p99"),
-    }
-    for axes, (title, (key, middle, low, high)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for offset, side in ((-0.2, "dense"), (0.2, "compressed")):
-            found = [figures["workloads"][name][side][key] for name in names]
-            shown = [(index + offset, values) for index, values in enumerate(found) if values is not None]
-            heights = [values[middle] for _, values in shown]
-            spread = [
-                [values[middle] - values[low] for _, values in shown],
-                [values[high] - values[middle] for _, values in shown],
-            ]
-            axes.bar([place for place, _ in shown], heights, 0.4, yerr=spread, capsize=3, label=side)
-        axes.set_xticks(range(len(names)), names)
-        axes.set_title(title, fontsize=10)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    with atomic_path(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)

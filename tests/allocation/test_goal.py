@@ -7,7 +7,7 @@ import math
 import pytest
 from allocation.searching import GROUPS, goal
 
-from lrserve.allocation.goal import Evaluated, MeasuredSpeed, choose, knee, next_candidate, pareto_front
+from lrserve.allocation.goal import Evaluated, MeasuredSpeed, choose, knee, next_candidate, pareto_front, rule, why_not
 from lrserve.allocation.plan import RankPlan
 from lrserve.errors import InfeasibleTargetError
 from lrserve.recipe import Target
@@ -73,6 +73,49 @@ def test_the_choice() -> None:
     assert choose(measured, goal(Target())) is D
     with pytest.raises(InfeasibleTargetError, match=r"no measured plan reaches 1\.3x"):
         choose(measured[:2], goal(Target(min_speedup=1.3)))
+
+
+@pytest.mark.parametrize(
+    ("target", "others", "reasons"),
+    [
+        (
+            Target(min_speedup=1.15),
+            [(A, 1.1), (D, 1.8)],
+            ["misses the target: 1.100x measured, 1.15x asked for", "15.00, the chosen plan 11.00"],
+        ),
+        (
+            Target(max_ppl_increase=0.9),
+            [(A, 1.04), (C, 1.1)],
+            ["cannot be told from dense: 0.990x", "is slower: 1.100x, the chosen plan 1.200x"],
+        ),
+        (
+            Target(ratio=0.2),
+            [(A, 0.9), (D, 1.3)],
+            ["is +0.154 (+0.049 nats at 0.900x), that of the chosen plan -0.087 (+0.095 nats at 1.200x)", "is +0.143 (+0.405 nats"],
+        ),
+        (
+            Target(),
+            [(A, 1.06), (C, 1.1)],
+            ["0.049 nats at 1.060x, the chosen plan 0.095 nats at 1.200x", "0.182 nats at 1.100x"],
+        ),
+    ],
+)
+def test_every_other_plan_is_refused_for_a_reason(
+    target: Target, others: list[tuple[Evaluated, float]], reasons: list[str]
+) -> None:
+    """The reasons follow the rule: the plan that they are given against is the one that `choose` takes."""
+    best = found(B, 1.2)
+    rest = [found(trial, speedup) for trial, speedup in others]
+    assert choose([*rest, best], goal(target)) is B
+    for plan, reason in zip(rest, reasons, strict=True):
+        assert reason in why_not(plan, best, goal(target))
+    assert rule(goal(target))
+
+
+def test_a_plan_that_is_as_good_was_measured_later() -> None:
+    measured = [found(B, 1.2), found(B, 1.3)]
+    assert choose(measured, goal(Target(min_speedup=1.1))) is B
+    assert "measured later" in why_not(measured[1], measured[0], goal(Target(min_speedup=1.1)))
 
 
 @pytest.mark.parametrize("target", [Target(), Target(max_ppl_increase=0.9), Target(min_speedup=1.05)])

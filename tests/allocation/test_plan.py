@@ -66,7 +66,7 @@ def test_an_mlp_that_loses_neurons_is_one_unit() -> None:
     assert sum(unit.dense_parameters for unit in units) == sum(unit.dense_parameters for unit in groups)
     # 40 rows of gate and up with their biases, 40 columns of down, and its new bias
     assert units[1].parameters(40, "narrow_in") == 40 * (2 * 32 + 2) + 40 * 32 + 32
-    assert units[1].bias_entries(40) == 80 + 32
+    assert units[1].bias_entries(40, "narrow_in") == 80 + 32
     assert units[1].full_rank == 96
     assert rank_choices(units[1], 16, "narrow") == [16, 32, 48, 64, 80]
     assert rank_choices(units[0], 16, "narrow") == rank_choices(groups[0], 16, "low_rank")

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from tiny import dense_model, write_dense
 
 from lrserve.errors import InputError
-from lrserve.inputs.source import open_source
+from lrserve.inputs.source import Source, _gguf_licence, open_source
 
 
 def test_a_folder_opens_and_loads_in_the_asked_dtype(tmp_path: Path) -> None:
@@ -78,3 +79,54 @@ def test_missing_shards_tensors_and_compressed_models_are_refused(tmp_path: Path
     (folder / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config\.json"):
         open_source(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"),
+        ("model-IQ4_XS.gguf", "model"),
+        ("llama-3.2-1b-BF16.GGUF", "llama-3.2-1b"),
+        ("plain.gguf", "plain"),
+    ],
+)
+def test_a_gguf_file_is_called_by_its_models_name(tmp_path: Path, name: str, title: str) -> None:
+    (tmp_path / name).touch()
+    assert Source(name=str(tmp_path / name), path=tmp_path).title == title
+
+
+def test_a_model_is_called_by_its_hub_id_or_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "Some-Model"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert Source(name="org/model-7B", path=folder).title == "org/model-7B"
+    assert [Source(name=name, path=folder).title for name in (str(folder), f"{folder}/", ".")] == ["Some-Model"] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "card"),
+    [
+        ("---\nlicense: apache-2.0\n---\n# Model\n", {"license": "apache-2.0"}),
+        ("# Model\n---\nlicense: no\n---\n", {}),
+        ("---\nnever closed: [\n", {}),
+        ("---\n- a list\n---\n", {}),
+        (None, {}),
+    ],
+)
+def test_the_cards_metadata(tmp_path: Path, text: str | None, card: dict[str, str]) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert Source(name="model", path=tmp_path).card() == card
+
+
+@pytest.mark.parametrize("licence", ["apache-2.0", None])
+def test_the_licence_that_a_gguf_file_states(tmp_path: Path, licence: str | None) -> None:
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(path, "llama")
+    if licence:
+        writer.add_license(licence)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert _gguf_licence(path) == licence

@@ -12,7 +12,7 @@ from lrserve.engines.workloads import Mix, spread
 from lrserve.errors import EngineError
 from lrserve.recipe import PROFILES, EngineSettings, Workload
 from lrserve.serving import online
-from lrserve.serving.bench import plot, render, server_arguments
+from lrserve.serving.bench import server_arguments
 from lrserve.serving.online import Client, Load, OnlineComparison, Server, compare_online, load
 
 WORKLOAD = Workload(prompt_tokens=4, output_tokens=3, concurrency=2)
@@ -50,26 +50,6 @@ def test_the_mix_weighs_by_the_dense_models_time() -> None:
 def test_only_rounds_that_agree_decide() -> None:
     assert OnlineComparison(WORKLOAD, DENSE, faster(0.9)).verdict == "slower"
     assert OnlineComparison(WORKLOAD, DENSE, [*faster(2)[:2], DENSE[2]]).verdict == "undecided"
-
-
-def test_one_output_token_has_no_time_between_tokens(tmp_path: Path) -> None:
-    runs = [Load(10.0, (0.1,), ())]
-    figures = {
-        "engine": "vLLM",
-        "settings": EngineSettings().model_dump(),
-        "mix": OnlineComparison(WORKLOAD, DENSE, faster(1.5)).speedup_json(),
-        "promised": 1.4,
-        "workloads": {
-            "one": OnlineComparison(WORKLOAD, runs, runs).to_json(),
-            "chat": OnlineComparison(WORKLOAD, DENSE, DENSE).to_json(),
-        },
-    }
-    assert figures["workloads"]["one"]["dense"]["time_per_output_token_ms"] is None
-    lines = render(figures).splitlines()
-    assert [line.count("|") for line in lines[:6]] == [8] * 6
-    assert "All of it: 1.50x (1.50 to 1.50); the search measured 1.40x, without a server." in lines[-1]
-    plot(figures, tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_servers_take_turns_and_no_prompts_come_twice(monkeypatch: pytest.MonkeyPatch) -> None:
