@@ -1,6 +1,6 @@
-"""Factorizations of the literature, from the same statistics as ours: what the bench compares with, under the papers' names.
+"""Baselines of bench/quality.py and bench/search.py: the papers' factorizations, from the statistics that lrserve uses.
 
-Notation: that of factorize.py, and
+Notation: that of lrserve/compression/factorize.py, and
     S    (n, n)  invertible map of the inputs;  W S = L Sigma R^T its singular value decomposition, L (m, k), largest first
     M    (n, n)  second moment E[x x^T], uncentred
 
@@ -13,7 +13,8 @@ Since L_r Sigma_r R_r^T S^-1 = L_r L_r^T W, the factors are B = L_r and A = L_r^
 inputs that are nearly or exactly dependent do no harm. None of the three knows a feature bias: b = beta. `lord` and `bolaco` are
 the feature form (factorize.py), whose bias is part of them, on the covariance of one pool and on the pooled one.
 
-Each takes one linear's W (m, n) or several stacked ones; the papers take q, k, v, gate and up one by one (`groups.separate`).
+Each factorizes one linear's W (m, n) or several stacked ones. The papers factorize q, k, v, gate and up one by one (`separate` in
+lrserve/compression/groups.py).
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Rank allocations of the papers that we compare with: Bolaco's search and LoRD's fixed ratios, for linears taken one by one.
+"""Baselines of bench/quality.py and bench/search.py: the rank allocations of Bolaco and LoRD, for single linears.
 
-Both leave v dense and store two factors, and both are given linears, not fused groups (`groups.separate`).
+Both leave v dense and store two factors. Both allocate linears one by one, not fused groups (`separate` in
+lrserve/compression/groups.py).
 
 Bolaco (arXiv 2405.10616, section 4) reduces the search space to the shares of five kinds - q and k together, o, gate, up, down - in
 each of a few runs of layers: "5x1" has one run, "5x4" four. A Gaussian process with a Matern 5/2 kernel, expected improvement and
-50 trials find the shares. Two things differ from the authors' code: a trial's shares are scaled to the budget by `BudgetFit`, where
-theirs draws again until they fit; and the sampler is Optuna's, which maximises the logarithm of the expected improvement, where
-theirs is OpenBox's. The study lives in one SQLite file; each suggestion comes from a sampler seeded by the seed and the trial's
-index, so a resumed study is the same study.
+50 trials find the shares. Two things differ from the authors' code. `BudgetFit` scales a trial's shares to the budget; the authors
+draw again until they fit. The sampler is Optuna's, which maximises the logarithm of the expected improvement; the authors use
+OpenBox. The study is one SQLite file; each suggestion comes from a sampler seeded by the seed and the trial's index, so a resumed
+study is the same study.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def bolaco(
         step: ranks are multiples of it.
         runs: equal runs of layers with shares of their own, 1 or 4 in the paper; at most one a layer.
         trials: 50 in the paper.
-        evaluate: what to minimise, of a plan; the same plan is not asked for twice. Whatever is not finite counts as worst.
+        evaluate: what to minimise, of a plan; no plan is evaluated twice. Whatever is not finite counts as worst.
         path: the SQLite file, private to these inputs.
         seed: of the samplers.
         progress: called after each trial with the number of finished ones and the lowest value so far.
@@ -83,7 +84,7 @@ def bolaco(
 
         def objective(trial: optuna.Trial) -> float:
             shares = {name: trial.suggest_float(name, *_SHARES) for name in names}
-            plan = _whole(groups, fit.fit({name: shares[parameter[name]] for name in parameter}, left).ranks)
+            plan = _complete(groups, fit.fit({name: shares[parameter[name]] for name in parameter}, left).ranks)
             value = seen[plan.key()] if plan.key() in seen else evaluate(plan)
             value = value if math.isfinite(value) else math.inf
             trial.set_user_attr("ranks", dict(plan.ranks))
@@ -123,7 +124,7 @@ def lord_plan(groups: Sequence[Group], budget: float, step: int) -> RankPlan:
                 )
             fixed[group.name] = ranks[-1]
     fit = BudgetFit([group for group in groups if group.name not in fixed], step, _STRUCTURE)
-    return _whole(groups, {**fixed, **uniform(fit, _left(groups, fixed, fit, budget)).ranks})
+    return _complete(groups, {**fixed, **uniform(fit, _left(groups, fixed, fit, budget)).ranks})
 
 
 def _check(groups: Sequence[Group], runs: int = 1, trials: int = 1) -> None:
@@ -145,6 +146,6 @@ def _left(groups: Sequence[Group], fixed: Mapping[str, int | None], fit: BudgetF
     return budget - taken
 
 
-def _whole(groups: Sequence[Group], ranks: Mapping[str, int | None]) -> RankPlan:
+def _complete(groups: Sequence[Group], ranks: Mapping[str, int | None]) -> RankPlan:
     """Return a plan for all groups, in their order; those without a rank are dense."""
     return RankPlan({group.name: ranks.get(group.name) for group in groups}, _STRUCTURE)

@@ -1,12 +1,12 @@
 """What calibration costs: the same forward passes with and without collecting covariances, in turns.
 
-Per token and block, collecting multiplies n^2 for each distinct input (qkv, o, gate_up, down), which for a small model is as many
-multiplications as the block's own linears: 3.3 M beside 3.5 M for SmolLM2-135M. The symmetric half and bfloat16 products keep the
-clock below that. The ratio is of wall-clock medians; run it with nothing else on the machine:
+    python bench/cost.py --sequences 64
 
-    python bench/cost.py
+Collecting multiplies n^2 times per token for each distinct input of a block (qkv, o, gate_up, down). For a small model that is as
+much as the block's own linears: 3.3 M beside 3.5 M for SmolLM2-135M. The clock shows less, because a covariance is symmetric and is
+multiplied in bfloat16 (lrserve/compression/matmul.py). The ratio is the median of the rounds, of wall-clock time.
 
-The last line is JSON.
+Run it with nothing else on the machine. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from lrserve.compression.calibrate import calibrate
 from lrserve.inputs.demo import demo_recipe
 from lrserve.pipeline.job import open_job
 from lrserve.recipe import Recipe
+from lrserve.report.card import table
+from publishing import add_results_option, command_line, publish
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, help="[default: the demo's]")
-    parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=32, help="of the recipe's calibration text [default: 32]")
+    parser.add_argument("--rounds", type=int, default=3, help="counted rounds [default: 3]")
+    add_results_option(parser)
     arguments = parser.parse_args()
     job = open_job(Recipe.load(arguments.recipe or demo_recipe(), {}), print)
     settings = job.recipe.calibration
@@ -54,11 +57,16 @@ def main() -> None:
                     seconds[collect].append(time.perf_counter() - began)
     plain, collecting = (statistics.median(seconds[collect]) for collect in (False, True))
     ratios = [b / a for a, b in zip(seconds[False], seconds[True], strict=True)]
-    print(
-        f"{windows.numel()} tokens on {torch.get_num_threads()} threads: forward {plain:.1f} s, collecting {collecting:.1f} s: "
-        f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    cells = [f"{plain:.1f}", f"{collecting:.1f}", f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
+    markdown = (
+        f"{windows.numel()} tokens on {torch.get_num_threads()} threads, {arguments.rounds} rounds in turns\n\n"
+        f"{table(['forward, s', 'forward and covariances, s', 'ratio'], [cells])}\n"
     )
-    print(json.dumps({"forward_seconds": seconds[False], "collecting_seconds": seconds[True], "ratios": ratios}))
+    figures = {"tokens": windows.numel(), "forward_seconds": seconds[False], "collecting_seconds": seconds[True], "ratios": ratios}
+    print(markdown)
+    if arguments.results:
+        publish(arguments.results, command_line(), markdown, figures)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Evolutionary allocation by level switching (EvoPress, arXiv 2410.14649, section 3): a (1 + lambda) search over rank plans.
+"""Baseline of bench/quality.py and bench/search.py: level switching (EvoPress, arXiv 2410.14649, section 3), a (1 + lambda) search.
 
-A plan has a level for each group: a place among the costs that the group can have (`BudgetFit.levels`). One generation makes
-offspring of the parent plan; the best of them becomes the parent if it is better. An offspring raises one to three random groups,
-fewer more often, by one to four levels each, and pays for it by lowering random other groups until the budget holds; what they
-freed beyond that is handed out again, a level at a time. So every plan meets the budget, and the lowest value never rises.
+A plan has a level for each group: a place among the costs that the group can have (`BudgetFit.levels` in
+lrserve/allocation/plan.py). One generation makes offspring of the parent plan; the best of them becomes the parent if it is better.
+An offspring raises one to three random groups, fewer more often, by one to four levels each. It pays for that by lowering random
+other groups until the budget holds; what they freed beyond that is given out again, a level at a time. So every plan meets the
+budget, and the lowest value never rises.
 
 The paper switches levels between matrices of equal size, or among all of them; groups here differ in size, so it is among all. It
-selects in steps, each on more and freshly drawn tokens; here every offspring is measured once, on the caller's fixed tokens: values
-are then comparable across generations, and the parent need not be measured again.
+selects in steps, each on more and freshly drawn tokens. Here every offspring is measured once, on the caller's fixed tokens: values
+are comparable across generations, and the parent is measured once.
 """
 
 from __future__ import annotations

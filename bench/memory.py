@@ -1,12 +1,13 @@
-"""What it is worth that `lrserve serve` lets malloc keep what is freed on the CPU, and what one process is worth.
+"""What the malloc settings of `lrserve serve` bring on the CPU, and how much two processes of the same kind differ.
 
     python bench/memory.py                    the demo's dense model, on its workloads
     python bench/memory.py --processes 3 --repeats 7 --compiled
 
-vLLM engines of one model are up together, some with the settings of `lrserve serve`, some with malloc as it is, and run in turns.
-Each line is an engine, over the first plain one: what stands between two plain ones is the difference between two processes.
+Several vLLM engines of one model are up together and run in turns: `plain` ones with malloc's defaults, `kept` ones with the
+settings by which malloc keeps freed memory. Each line is one engine, compared with the first plain one. The line of another plain
+engine shows the difference between two processes with equal settings.
 
-The last line is JSON.
+Run it with nothing else on the machine. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from lrserve.pipeline.job import open_job
 from lrserve.recipe import Recipe
 from lrserve.report.card import speedup_cell, table
 from lrserve.serving.server import memory_environment
+from publishing import add_results_option, command_line, publish
 
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Processes started within have the settings of malloc that `lrserve serve` gives."""
+    """Start processes with the malloc settings of `lrserve serve`."""
     os.environ["GLIBC_TUNABLES"] = memory_environment(os.environ)["GLIBC_TUNABLES"]
     try:
         yield
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="engines of each kind [default: 2]")
     parser.add_argument("--repeats", type=int, default=5, help="counted rounds [default: 5]")
     parser.add_argument("--compiled", action="store_true", help="vLLM with torch.compile; the demo's recipe is without")
+    add_results_option(parser)
     arguments = parser.parse_args()
     if memory_environment(os.environ) == os.environ:
         parser.error("lrserve leaves malloc as it is here: the environment has settings for it, or glibc is too old")
@@ -63,7 +66,10 @@ def main() -> None:
     seconds = ", ".join(
         f"{name} {statistics.median(run.seconds for run in pair.dense):.2f} s" for name, pair in found[0].workloads.items()
     )
-    print(f"{engine_version()}, over plain 1 ({seconds})\n\n{table(['', *workloads, 'all workloads'], lines)}")
+    markdown = f"{engine_version()}, throughput over plain 1 ({seconds})\n\n{table(['', *workloads, 'all workloads'], lines)}\n"
+    print(markdown)
+    if arguments.results:
+        publish(arguments.results, command_line(), markdown, results)
     print(json.dumps(results))
 
 

@@ -6,9 +6,9 @@
     python bench/quality.py --rounding --ratio 0.2   what rounding the factors to the serving dtype does to the logits
 
 Rows share the calibration text, its statistics and the seed. A cell holds the perplexity on held-out text of two domains, with
-log(ppl / ppl dense) in brackets, and the mean KL divergence from the dense model on both, in nats per token. Models are measured as
-they would be exported: factors rounded to the serving dtype, multiplied unmerged. What is finished is kept in the work folder: an
-interrupted run goes on where it stopped, and a finished row is only printed.
+log(perplexity / dense perplexity) in brackets, and the mean KL divergence from the dense model on both, in nats per token. Models
+are measured as they would be exported: factors rounded to the serving dtype, multiplied unmerged. The work folder keeps finished
+stages and rows: an interrupted run goes on where it stopped, and a finished row is only printed.
 
 The seconds are those of making the factors: the stages that a row's factorization needs (calibration, backward passes,
 decomposition, each as long as it took when it was made) and its own allocation and improvement.
@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from baselines import BASELINES, baseline
 from bolaco import bolaco, lord_plan
 from evolution import evolve
-
 from lrserve.allocation import losses as allocate
 from lrserve.allocation.goal import Goal
 from lrserve.allocation.plan import BudgetFit, RankPlan
@@ -61,6 +61,7 @@ from lrserve.recipe import Recipe, Target
 from lrserve.report.card import table
 from lrserve.storage.store import write_json
 from lrserve.storage.work import WorkFolder, work_folder
+from publishing import add_results_option, command_line, publish
 
 RATIOS = (0.2, 0.4, 0.6)
 TRIALS = 50  # of Bolaco's search, as in the paper
@@ -134,7 +135,7 @@ class _EqualSpeed:
 
 
 class Bench:
-    """The opened inputs, the dense reference, and every stage by name, made when it is first asked for."""
+    """The opened inputs, the dense reference, and every stage by name, made at its first use."""
 
     def __init__(self, job: Job, folder: WorkFolder, texts: Mapping[str, torch.Tensor]) -> None:
         self.job, self.folder, self.texts = job, folder, texts
@@ -354,12 +355,12 @@ class Bench:
 
 
 @torch.inference_mode()
-def rounding(bench: Bench, ratios: Sequence[float]) -> str:
+def rounding(bench: Bench, ratios: Sequence[float]) -> list[dict[str, Any]]:
     """Compare the loss-aware plans' factors in float32 with the same rounded to the serving dtype, in both structures.
 
     Everything else is equal: float32 arithmetic, and other weights that are exact in the serving dtype.
     """
-    lines = []
+    rows = []
     for ratio in ratios:
         for row in (ROWS["loss-aware"], replace(ROWS["loss-aware"], structure="low_rank")):
             plan, _ = bench.plan(row, ratio)
@@ -376,9 +377,33 @@ def rounding(bench: Bench, ratios: Sequence[float]) -> str:
                     errors = rounded(input_ids=window, use_cache=False).logits.sub_(logits)
                     squares += torch.stack([errors.square_().mean(), logits.square_().mean()]).double() / len(windows)
                 error, size = squares.sqrt().tolist()
-                increase = math.expm1(found["nll"] - reference.nll)
-                cells = [f"{error:.4f}", f"{size:.2f}", f"{found['divergence']:.1e}", f"{increase:+.2%}"]
-                lines.append([f"{ratio:g}, {row.structure}", domain, *cells])
+                rows.append(
+                    {
+                        "ratio": ratio,
+                        "structure": row.structure,
+                        "text": domain,
+                        "rms_logit_error": error,
+                        "rms_logit": size,
+                        "divergence": found["divergence"],
+                        "perplexity_increase": math.expm1(found["nll"] - reference.nll),
+                    }
+                )
+    return rows
+
+
+def render_rounding(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line per ratio, structure and text."""
+    lines = [
+        [
+            f"{row['ratio']:g}, {row['structure']}",
+            row["text"],
+            f"{row['rms_logit_error']:.4f}",
+            f"{row['rms_logit']:.2f}",
+            f"{row['divergence']:.1e}",
+            f"{row['perplexity_increase']:+.2%}",
+        ]
+        for row in rows
+    ]
     return table(["ratio, structure", "text", "RMS logit error", "RMS logit", "KL, nats", "perplexity"], lines)
 
 
@@ -418,6 +443,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens per domain [default: 8192]")
     parser.add_argument("--rounding", action="store_true", help="measure what rounding the factors adds, instead of the rows")
     parser.add_argument("--list", action="store_true", help="list the rows")
+    add_results_option(parser)
     arguments = parser.parse_args()
     if arguments.list:
         for name, row in ROWS.items():
@@ -438,15 +464,19 @@ def main() -> None:
     with work_folder(arguments.work, lambda line: None, MODULES) as folder:
         bench = Bench(job, folder, texts)
         dense = {name: reference.nll for name, reference in bench.reference.items()}
-        if arguments.rounding:
-            print(rounding(bench, ratios))
-            return
         results: list[dict[str, Any]] = []
-        for ratio in ratios:
-            for name in arguments.row or ROWS:
-                results.append(bench.measure(name, ratio))
-                print(json.dumps(results[-1]), flush=True)
-    print(render(results, dense, ratios))
+        if arguments.rounding:
+            results = rounding(bench, ratios)
+            markdown = render_rounding(results)
+        else:
+            for ratio in ratios:
+                for name in arguments.row or ROWS:
+                    results.append(bench.measure(name, ratio))
+                    print(json.dumps(results[-1]), flush=True)
+            markdown = render(results, dense, ratios)
+    print(markdown)
+    if arguments.results:
+        publish(arguments.results, command_line(), markdown, {"dense_nll": dense, "rows": results})
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""What int8 on top costs in perplexity: artifacts and their dense model in bfloat16, int8 and int4, by bytes read per token.
+"""What int8 does to the perplexity of artifacts, beside their dense model in bfloat16, int8 and int4.
 
     python bench/quantized.py demo
     python bench/quantized.py demo other --tokens 16384        artifacts of one dense model
 
-Each row is a vLLM engine that computes in bfloat16; perplexity is of its own log probabilities, on the report text of the first
-artifact's recipe.
+Each row is a vLLM engine that computes in bfloat16. The perplexity is by its own log probabilities, on the report text of the first
+artifact's recipe. The bytes are those that one decode step reads. bench/readme.py has int8 by stock vLLM, and speeds.
 
-    int8   W8A8 by lrserve's layers, as `vllm serve --quantization-config '{"linear": "int8_per_channel_static"}'` has it
-    int4   the linears' weights rounded to nearest in groups of 32 with one scale each and back, multiplied in bfloat16: values that
-           GPTQ's format can hold, without GPTQ's choice among them
+    int8   8-bit weights and activations by lrserve's layers, as with
+           `vllm serve --quantization-config '{"linear": "int8_per_channel_static"}'`
+    int4   the linears' weights rounded to nearest in groups of 32 with one scale each, multiplied in bfloat16: values that GPTQ's
+           format can hold, without GPTQ's choice among them
 
 The last line is JSON.
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,17 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed import Contender
 
 from exporters.vllm import VllmExporter
 from lrserve.allocation.plan import RankPlan
 from lrserve.compression.lowrank import quantization_config
 from lrserve.engines.vllm import Engine, engine_version
-from lrserve.pipeline.job import Job, open_job
+from lrserve.pipeline.job import Job, first_tokens, open_job
 from lrserve.recipe import Recipe
 from lrserve.report.card import table
 from lrserve.report.console import progress_bar
-from lrserve.storage.store import read_manifest
+from publishing import add_results_option, command_line, publish
+from readme import one_dense_model, perplexity
+from speed import Contender
 
 GROUP = 32  # weights that share one scale in int4
 
@@ -52,17 +53,16 @@ def round_to_int4(model: Any, job: Job) -> Any:
     return model
 
 
-def perplexity(folder: Path, windows: torch.Tensor, precision: str) -> float:
+def measured(folder: Path, windows: torch.Tensor, precision: str) -> float:
     """Perplexity of windows (sequences, length) in a vLLM engine of its own."""
     quantization = "int8" if precision == "int8" else None
-    with Engine(folder, max_model_len=windows.shape[1] + 1, max_num_seqs=4, kv_cache_gib=0.5, quantization=quantization) as engine:
-        logprobs = [value for transcript in engine.transcribe(windows.tolist(), 1) for value in transcript.logprobs]
-    return math.exp(-sum(logprobs) / len(logprobs))
+    with Engine(folder, max_model_len=windows.shape[1] + 1, max_num_seqs=1, kv_cache_gib=0.5, quantization=quantization) as engine:
+        return perplexity(engine, windows)
 
 
 @contextmanager
 def dense_checkpoint(job: Job, precision: str) -> Iterator[Path]:
-    """Write the dense model as one row wants it."""
+    """Write the dense model in one of the precisions."""
     model = job.source.load(job.dtype)
     with tempfile.TemporaryDirectory(prefix="lrserve-") as folder:
         VllmExporter().export(round_to_int4(model, job) if precision == "int4" else model, job.source.path, Path(folder), job.dtype)
@@ -76,15 +76,14 @@ def dense_checkpoint(job: Job, precision: str) -> Iterator[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path, nargs="+")
-    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("artifact", type=Path, nargs="+", help="folders that compress-and-export made of one dense model")
+    parser.add_argument("--tokens", type=int, default=16384, help="of report text [default: 16384]")
+    add_results_option(parser)
     arguments = parser.parse_args()
-    models = {read_manifest(artifact)["inputs"]["content"]["model"] for artifact in arguments.artifact}
-    if len(models) > 1:
+    if not one_dense_model(arguments.artifact):
         parser.error("the artifacts come from different dense models")
     job = open_job(Recipe.load(arguments.artifact[0] / "lrserve" / "recipe.yaml", {}), print)
-    windows = job.windows["report"]
-    windows = windows[: max(1, arguments.tokens // windows.shape[1])]
+    windows = first_tokens(job.windows["report"], arguments.tokens)
     nothing = RankPlan(dict.fromkeys((group.name for group in job.groups), None), "low_rank")
     rows: list[tuple[str, RankPlan, str, Path | None]] = [("dense", nothing, p, None) for p in ("bfloat16", "int8", "int4")]
     for artifact in arguments.artifact:
@@ -96,13 +95,17 @@ def main() -> None:
             megabytes = Contender(job.source.config(), job.groups, plan, precision).read_bytes / 1e6
             if folder is None:
                 with dense_checkpoint(job, precision) as written:
-                    found = perplexity(written, windows, precision)
+                    found = measured(written, windows, precision)
             else:
-                found = perplexity(folder, windows, precision)
+                found = measured(folder, windows, precision)
             results.append({"name": name, "precision": precision, "megabytes": megabytes, "perplexity": found})
             progress(index + 1)
     cells = [[f"{row['name']} {row['precision']}", f"{row['megabytes']:.0f}", f"{row['perplexity']:.2f}"] for row in results]
-    print(f"{engine_version()}, {windows.numel()} tokens of report text\n\n{table(['', 'MB read', 'perplexity'], cells)}")
+    header = ["", "MB read", "perplexity"]
+    markdown = f"{engine_version()}, {windows.numel()} tokens of report text\n\n{table(header, cells)}\n"
+    print(markdown)
+    if arguments.results:
+        publish(arguments.results, command_line(), markdown, results)
     print(json.dumps(results))
 
 

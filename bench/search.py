@@ -1,25 +1,27 @@
-"""Is the search worth it? Fronts of perplexity against *measured* throughput: lrserve's against random search, uniform, and Bolaco.
+"""Is the search worth it? Fronts of perplexity against *measured* throughput: lrserve's search against four other methods.
 
     python bench/search.py                            five seeds, on the demo's model and texts
     python bench/search.py --seeds 2 --trials 12 --plans 2
-    python bench/search.py --phase trials             without engines: may run beside other things, on one thread as well
-    python bench/search.py --phase engine             the rest; wants the machine for itself
+    python bench/search.py --phase trials             no measurements of plans: may run beside other things once layers are timed
+    python bench/search.py --phase engine             the rest; needs the machine for itself
     python bench/search.py --method lrserve --seeds 1 --plans 12 --repeats 6          a whole front: is its order the predicted one?
 
-Every method gets the same number of trials on the same validation text, from the same statistics:
+Every method evaluates the same number of plans on the same validation text, from the same statistics:
 
-    lrserve   the two-objective study as `lrserve compress-and-export` runs it without a target
-    random    random draws from the same space, without the plans that the study begins with
-    uniform   uniform ranks at as many ratios; needs no seed
-    bolaco    its 5x4 space for single linears (arXiv 2405.10616), a search for each of four ratios with a quarter of the trials
+    lrserve     the two-objective study as `lrserve compress-and-export` runs it without a target
+    random      random draws from the same space, without the plans that the study begins with
+    uniform     uniform ranks at as many ratios; needs no seed
+    evolution   level switching (bench/evolution.py) from the closed-form loss-aware plan, at each of four ratios with a quarter of
+                the evaluations
+    bolaco      its 5x4 space for single linears (bench/bolaco.py), at each of the same ratios with a quarter of the evaluations
 
-Of each search's front the few plans of the largest hypervolume, by predicted speed (by parameters for bolaco), are served by vLLM
-with random weights, which the clock does not see, and measured in turns with the dense model, six plans at once. What counts is the
-hypervolume of these measurements: the area of log(perplexity / dense) and speedup that the plans dominate, up to `REFERENCE`,
-dense's speed. The same measurements say how good the table's predictions are, for plans that were never measured before: first as
-they stand, then corrected by the factor that the plans of the *other* seeds and methods ask for.
+Of each method's front the few plans of the largest hypervolume, by predicted speed (by parameters for bolaco), are served by vLLM
+with random weights, which the clock does not see, and measured in turns with the dense model, six plans at once. The figure of
+merit is the hypervolume of these measurements: the area of log(perplexity / dense) and speedup that the plans dominate, up to
+`REFERENCE`, dense's speed. The same measurements say how good the table's predictions are for plans that were never measured
+before: first as they stand, then corrected by the factor that the plans of the *other* seeds and methods ask for.
 
-What is finished is kept in the work folder. The last line is JSON.
+Finished work is kept in the work folder. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -36,10 +38,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from baselines import baseline
-from bolaco import bolaco
 from scipy.stats import spearmanr
 
+from baselines import baseline
+from bolaco import bolaco
+from evolution import evolve
 from lrserve.allocation import losses as allocate
 from lrserve.allocation.goal import FRONT_LIMIT, Goal
 from lrserve.allocation.plan import BudgetFit, RankPlan
@@ -64,9 +67,10 @@ from lrserve.report.card import table
 from lrserve.report.console import progress_bar
 from lrserve.storage.store import fingerprint, write_json
 from lrserve.storage.work import WorkFolder, work_folder
+from publishing import add_results_option, command_line, publish
 
-METHODS = ("lrserve", "random", "uniform", "bolaco")
-BOLACO_RATIOS = (0.15, 0.3, 0.45, 0.6)
+METHODS = ("lrserve", "random", "uniform", "evolution", "bolaco")
+RATIOS = (0.15, 0.3, 0.45, 0.6)  # at which evolution and bolaco search
 UNIFORM_RATIOS = (0.05, 0.65)
 WORKLOADS = {
     "chat": Workload(prompt_tokens=128, output_tokens=64, concurrency=8),
@@ -119,6 +123,18 @@ def hypervolume(points: Sequence[tuple[float, float]]) -> float:
     return area
 
 
+def evolve_each(
+    fit: BudgetFit, losses: allocate.Losses, trials: int, evaluate: Callable[[RankPlan], float], stage: Path, seed: int
+) -> None:
+    """Switch levels from the plan of least loss at each of `RATIOS`, one offspring a generation; `trials` evaluations in all."""
+    for ratio in RATIOS:
+        budget, state = (1 - ratio) * fit.dense_cost, stage / f"state-{ratio}.json"
+        state.unlink(missing_ok=True)  # only a search that ran to the end keeps its points
+        start = allocate.least_loss(fit, losses, budget)
+        generations = trials // len(RATIOS) - 1  # the start is an evaluation too
+        evolve(fit, start, budget, evaluate, state, generations=generations, offspring=1, seed=seed)
+
+
 class Unguided(SearchSpace):
     """The space without the plans that a study begins with."""
 
@@ -128,7 +144,7 @@ class Unguided(SearchSpace):
 
 
 class Bench:
-    """The opened inputs, and every stage that the methods share, made when it is first asked for."""
+    """The opened inputs, and every stage that the methods share, made at its first use."""
 
     def __init__(self, job: Job, folder: WorkFolder, trials: int, plans: int) -> None:
         self.job, self.folder, self.trials, self.plans = job, folder, trials, plans
@@ -218,10 +234,23 @@ class Bench:
             plans = [allocate.uniform(fit, (1 - ratio) * fit.dense_cost) for ratio in ratios]
             return [self._point(plan, evaluate(plan, []).perplexity) for plan in plans]
         losses, _ = probed_losses(self.job, self.merged, self.store, self.folder)
+        if method == "evolution":
+            return self._evolution(losses["loss_aware"], seed, stage)
         search = settings.model_copy(update={"trials": self.trials, "sampler": "gp" if method == "lrserve" else "random"})
         space = (SearchSpace if method == "lrserve" else Unguided)(units, Target(), search, losses, self.speed, structure)
         trials = run_study(space, self.goal, self.speed, evaluate, search, stage / "study.sqlite3", seed=seed)
         return [self._point(trial.plan, trial.perplexity) for trial in trials if trial.complete]
+
+    def _evolution(self, losses: allocate.Losses, seed: int, stage: Path) -> list[Point]:
+        judged, points = judge(self.merged, self.validation), list[Point]()
+
+        def evaluate(plan: RankPlan) -> float:
+            points.append(self._point(plan, judged(plan, []).perplexity))
+            return points[-1].loss
+
+        fit = BudgetFit(self.job.units, self.job.recipe.search.rank_step, self.job.recipe.structure)
+        evolve_each(fit, losses, self.trials, evaluate, stage, seed)
+        return points
 
     def _bolaco(self, seed: int, stage: Path) -> list[Point]:
         self.merged.apply({})
@@ -235,9 +264,9 @@ class Bench:
             points.append(Point(plan, self.goal.loss(perplexity), None, plan.ratio(self.singles)))
             return float(perplexity)
 
-        for ratio in BOLACO_RATIOS:
-            trials, path = self.trials // len(BOLACO_RATIOS), stage / f"study-{ratio}.sqlite3"
-            path.unlink(missing_ok=True)  # its points are kept by the search that ran to the end
+        for ratio in RATIOS:
+            trials, path = self.trials // len(RATIOS), stage / f"study-{ratio}.sqlite3"
+            path.unlink(missing_ok=True)  # only a search that ran to the end keeps its points
             bolaco(self.singles, (1 - ratio) * dense, self.job.recipe.search.rank_step, 4, trials, evaluate, path, seed=seed)
         merged.apply({})
         return points
@@ -378,7 +407,10 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="vLLM with torch.compile; the demo's recipe is without")
     parser.add_argument("--phase", choices=("trials", "engine"), default="engine", help="engine does both [default]")
     parser.add_argument("--work", type=Path, default=Path("search.work"), help="folder for what is finished [default: search.work]")
+    add_results_option(parser)
     arguments = parser.parse_args()
+    if arguments.results and arguments.phase == "trials":
+        parser.error("--results needs measurements; leave out --phase trials")
     overrides = {
         "engine.repeats": arguments.repeats,
         "engine.enforce_eager": False if arguments.compiled else None,
@@ -390,6 +422,8 @@ def main() -> None:
         result = report(bench, arguments.method or METHODS, arguments.seeds, arguments.phase == "engine")
     if "hypervolume" in result:
         print(render(result))
+        if arguments.results:
+            publish(arguments.results, command_line(), render(result), result)
     print(json.dumps(result))
 
 

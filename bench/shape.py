@@ -1,11 +1,11 @@
-"""A search at the size of 1B on two cores: a checkpoint with random weights in one of speed.py's shapes, and a recipe for it.
+"""Inputs for a search at the size of 1B on two cores: a checkpoint with random weights in a shape of speed.py, and a recipe.
 
     python bench/shape.py shape --model 1b --min-speedup 1.3
     lrserve compress-and-export --recipe shape/recipe.yaml -o shape/plan
     python bench/speed.py --model 1b --plan shape/plan/lrserve/plan.json
 
-The clock does not see values, so the plan's speed is what a real model's would be; its perplexity says nothing. Statistics of
-random weights need no more tokens than the recipe takes. Its tokens are bytes.
+The clock does not see values, so the plan's speed is that of a real model; its perplexity has no meaning. Statistics of random
+weights need few tokens. The tokenizer's tokens are bytes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from speed import MODELS, model_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lrserve.inputs.demo import demo_texts
+from speed import MODELS, model_config
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

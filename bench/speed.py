@@ -1,28 +1,34 @@
-"""What factors do to speed: dense against ratios 0.2, 0.4 and 0.6 in vLLM, and where the time goes.
+"""Speed of compressed against dense in stock vLLM, and how far both are from what the machine can do.
 
     python bench/speed.py                                    SmolLM2 and two shapes of 1.1B and 1.2B, every structure
     python bench/speed.py --model 1b --structure narrow --ratio 0.2
-    python bench/speed.py --model 1b --structure narrow --dense qkv --dense o       all that is saved comes from the MLPs
+    python bench/speed.py --model 1b --structure narrow --dense qkv --dense o       attention stays dense
     python bench/speed.py --model smollm2 --plan demo/lrserve/plan.json
 
-Weights are random: the clock does not see values. Plans are uniform, but for `--plan`. For each structure one dense engine and one
-for each ratio are up at once and measured in turns: decode steps with 1, 8 and 32 requests at once, and the prefill of one prompt.
-All run on vLLM as stock `vllm serve` starts it.
+A decode step reads every weight once and multiplies it once for each request. With few requests the reading takes longer, with many
+the multiplications, as in the prefill of a prompt. Compression saves both in proportion to the weights that it removes; it saves
+nothing of attention, of the other operations of a step, or of the cost of starting an operation.
 
-    step      milliseconds of one decode step: (time of 65 output tokens - time of 1) / 64; median of the rounds
-    speedup   the dense step over this one, round by round: median (lowest to highest)
-    bound     share of what the machine can do: for decode the time in which the model's weights can be read, for prefill the time
-              of its multiplications (linears, causal attention, and the output layer for one token), at the rate that the engine's
-              kernel reaches on one large matrix in the same process and the same round, over the measured time; median. The rate is
-              a mean over a second, as a step is a mean over seconds: both have what others on the machine take away. In brackets
-              the share of what the matrix reaches undisturbed, in the lower quartile of its times, which the machine cannot hold
-    GEMM      share of that time that its matrix products take, by the table of single layers (`lrserve/engines/vllm_latency.py`)
+For each structure one dense engine and one for each ratio are up at once and measured in turns: decode steps with 1, 8 and 32
+requests at once, and the prefill of one prompt. All run on vLLM as stock `vllm serve` starts it. Weights are random: the clock does
+not see values. Ranks are uniform, except with `--plan`.
 
-With `--quantized` the plans are served in int8 (W8A8, `--quantization-config` of `vllm serve`), beside the dense model in bfloat16,
-in int8 by lrserve's layers (`dense int8`) and by vLLM alone (compressed-tensors' format), and in int4 by vLLM alone (GPTQ's format,
-groups of 32, activations in bfloat16).
+    time      milliseconds of one decode step, (time of 65 output tokens - time of 1) / 64, or of the prefill; median of the rounds
+    speedup   the dense model's time over this one, round by round: median (lowest to highest)
+    limit     the largest speedup that the bound allows
+    bound     the longer of two times: to read the weights of the linears and the output layer once (memory), and to multiply by
+              them (arithmetic; in a prefill also causal attention, and the output layer for one token only). The rates are those of
+              one large layer with the engine's kernel in the same process and round. The percentage is this bound over the measured
+              time, median of the rounds
+    matmuls   share of the measured time that single layers of these sizes take (lrserve/engines/vllm_latency.py)
 
-What is finished is kept in the work folder. Run it with nothing else on the machine. The last line is JSON.
+With `--quantized` the plans are served in int8 (8-bit weights and activations) by lrserve's layers, as `--quantization-config` of
+`vllm serve` asks for. Beside them are dense models: in bfloat16, in int8 by lrserve's layers (`dense int8`), in int8 by stock vLLM
+(a compressed-tensors checkpoint), and in int4 by stock vLLM (a GPTQ checkpoint, groups of 32). The rates of int8 and int4
+arithmetic are not measured, so these have a bound by reading only, at one request.
+
+Finished measurements are kept in the work folder; a new commit measures again. Run it with nothing else on the machine. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -51,17 +57,20 @@ from lrserve.compression.groups import KINDS, STRUCTURES, Group, allocated, find
 from lrserve.compression.lowrank import quantization_config, specs_of
 from lrserve.engines.vllm import Engine, engine_version, in_turns
 from lrserve.pipeline.measure import machine
-from lrserve.report.card import table
+from lrserve.report.card import speedup_cell, table
 from lrserve.report.console import progress_bar
 from lrserve.storage.store import fingerprint, write_json
+from publishing import add_results_option, command_line, commit, publish
 
 RATIOS = (0.2, 0.4, 0.6)
 CONCURRENCIES = (1, 8, 32)
 PROMPT, STEPS = 16, 64  # of a decode measurement
 PREFILL = 512  # tokens of one prompt
-SAMPLES = 3  # of one request, of the prefill and of the bounds' rates, in each round
+SAMPLES = 3  # of one request, of the prefill and of the rates, in each round
 RATE_SECONDS = 1.0  # over which a rate is the mean
 LARGE = Shape(8192, 8192, None)  # whose rates are the bounds
+PREFILL_LOAD = f"prefill of {PREFILL}"
+LOADS = (*(f"{number} request{'s' * (number > 1)}" for number in CONCURRENCIES), PREFILL_LOAD)
 STEP = 64
 
 MODELS: Mapping[str, Mapping[str, Any]] = {
@@ -119,15 +128,14 @@ STOCK_CHECKPOINTS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Timed:
-    """One round of one engine: seconds of a decode step by concurrency, of the prefill, and what the large matrix reached.
+    """One round of one engine: seconds of a decode step by number of requests, seconds of the prefill, and the large layer's rates.
 
-    That is bytes read and operations a second: `reached` by the mean of its times, `undisturbed` by their lower quartile.
+    The rates are bytes read and operations, both a second.
     """
 
     decode: dict[int, float]
     prefill: float
-    reached: tuple[float, float]
-    undisturbed: tuple[float, float]
+    rates: tuple[float, float]
 
 
 def decode(engine: Engine, concurrency: int, seed: int) -> float:
@@ -144,7 +152,7 @@ def warm_up(engine: Engine) -> None:
 
 
 def rates(microseconds: Sequence[float]) -> tuple[float, float]:
-    """Bytes and operations a second of the large matrix, by its times for one token and for the prefill's."""
+    """Bytes and operations a second of the large layer, by its times for one token and for the prefill's."""
     weights = LARGE.n * LARGE.m
     read, multiplied = microseconds
     return 2 * weights / (1e-6 * read), 2 * weights * PREFILL / (1e-6 * multiplied)
@@ -162,8 +170,7 @@ def measure(engine: Engine, seed: int) -> Timed:
         (large,) = engine.latency_table([LARGE], [1, PREFILL], seconds=RATE_SECONDS)
         runs.append([step, engine.throughput(PREFILL, 1, 1, seed=seed + i).seconds, *large])
     step, prefill, *large = map(statistics.median, zip(*runs, strict=True))
-    (quiet,) = engine.latency_table([LARGE], [1, PREFILL])
-    return Timed({1: step, **steps}, prefill, rates(large), rates(quiet))
+    return Timed({1: step, **steps}, prefill, rates(large))
 
 
 @dataclass(frozen=True)
@@ -198,7 +205,7 @@ class Contender:
         return folder
 
     def calls(self) -> Counter[Shape]:
-        """Count the single layers of the latency table that one pass through the model takes, the output layer included."""
+        """Count the single layers that one pass through the model calls, the output layer included."""
         linears = (shape for unit in self.units for shape in shapes_of(unit, self.plan.ranks[unit.name], self.plan.structure))
         return Counter([self.output_layer, *linears])
 
@@ -207,17 +214,26 @@ class Contender:
         """Parameters of the decoder's linears."""
         return self.plan.parameters(self.units)
 
-    def prefill_flops(self, tokens: int) -> int:
-        """Operations that a prompt takes: linears, attention's two products over the positions up to each, one row of logits."""
-        config = self.config
-        positions = tokens * (tokens + 1) // 2
-        attention = 2 * 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * positions
-        return 2 * self.linear_parameters * tokens + attention + 2 * self.output_layer.n * self.output_layer.m
-
     @property
     def read_bytes(self) -> float:
-        """Bytes of weights that a token reads: linears with the scales of int4's groups, and the output layer in bfloat16."""
+        """Bytes of weights that a decode step reads: linears with the scales of int4's groups, and the output layer in bfloat16."""
         return BYTES[self.precision] * self.linear_parameters + 2 * self.output_layer.n * self.output_layer.m
+
+    def operations(self, load: str) -> int:
+        """Operations of one of `LOADS`; attention's two multiplications by the positions up to each token in a prefill only."""
+        config, output_layer = self.config, self.output_layer.n * self.output_layer.m
+        if load != PREFILL_LOAD:
+            return 2 * int(load.split()[0]) * (self.linear_parameters + output_layer)
+        positions = PREFILL * (PREFILL + 1) // 2
+        attention = 2 * 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * positions
+        return 2 * self.linear_parameters * PREFILL + attention + 2 * output_layer
+
+    def bound(self, load: str, rates: Sequence[float]) -> tuple[float, str] | None:
+        """Least seconds for one of `LOADS` at these rates, and what bounds them; None where the rate is not known."""
+        memory = self.read_bytes / rates[0], "memory"
+        if self.precision == "bfloat16":
+            return max(memory, (self.operations(load) / rates[1], "arithmetic"))
+        return memory if load == LOADS[0] else None
 
 
 def model_config(name: str) -> LlamaConfig:
@@ -230,7 +246,7 @@ def model_config(name: str) -> LlamaConfig:
 def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int, eager: bool) -> Any:
     """Measure the contenders, one of which is `dense`, in turns, or read what an earlier run measured."""
     keys = {label: [contender.plan.key(), contender.precision] for label, contender in contenders.items()}
-    identity = [name, keys, rounds, eager, engine_version(), transformers_version, machine(), list(Timed.__dataclass_fields__)]
+    identity = [name, keys, rounds, eager, engine_version(), transformers_version, machine(), commit()]
     path = work / f"{name}-{fingerprint(identity)[:16]}.json"
     if not path.is_file():
         with progress_bar(rounds * len(contenders), name) as progress, ExitStack() as stack:
@@ -257,73 +273,79 @@ def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int,
         last = contenders["dense"].output_layer  # which multiplies one row of a prompt, its last
         prompt = {shape: row[0] if shape == last else row[-1] for shape, row in rows.items()}
         columns = [*({shape: row[i] for shape, row in rows.items()} for i in range(len(CONCURRENCIES))), prompt]
-        gemm = {
+        matmuls = {
             label: {
-                n: 1e-6 * sum(number * column[shape] for shape, number in of_plan.items())
-                for n, column in zip(tokens, columns, strict=True)
+                load: 1e-6 * sum(number * column[shape] for shape, number in of_plan.items())
+                for load, column in zip(LOADS, columns, strict=True)
             }
             for label, of_plan in calls.items()
         }
-        result = {
-            "rounds": {label: [asdict(timed) for timed in timeds] for label, timeds in found.items()},
-            "gemm_seconds": gemm,
-        }
+        result = {"rounds": {label: [asdict(timed) for timed in timeds] for label, timeds in found.items()}, "matmuls": matmuls}
         write_json(path, result)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def speedup(own: Sequence[float], dense: Sequence[float]) -> str:
-    """Median and spread of the rounds' ratios."""
-    ratios = [reference / seconds for seconds, reference in zip(own, dense, strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-
-
-def render(name: str, contenders: Mapping[str, Contender], result: Mapping[str, Any]) -> str:
-    """One line per contender; three columns for each number of requests, and for the prefill."""
-    header = ["", "MB read", "matmuls a layer"]
-    for concurrency in CONCURRENCIES:
-        header += [f"{concurrency}: step, ms", "speedup", "GEMM"] + ["bound"] * (concurrency == 1)
-    header += [f"prefill {PREFILL}, ms", "speedup", "GEMM", "bound"]
-    lines = []
+def rows_of(contenders: Mapping[str, Contender], result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one row for each contender and each of `LOADS`; times in seconds."""
+    rates = [statistics.median(values) for values in zip(*all_rates(result), strict=True)]
+    rows = []
     for label, contender in contenders.items():
-        products = sum(number * (2 if shape.rank is not None else 1) for shape, number in contender.calls().items()) - 1
-        cells = [label, f"{contender.read_bytes / 1e6:.0f}", f"{products / contender.config.num_hidden_layers:.1f}"]
         rounds, dense = result["rounds"][label], result["rounds"]["dense"]
-        gemm = result["gemm_seconds"].get(label)
-        for concurrency in map(str, CONCURRENCIES):
-            own, other = ([timed["decode"][concurrency] for timed in side] for side in (rounds, dense))
-            cells += times(own, other, gemm and gemm[concurrency])
-            if concurrency == "1":
-                cells.append(share_of_bound(own, rounds, contender.read_bytes, 0))
-        own, other = ([timed["prefill"] for timed in side] for side in (rounds, dense))
-        cells += times(own, other, gemm and gemm[str(PREFILL)])
-        flops = contender.prefill_flops(PREFILL)
-        cells.append(share_of_bound(own, rounds, flops, 1) if gemm else "")
-        lines.append(cells)
-    every = [timed for rounds in result["rounds"].values() for timed in rounds]
-    reached = ", ".join(
-        f"{min(values):.0f} to {max(values):.0f} {unit}"
-        for values, unit in (
-            ([timed["reached"][0] / 1e9 for timed in every], "GB/s read"),
-            ([timed["reached"][1] / 1e9 for timed in every], "GFLOP/s"),
-        )
+        for load in LOADS:
+            own, other = ([seconds_of(timed, load) for timed in side] for side in (rounds, dense))
+            ratios = [reference / seconds for seconds, reference in zip(own, other, strict=True)]
+            row: dict[str, Any] = {"plan": label, "bytes": contender.read_bytes, "load": load, "seconds": statistics.median(own)}
+            if label != "dense":
+                row |= {"speedup": statistics.median(ratios), "speedup_lowest": min(ratios), "speedup_highest": max(ratios)}
+            least, dense_least = contender.bound(load, rates), contenders["dense"].bound(load, rates)
+            if least and dense_least:
+                bounds = (contender.bound(load, timed["rates"]) for timed in rounds)
+                shares = [bound[0] / seconds for bound, seconds in zip(bounds, own, strict=True) if bound]
+                row |= {"bound": least[1], "share_of_bound": statistics.median(shares), "limit": dense_least[0] / least[0]}
+            if label in result["matmuls"]:
+                row["matmuls"] = result["matmuls"][label][load] / row["seconds"]
+            rows.append(row)
+    return rows
+
+
+def seconds_of(timed: Mapping[str, Any], load: str) -> float:
+    """Return what one round took for one of `LOADS`."""
+    return float(timed["prefill"] if load == PREFILL_LOAD else timed["decode"][load.split()[0]])
+
+
+def all_rates(result: Mapping[str, Any]) -> list[Sequence[float]]:
+    """List the large layer's rates in every round of every engine."""
+    return [timed["rates"] for rounds in result["rounds"].values() for timed in rounds]
+
+
+def render(name: str, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], eager: bool) -> str:
+    """Format the rows, under a line that says what they are of and above one that says what the bound is."""
+
+    def line(row: Mapping[str, Any]) -> list[str]:
+        first = row["load"] == LOADS[0]
+        milliseconds = 1e3 * row["seconds"]
+        return [
+            row["plan"] if first else "",
+            f"{row['bytes'] / 1e6:.0f}" if first else "",
+            row["load"],
+            f"{milliseconds:.{1 if milliseconds < 200 else 0}f}",
+            speedup_cell(row) if "speedup" in row else "",
+            f"{row['limit']:.2f}x" if "speedup" in row and "limit" in row else "",
+            f"{row['bound']} {row['share_of_bound']:.0%}" if "bound" in row else "",
+            f"{row['matmuls']:.0%}" if "matmuls" in row else "",
+        ]
+
+    header = ["plan", "MB read", "load", "time, ms", "speedup", "limit", "bound", "matmuls"]
+    (lowest, slowest), (highest, fastest) = (tuple(map(pick, zip(*all_rates(result), strict=True))) for pick in (min, max))
+    rounds = len(result["rounds"]["dense"])
+    mode = f"{'eager' if eager else 'compiled'}, {rounds} round{'s' * (rounds > 1)} in turns"
+    return (
+        f"{name}, stock {engine_version()}, {mode}\n\n"
+        f"{table(header, list(map(line, rows)))}\n\n"
+        "Bound: time to read the weights once (memory) or to multiply by them (arithmetic), the longer of the two, over the "
+        f"measured time. Rates of one {LARGE.n} x {LARGE.m} layer in the same rounds: {lowest / 1e9:.0f} to {highest / 1e9:.0f} "
+        f"GB/s, {slowest / 1e9:.0f} to {fastest / 1e9:.0f} GFLOP/s. Limit: the speedup if both models ran at their bounds.\n"
     )
-    return f"{name}, {engine_version()}; the bounds' rates: {reached}\n\n{table(header, lines)}\n"
-
-
-def times(own: Sequence[float], dense: Sequence[float], gemm: float | None) -> list[str]:
-    """Milliseconds, speedup and the share of matrix products."""
-    median = statistics.median(own)
-    return [f"{1e3 * median:.{1 if median < 0.2 else 0}f}", speedup(own, dense), f"{gemm / median:.0%}" if gemm else ""]
-
-
-def share_of_bound(own: Sequence[float], rounds: Sequence[Mapping[str, Any]], amount: float, rate: int) -> str:
-    """Median of the rounds' shares of an amount's least time, by one of `rates`, over the measured: reached (undisturbed)."""
-    reached, undisturbed = (
-        statistics.median(amount / timed[name][rate] / seconds for timed, seconds in zip(rounds, own, strict=True))
-        for name in ("reached", "undisturbed")
-    )
-    return f"{reached:.0%} ({undisturbed:.0%})"
 
 
 def main() -> None:
@@ -335,14 +357,15 @@ def main() -> None:
         "--dense", action="append", choices=KINDS, default=[], help="kind that stays dense (narrow: an MLP is a down)"
     )
     parser.add_argument("--plan", action="append", type=Path, help="measure this plan.json instead of uniform ones; repeatable")
-    parser.add_argument("--quantized", action="store_true", help="in int8, beside dense in bfloat16, int8 and int4")
+    parser.add_argument("--quantized", action="store_true", help="plans in int8, beside dense in bfloat16, int8 and int4")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--work", type=Path, default=Path("speed.work"), help="folder for what is finished [default: speed.work]")
+    add_results_option(parser)
     arguments = parser.parse_args()
     if arguments.dense and arguments.plan:
-        parser.error("--dense is for uniform plans; a plan.json says itself what stays dense")
-    results = {}
+        parser.error("--dense is for uniform plans; a plan.json already says what stays dense")
+    results, tables = {}, []
     for name in arguments.model or MODELS:
         with torch.device("meta"):
             groups = find_groups(AutoModelForCausalLM.from_config(model_config(name)))
@@ -371,8 +394,12 @@ def main() -> None:
                 series.append(dense | others)
         for contenders in series:
             result = run(name, contenders, arguments.work, arguments.rounds, arguments.eager)
-            results[", ".join([name, *contenders])] = result
-            print(render(name, contenders, result), flush=True)
+            rows = rows_of(contenders, result)
+            results[", ".join([name, *contenders])] = {"rows": rows, **result}
+            tables.append(render(name, rows, result, arguments.eager))
+            print(tables[-1], flush=True)
+    if arguments.results:
+        publish(arguments.results, command_line(), "\n".join(tables), results)
     print(json.dumps(results))
 
 

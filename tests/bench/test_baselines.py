@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from baselines import BASELINES, asvd, bolaco, lord, svd, svd_llm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baselines import BASELINES, asvd, bolaco, lord, svd, svd_llm
 from lrserve.compression.covariance import Covariance, CovarianceAccumulator
 from lrserve.compression.factorize import Factors, factorize
 from lrserve.errors import CalibrationError

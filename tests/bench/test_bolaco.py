@@ -6,10 +6,10 @@ from pathlib import Path
 
 import optuna
 import pytest
-from bolaco import bolaco, lord_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bolaco import bolaco, lord_plan
 from lrserve.allocation.plan import RankPlan
 from lrserve.compression.groups import Group, separate
 from lrserve.errors import InfeasibleTargetError, InputError

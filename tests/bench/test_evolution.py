@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from evolution import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evolution import evolve
 from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.compression.groups import Group, Structure

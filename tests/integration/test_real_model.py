@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from baselines import svd
 
+from baselines import svd
 from exporters.onnx import OnnxExporter
 from exporters.vllm import VllmExporter
 from lrserve.allocation.losses import uniform

@@ -1,0 +1,116 @@
+"""Keep a run's table in bench/results/: NAME.json holds the figures and NAME.md the table.
+
+Both files give the command, the commit, the date, the machine and the versions of what ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from lrserve.plugins.versions import engine_version, onnx_version
+from lrserve.storage.store import atomic_path, write_json
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+RESULTS: Final = ROOT / "bench" / "results"
+
+
+def add_results_option(parser: argparse.ArgumentParser) -> None:
+    """Give a script `--results NAME`."""
+    parser.add_argument("--results", type=_name, metavar="NAME", help="write bench/results/NAME.json and NAME.md as well")
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is no file name; use small letters, digits, dots and hyphens")
+    commit()  # a run may last for hours, in which others commit
+    return value
+
+
+def command_line() -> str:
+    """Return the command that started this script."""
+    return shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+@functools.cache
+def commit() -> str:
+    """Return the commit of this checkout at the first call; `-dirty` where code differs from it or is not in it."""
+    head = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--", "lrserve", "exporters", "bench", "pyproject.toml", ":(exclude)bench/results")
+    return f"{head}-dirty" if changed else head
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine: processor, cores, memory in GiB, GPU."""
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    flags: set[str] = next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+    return {
+        "processor": model,
+        "instructions": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile") if flag in flags],
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of lrserve and of what it ran on."""
+    named = {name: metadata.version(name) for name in ("lrserve", "torch", "transformers")}
+    engines = (text.partition(" ")[::2] for text in (engine_version(), onnx_version()))
+    return named | dict(engines)
+
+
+def publish(name: str, command: str, markdown: str, data: Any) -> None:
+    """Write NAME.json and NAME.md into bench/results/.
+
+    Args:
+        name: of the two files.
+        command: what ran.
+        markdown: the table, with what a reader has to know of it.
+        data: the figures behind the table; JSON.
+    """
+    found: Mapping[str, Any] = {
+        "name": name,
+        "command": command,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+        "data": data,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    write_json(RESULTS / f"{name}.json", found)
+    with atomic_path(RESULTS / f"{name}.md") as partial:
+        partial.write_text(f"# {name}\n\n{caption(found)}\n\n{markdown.strip()}\n", encoding="utf-8")
+
+
+def caption(found: Mapping[str, Any]) -> str:
+    """Render what ran, where and when as a list."""
+    own = found["machine"]
+    parts = [own["processor"], f"{own['cores']} cores", *own["instructions"], f"{own['memory_gib']:g} GiB", own["gpu"] or "no GPU"]
+    lines = [
+        f"Command: `{found['command']}`",
+        f"Commit {found['commit'][:7]}{'-dirty' * found['commit'].endswith('-dirty')}, {found['date']}",
+        f"Machine: {', '.join(parts)}",
+        f"Versions: {', '.join(' '.join(pair) for pair in found['versions'].items())}",
+    ]
+    return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,208 @@
+"""README's table: a dense model, the same in int8 by stock vLLM, and artifacts of it, in one run.
+
+    lrserve compress-and-export --recipe RECIPE --min-speedup 1.1 -o small
+    lrserve compress-and-export --recipe RECIPE --min-speedup 1.3 -o smaller
+    python bench/readme.py small smaller
+
+Every row is a vLLM engine. All engines are up at once and compute in the recipe's dtype, as stock `vllm serve` starts them. Model,
+texts, workloads and rounds are those of the first artifact's recipe.
+
+    perplexity   of the report text, by the engine's own log probabilities; the same windows for every row
+    MB           of weights, as stored in the dtype that is served
+    speedups     output tokens a second over the dense engine, measured in turns on the same prompts: median of the rounds (spread);
+                 for each workload and for the mix of all
+
+The int8 row is a checkpoint in compressed-tensors' format, which vLLM serves without lrserve: weights rounded to nearest with one
+scale for each output channel, activations rounded with one scale for each token while the engine runs. vLLM 0.32 has no online int8
+for linear layers.
+
+Run it with nothing else on the machine. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from exporters.companions import copy_companions
+from lrserve.engines.protocol import EngineProcess
+from lrserve.engines.vllm import engine_version
+from lrserve.engines.workloads import compare, open_engine
+from lrserve.inputs.source import Source
+from lrserve.pipeline.job import Job, first_tokens, open_job
+from lrserve.recipe import Recipe, Workload
+from lrserve.report.card import table
+from lrserve.report.console import progress_bar
+from lrserve.storage.store import read_manifest
+from publishing import add_results_option, command_line, publish
+from speed import STOCK_CHECKPOINTS
+
+INT8_MAX = 127
+
+
+def write_int8(source: Source, linears: Collection[str], folder: Path) -> Path:
+    """Write a checkpoint of which vLLM serves these linears in int8; returns the folder.
+
+    A weight (m, n) becomes int8 and a float32 scale (m, 1), the largest entry of each row over 127.
+
+    Raises:
+        ValueError: the model has not all of the linears' weights.
+    """
+    weights = {f"{linear}.weight" for linear in linears}
+    for shard in sorted(source.path.glob("*.safetensors")):
+        tensors = {}
+        for name, tensor in load_file(shard).items():
+            if name in weights:
+                weights.remove(name)
+                exact = tensor.float()
+                scale = exact.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / INT8_MAX
+                tensors[name], tensors[f"{name}_scale"] = (exact / scale).round().to(torch.int8), scale
+            else:
+                tensors[name] = tensor
+        save_file(tensors, folder / shard.name, metadata={"format": "pt"})
+    if weights:
+        raise ValueError(f"{source.path} lacks {len(weights)} weights, first {min(weights)}")
+    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = STOCK_CHECKPOINTS["int8 by vLLM"]
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    copy_companions(source.path, folder)
+    return folder
+
+
+def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of a checkpoint's tensors, of which those in a wider dtype are served in `dtype`."""
+    total = 0
+    for shard in folder.glob("*.safetensors"):
+        with safe_open(shard, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                tensor = tensors.get_tensor(name)
+                total += tensor.numel() * min(tensor.itemsize, dtype.itemsize)
+    return total
+
+
+def perplexity(engine: EngineProcess, windows: torch.Tensor, done: Callable[[], None] = lambda: None) -> float:
+    """Perplexity of windows (sequences, length) by the engine's log probabilities, one window at a time to save memory."""
+    logprobs: list[float] = []
+    for window in windows.tolist():
+        [transcript] = engine.transcribe([window], 1)
+        logprobs += transcript.logprobs
+        done()
+    return math.exp(-statistics.fmean(logprobs))
+
+
+def room_for(job: Job, windows: torch.Tensor) -> dict[str, Workload]:
+    """Return the workloads that an engine must have room for: the recipe's, and one window and a token."""
+    return {**job.recipe.workloads, "perplexity": Workload(prompt_tokens=windows.shape[1], output_tokens=1, concurrency=1)}
+
+
+def one_dense_model(artifacts: Sequence[Path]) -> bool:
+    """Say whether the artifacts were made of the same dense model."""
+    return len({read_manifest(artifact)["inputs"]["content"]["model"] for artifact in artifacts}) == 1
+
+
+def label_of(artifact: Path) -> str:
+    """Name an artifact by its target."""
+    target = Recipe.load(artifact / "lrserve" / "recipe.yaml", {}).target
+    return f"lrserve at {target.min_speedup:g}x" if target.min_speedup else f"lrserve, {target}"
+
+
+def measure(job: Job, artifacts: Mapping[str, Path], windows: torch.Tensor, rounds: int) -> list[dict[str, Any]]:
+    """Measure every row."""
+    recipe, version = job.recipe, engine_version()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrserve-")))
+        linears = {member for group in job.groups for member in group.members}
+        checkpoints = {
+            f"dense, {recipe.engine.dtype}": job.source.path,
+            "int8, stock vLLM": write_int8(job.source, linears, folder),
+            **artifacts,
+        }
+        steps = len(checkpoints) * (1 + len(windows) + rounds * len(recipe.workloads))
+        progress, done = stack.enter_context(progress_bar(steps, "engines")), count(1)
+
+        def step() -> None:
+            progress(next(done))
+
+        engines = []
+        for checkpoint in checkpoints.values():
+            engine = open_engine(checkpoint, room_for(job, windows), recipe.engine, sharing=len(checkpoints))
+            engines.append(stack.enter_context(engine))
+            step()
+        found = [perplexity(engine, windows, step) for engine in engines]
+        dense, *others = engines
+        comparisons = compare(dense, others, recipe.workloads, rounds, version=version, seed=recipe.seed, progress=step)
+        rows = [
+            {"model": label, "perplexity": value, "bytes": weight_bytes(checkpoint, job.dtype)}
+            for (label, checkpoint), value in zip(checkpoints.items(), found, strict=True)
+        ]
+        for row, comparison in zip(rows[1:], comparisons, strict=True):
+            row["speed"] = comparison.to_json()
+    return rows
+
+
+def render(rows: Sequence[Mapping[str, Any]], workloads: Mapping[str, Workload]) -> str:
+    """Format the rows; README has room for 120 characters."""
+
+    def cell(speed: Mapping[str, float]) -> str:
+        return f"{speed['speedup']:.2f} ({speed['speedup_lowest']:.2f}-{speed['speedup_highest']:.2f})"
+
+    lines = []
+    for row in rows:
+        speeds = [*(row["speed"]["workloads"][name] for name in workloads), row["speed"]] if "speed" in row else []
+        cells = [cell(speed) for speed in speeds] or ["1"] * (1 + len(workloads))
+        lines.append([row["model"], f"{row['perplexity']:.2f}", f"{row['bytes'] / 1e6:.0f}", *cells])
+    return table(["model", "perplexity", "MB", *workloads, "all"], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path, nargs="+", help="folders that compress-and-export made of one dense model")
+    parser.add_argument("--tokens", type=int, help="of report text [default: the recipe's]")
+    parser.add_argument("--rounds", type=int, help="counted rounds [default: the recipe's]")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile; `vllm serve` compiles")
+    add_results_option(parser)
+    arguments = parser.parse_args()
+    if not one_dense_model(arguments.artifact):
+        parser.error("the artifacts come from different dense models")
+    overrides = {
+        "report.tokens": arguments.tokens,
+        "engine.repeats": arguments.rounds,
+        "engine.enforce_eager": arguments.eager,
+        "engine.runtime": "vllm",
+    }
+    job = open_job(Recipe.load(arguments.artifact[0] / "lrserve" / "recipe.yaml", overrides), print)
+    windows = first_tokens(job.windows["report"], job.recipe.report.tokens)
+    artifacts = {label_of(artifact): artifact for artifact in arguments.artifact}
+    if len(artifacts) < len(arguments.artifact):
+        artifacts = {artifact.name: artifact for artifact in arguments.artifact}
+    rounds, workloads = job.recipe.engine.repeats, job.recipe.workloads
+    rows = measure(job, artifacts, windows, rounds)
+    requests = "; ".join(
+        f"{name}: {w.concurrency} at once, {w.prompt_tokens} tokens in and {w.output_tokens} out" for name, w in workloads.items()
+    )
+    mode = "eager" if arguments.eager else "compiled"
+    markdown = (
+        f"{job.source.title}, stock {engine_version()}, {mode}\n\n{render(rows, workloads)}\n\n"
+        f"Perplexity of {windows.numel()} tokens of report text by each engine. Speedups over dense: median (spread) of {rounds} "
+        f"rounds in turns. Requests: {requests}; all: the mix by the workloads' shares of time.\n"
+    )
+    print(markdown)
+    if arguments.results:
+        publish(arguments.results, command_line(), markdown, rows)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
