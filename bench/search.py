@@ -55,7 +55,7 @@ from lrserve.engines.vllm import Engine
 from lrserve.engines.workloads import MixComparison, compare, open_engine, read_comparison
 from lrserve.inputs.demo import demo_recipe
 from lrserve.pipeline.job import Job, open_job
-from lrserve.pipeline.measure import measure_layers, speed_model
+from lrserve.pipeline.measure import DenseEngine, measure_layers, speed_model
 from lrserve.pipeline.run import backpropagate, calibrate_blocks, factorize_groups
 from lrserve.pipeline.search import choose_windows, judge, probed_losses
 from lrserve.recipe import Recipe, Target, Workload
@@ -174,7 +174,9 @@ class Bench:
     @cached_property
     def table(self) -> tuple[dict[str, Any], str]:
         """Times of single layers."""
-        return measure_layers(self.job, self.runtime, self.job.source.path, self.folder)
+        log = self.folder.root / "dense-engine.log"
+        with DenseEngine(self.runtime, self.job.source.path, self.job.recipe.workloads, log) as dense:
+            return measure_layers(self.job, self.runtime, dense, self.folder)
 
     @cached_property
     def speed(self) -> SpeedModel:

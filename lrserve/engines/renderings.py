@@ -39,9 +39,6 @@ def transcribe_rendering(
             return {"onnxruntime": graph.transcribe(prompts, new_tokens)}
     from transformers import AutoModelForCausalLM
 
-    from lrserve.plugins.transformers import register
-
-    register()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
     transcripts = {"transformers": transcribe_model(model, prompts, new_tokens)}
     del model

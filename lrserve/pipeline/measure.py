@@ -9,10 +9,11 @@ import platform
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from lrserve.compression.spectra import SpectrumStore
 from lrserve.engines.protocol import EngineProcess
 from lrserve.engines.runtimes import Runtime
 from lrserve.engines.workloads import MixComparison, compare, read_comparison
+from lrserve.errors import EngineError
 from lrserve.pipeline.job import Job
+from lrserve.recipe import Workload
 from lrserve.report.console import progress_bar, reused
 from lrserve.storage.store import fingerprint, write_json
 from lrserve.storage.work import WorkFolder
@@ -58,6 +61,38 @@ def machine() -> list[Any]:
     return [*names, next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())]
 
 
+class DenseEngine:
+    """The dense model's engine: starts when it is first wanted and stays until the front is measured; a context manager."""
+
+    def __init__(self, runtime: Runtime, model: Path, workloads: Mapping[str, Workload], log: Path) -> None:
+        self._open = partial(runtime.open, model, workloads, sharing=2, log=log)
+        self._engine: EngineProcess | None = None
+
+    def __enter__(self) -> DenseEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._close(keep_log=isinstance(error, EngineError))
+
+    def running(self) -> EngineProcess:
+        """Return the engine, started if need be."""
+        if self._engine is None:
+            engine = self._open()
+            engine.start()
+            self._engine = engine
+        return self._engine
+
+    def leave_gpu(self) -> None:
+        """End the engine where it holds a GPU that the trials are about to use."""
+        if torch.cuda.is_available():
+            self._close()
+
+    def _close(self, *, keep_log: bool = False) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close(keep_log=keep_log)
+
+
 def dense_checkpoint(job: Job, runtime: Runtime, folder: WorkFolder) -> Path:
     """Return the folder from which the runtime loads the dense model; it is exported where the model's own does not do."""
     if runtime.loads_sources:
@@ -71,8 +106,8 @@ def dense_checkpoint(job: Job, runtime: Runtime, folder: WorkFolder) -> Path:
     return stage
 
 
-def measure_layers(job: Job, runtime: Runtime, dense: Path, folder: WorkFolder) -> tuple[dict[str, Any], str]:
-    """Measure, in one engine, the dense model's runs and the latency of single layers, dense and at `measured_ranks`.
+def measure_layers(job: Job, runtime: Runtime, dense: DenseEngine, folder: WorkFolder) -> tuple[dict[str, Any], str]:
+    """Measure, in the dense model's engine, its runs and the latency of single layers, dense and at `measured_ranks`.
 
     Returns:
         `dense_seconds` by workload, `tokens` (numbers of rows), and `rows`: shapes with `us`, microseconds for each number of rows;
@@ -96,10 +131,8 @@ def measure_layers(job: Job, runtime: Runtime, dense: Path, folder: WorkFolder) 
     before = path.is_file()
     if not before:
         ran = count(1)
-        with (
-            progress_bar(_DENSE_RUNS * len(workloads) + 2, "4/6 latency") as progress,
-            runtime.open(dense, workloads, log=stage / "engine.log") as engine,
-        ):
+        with progress_bar(_DENSE_RUNS * len(workloads) + 2, "4/6 latency") as progress:
+            engine = dense.running()
             progress(next(ran))
             seconds: dict[str, list[float]] = {name: [] for name in workloads}
 
@@ -154,7 +187,7 @@ def measure_front(
     store: SpectrumStore,
     folder: WorkFolder,
     runtime: Runtime,
-    dense: Path,
+    dense: DenseEngine,
     trials: Sequence[Evaluated],
     goal: Goal,
     speed: SpeedModel,
@@ -179,8 +212,7 @@ def measure_front(
     measured: list[Measured] = []
     runs = count(1)
     plans = recipe.search.measured_plans if only is None else 1
-    with progress_bar(plans * len(workloads) * 2 * settings.repeats, "4/6 measure") as progress, ExitStack() as stack:
-        beside: EngineProcess | None = None
+    with progress_bar(plans * len(workloads) * 2 * settings.repeats, "4/6 measure") as progress:
         while len(measured) < plans:
             now = speed.corrected([(m.candidate.plan, m.comparison.relative_times) for m in measured])
             candidate = only or next_candidate(trials, [m.candidate for m in measured], goal, now.speedup)
@@ -189,13 +221,12 @@ def measure_front(
             path = stage / f"{fingerprint(candidate.plan.key())[:16]}.json"
             before = path.is_file()
             if not before:
-                beside = beside or stack.enter_context(runtime.open(dense, workloads, sharing=2))
                 shutil.rmtree(checkpoint, ignore_errors=True)
                 checkpoint.mkdir()
                 runtime.exporter.export(job.compressed_model(candidate.plan, store), job.source.path, checkpoint, job.dtype)
                 with runtime.open(checkpoint, workloads, sharing=2) as engine:
                     [comparison] = compare(
-                        beside,
+                        dense.running(),
                         [engine],
                         workloads,
                         settings.repeats,

@@ -20,6 +20,7 @@ from lrserve.compression.matmul import fast_products
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.engines.runtimes import runtime_of
 from lrserve.errors import ArtifactError, InputError
+from lrserve.pipeline.estimate import StageCost, by_stage, estimate, in_words, time_forward
 from lrserve.pipeline.evidence import collect_metrics, write_evidence
 from lrserve.pipeline.improve import gradient_reader, improve_factors, validate_improved
 from lrserve.pipeline.job import Job, first_tokens, open_job, tensor_sha256
@@ -27,7 +28,8 @@ from lrserve.pipeline.prove import prove_agreement, report_perplexity
 from lrserve.pipeline.search import tune
 from lrserve.recipe import Recipe
 from lrserve.report import card
-from lrserve.report.console import Say, progress_bar, reused
+from lrserve.report.advice import advice
+from lrserve.report.console import Say, progress_bar, reused, timed
 from lrserve.storage.store import check_place, disk_errors_named, read_manifest, staged, verify_files
 from lrserve.storage.work import WorkFolder, differences, work_folder
 
@@ -71,7 +73,7 @@ def compress_and_export(
     if out == work or out in work.parents:
         raise ArtifactError(f"the work folder {work} lies inside {out}, which is published as a whole; choose another --work")
     exporters = load_exporters(recipe.export)
-    job = open_job(recipe, say)
+    job = open_job(recipe, timed(say))
     skeleton = job.source.skeleton()
     for exporter in [runtime_of(recipe.engine).exporter, *exporters]:  # it measures the plans, whatever is exported
         exporter.preflight(skeleton)
@@ -89,11 +91,12 @@ def compress_and_export(
     if recipe.target.ratio:
         fit = BudgetFit(job.units, recipe.search.rank_step, recipe.structure)
         fit.require((1 - recipe.target.ratio) * fit.dense_cost)
-    weights = sum(parameter.numel() for parameter in skeleton.parameters()) * job.dtype.itemsize
-    check_place(out, weights * (3 if "onnx" in recipe.export else 1))  # float32 is twice as large
-    check_place(work, _work_bytes(job, weights))
+    costs = estimate(job, time_forward(job))
+    check_place(out, costs[-1].disk)
+    check_place(work, sum(cost.disk for cost in costs[:-1]))
+    say(in_words(costs))
     if dry_run:
-        _say_intent(job)
+        _say_intent(job, costs, say)
         return {}
 
     with work_folder(work, say) as folder, disk_errors_named(work), fast_products():
@@ -157,41 +160,27 @@ def _finished(out: Path, provenance: Mapping[str, Any], overwrite: bool) -> dict
     raise ArtifactError(f"{out} differs from what this run would make: {', '.join(changed)}; pass --overwrite or choose another -o")
 
 
-def _work_bytes(job: Job, weights: int) -> int:
-    """Estimate the work folder: hidden states twice, covariances, gradients and spectra in float32, one candidate checkpoint."""
-    hidden = job.windows["calibration"].numel() * int(job.source.config().hidden_size) * job.dtype.itemsize
-    covariances = sum(group.n**2 for group in job.groups)
-    spectra = sum(unit.full_rank * (unit.m + unit.n) for unit in job.units)
-    settings = job.recipe.factorization
-    gradients = sum(min(group.n, group.m) ** 2 for group in job.groups if group.kind in settings.fisher)
-    feeding = sum(unit.fed_by.m * unit.fed_by.n for unit in job.units if unit.fed_by)
-    improves = settings.propagate is not False or settings.refinement != "none"
-    copies = 3 if settings.recover_minutes else int(improves)  # factors, and a recovery's two moments of AdamW
-    factors = sum(unit.full_rank * (unit.m if unit.fed_by else unit.m + unit.n) for unit in job.units)
-    trained = copies * (factors + feeding)  # at most
-    return 2 * hidden + 4 * (covariances + 2 * gradients + spectra + trained) + weights
-
-
-def _say_intent(job: Job) -> None:
+def _say_intent(job: Job, costs: Sequence[StageCost], say: Say) -> None:
     recipe = job.recipe
     if recipe.target.ratio:
         fit = BudgetFit(job.units, recipe.search.rank_step, recipe.structure)
         plan = uniform(fit, (1 - recipe.target.ratio) * fit.dense_cost)
         ranks = {unit.kind: plan.ranks[unit.name] for unit in reversed(job.units)}
         shown = ", ".join(f"{kind} {rank or 'dense'}" for kind, rank in reversed(ranks.items()))
-        job.say(f"uniform ranks would be: {shown} (ratio {plan.ratio(job.units):.3f})")
+        say(f"uniform ranks would be: {shown} (ratio {plan.ratio(job.units):.3f})")
     settings = recipe.factorization
     backwards = f" and backwards on {settings.fisher_tokens}" if settings.fisher else ""
     may = {None: ["perhaps propagate errors"] * (recipe.structure != "narrow"), True: ["propagate errors"], False: []}
-    after = may[settings.propagate] + [f"refine the factors ({settings.refinement})"] * (settings.refinement != "none")
+    after = may[settings.propagate] + ["refine the factors by Adam"] * (settings.refinement != "none")
     after += [f"recover for {settings.recover_minutes:g} minutes"] * bool(settings.recover_minutes)
     then = "".join(f"{step}, " for step in after)
-    job.say(
+    say(
         f"dry run: would calibrate on {recipe.calibration.sequences} x {recipe.calibration.length} tokens{backwards}, run "
         f"{recipe.search.trials} trials on {recipe.search.validation_tokens} validation tokens, measure up to "
         f"{recipe.search.measured_plans} plans on {runtime_of(recipe.engine).version}, {then}and export "
         f"{' and '.join(recipe.export)}"
     )
+    say(by_stage(costs))
 
 
 def calibrate_blocks(job: Job, model: Any, folder: WorkFolder) -> Path:
@@ -270,7 +259,4 @@ def _say_summary(metrics: Mapping[str, Any], out: Path, say: Say) -> None:
     say("")
     say(card.agreement(metrics))
     say("")
-    if "vllm" in metrics["exports"]:
-        say(f"{out}: 'lrserve serve {out}' or 'vllm serve {out}' serves it, 'lrserve bench {out}' measures it again")
-    else:
-        say(f"{out}: {' and '.join(metrics['exports'])}; no checkpoint for vLLM was asked for")
+    say(advice(metrics, out))

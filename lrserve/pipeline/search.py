@@ -23,7 +23,7 @@ from lrserve.compression.spectra import MergedRanks, SpectrumStore
 from lrserve.engines.runtimes import runtime_of
 from lrserve.errors import InputError
 from lrserve.pipeline.job import Job, first_tokens, tensor_sha256
-from lrserve.pipeline.measure import Measured, dense_checkpoint, measure_front, measure_layers, published, speed_model
+from lrserve.pipeline.measure import DenseEngine, Measured, dense_checkpoint, measure_front, measure_layers, published, speed_model
 from lrserve.report.console import progress_bar, reused
 from lrserve.storage.store import write_json
 from lrserve.storage.work import WorkFolder
@@ -72,21 +72,23 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder, storage
     validation, validated = choose_windows(job, merged, store, folder)
     merged.to("cpu")  # an engine takes the GPU
     runtime = runtime_of(job.recipe.engine)
-    dense = dense_checkpoint(job, runtime, folder)
-    table, latency = measure_layers(job, runtime, dense, folder)
-    merged.to(device)
     settings, target = job.recipe.search, job.recipe.target
     goal = Goal(target, settings.speed_weight, validation.dense_perplexity)
-    inputs = {"probe": probe, "latency": latency, "validation": validated}
-    stage, place = _study_place(job, folder, inputs, storage)
-    if isinstance(place, tuple):
-        table = published(open_study(place[1], place[0], goal.metrics), table)
-    speed = speed_model(job, table)
-    space = SearchSpace(job.units, target, settings, losses, speed, job.recipe.structure)
-    trials = _search(job, merged, space, goal, speed, validation, place)
-    merged.to("cpu")
-    picked = _picked(trials, settings.choose)
-    measured = measure_front(job, store, folder, runtime, dense, trials, goal, speed, picked)
+    checkpoint = dense_checkpoint(job, runtime, folder)
+    with DenseEngine(runtime, checkpoint, job.recipe.workloads, folder.root / "dense-engine.log") as dense:
+        table, latency = measure_layers(job, runtime, dense, folder)
+        dense.leave_gpu()
+        merged.to(device)
+        inputs = {"probe": probe, "latency": latency, "validation": validated}
+        stage, place = _study_place(job, folder, inputs, storage)
+        if isinstance(place, tuple):
+            table = published(open_study(place[1], place[0], goal.metrics), table)
+        speed = speed_model(job, table)
+        space = SearchSpace(job.units, target, settings, losses, speed, job.recipe.structure)
+        trials = _search(job, merged, space, goal, speed, validation, place)
+        merged.to("cpu")
+        picked = _picked(trials, settings.choose)
+        measured = measure_front(job, store, folder, runtime, dense, trials, goal, speed, picked)
     best = picked or choose([_measured_speed(m, goal) for m in measured], goal)
     chosen = next(m for m in measured if m.candidate is best)
     job.say(f"4/6 chosen: {best.origin}, ratio {best.plan.ratio(job.units):.3f}, {chosen.comparison.speedup:.2f}x of dense")
@@ -254,12 +256,9 @@ def _search(
     front = pareto_front(trials, speed.speedup)
     shown = "; ".join(f"{e.origin} {e.perplexity:.2f} at {speed.speedup(e.plan):.2f}x" for e in front)
     early = sum(not trial.complete for trial in trials)
+    total = max(sum(time_spent(study_of(place)).values()), 1e-9)
     job.say(
-        f"4/6 search: {len(trials)} trials{reused(resumed[0], len(trials))}, {early} stopped early; validation perplexity: dense "
-        f"{goal.dense_perplexity:.2f}, predicted front: {shown}"
+        f"4/6 search: {len(trials)} trials{reused(resumed[0], len(trials))}, {60 * len(trials) / total:.0f} a minute, {early} "
+        f"stopped early; validation perplexity: dense {goal.dense_perplexity:.2f}, predicted front: {shown}"
     )
-    spent = time_spent(study_of(place))
-    total = max(sum(spent.values()), 1e-9)
-    parts = ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in sorted(spent.items(), key=lambda item: -item[1]))
-    job.say(f"4/6 search: {60 * len(trials) / total:.0f} trials a minute; of the time, {parts}")
     return trials

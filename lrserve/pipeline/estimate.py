@@ -1,0 +1,204 @@
+"""What a run will cost: minutes, disk and memory by stage, from sizes and the timed batch of one decoder block."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from lrserve.allocation.speed import calls, shapes_to_measure, token_counts
+from lrserve.compression.calibrate import Rehearsal, run_block
+from lrserve.compression.groups import family_of
+from lrserve.compression.logits import logits_of
+from lrserve.pipeline.job import Job
+from lrserve.recipe import Workload
+from lrserve.report.card import table
+from lrserve.report.console import duration
+
+# Costs over a forward pass of the same tokens, and seconds that no size decides: SmolLM2-135M on two cores, whole stages.
+_CALIBRATE: Final = 1.5
+_GRADIENTS: Final = 4.5
+_TRIAL: Final = 1.2
+_REFINE: Final = 4.5
+_EAGER_START, _COMPILED_START = 16.0, 75.0  # of vLLM, seconds
+_ONNX_START: Final = 3.0
+_LAYER_SECONDS: Final = 0.02  # of timing one layer at one number of rows
+_DECOMPOSE: Final = 1.5  # decomposing a group, over one eigendecomposition of its full rank
+_TIMED_OPERATIONS: Final = 2e11  # of the timed batch, at most
+_RUNTIME_BYTES: Final = int(2.5 * 2**30)  # of an engine's process besides weights: libraries, KV cache, activations
+_PROCESS_BYTES: Final = int(0.8 * 2**30)  # of lrserve's own process: torch, transformers, optuna
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """An estimate: seconds, bytes on disk below the work folder (or of the artifact), and bytes of memory in all processes."""
+
+    stage: str
+    seconds: float
+    disk: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Seconds of a forward pass: per token of a large batch, of the decoder and of the output layer; and by number of rows."""
+
+    decoder: float
+    head: float
+    rows: Mapping[int, float]
+
+    @property
+    def whole(self) -> float:
+        """Seconds of a token, output layer included."""
+        return self.decoder + self.head
+
+
+@torch.inference_mode()
+def time_forward(job: Job) -> Forward:
+    """Time one decoder block of the model's shape, with made-up weights, and scale it by the number of blocks; reads no weights."""
+    model = _one_block(job)
+    device = next(model.parameters()).device
+    block = sum(group.dense_parameters for group in job.groups if group.layer == 0)
+    length = job.recipe.calibration.length
+    tokens = min(job.recipe.calibration.batch_tokens, max(64, int(_TIMED_OPERATIONS / (2 * block))))
+    windows = torch.zeros(max(1, tokens // length), min(tokens, length), dtype=torch.int64, device=device)
+
+    layers = model.get_submodule(family_of(model.config).layers)
+
+    def seconds(ids: torch.Tensor) -> float:
+        kwargs = Rehearsal(model, layers, ids)(len(ids), 0)
+        states = torch.zeros(*ids.shape, int(model.config.hidden_size), dtype=job.dtype, device=device)
+        run_block(layers[0], states, kwargs)  # the first call builds kernels
+        return _timed(lambda: run_block(layers[0], states, kwargs))
+
+    hidden = torch.zeros(256, int(model.config.hidden_size), dtype=job.dtype, device=device)
+    logits_of(model, hidden)
+    head = _timed(lambda: logits_of(model, hidden)) / len(hidden)
+    rows = {}
+    for count in token_counts(job.recipe.workloads):
+        shape = (count, 1) if count < length else (max(1, min(count, tokens) // length), length)
+        ids = torch.zeros(shape, dtype=torch.int64, device=device)
+        rows[count] = job.layers * seconds(ids) * count / ids.numel() + head * min(count, 256)
+    return Forward(job.layers * seconds(windows) / windows.numel(), head, rows)
+
+
+def _one_block(job: Job) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(job.source.config())
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = list(config.layer_types)[:1]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=job.dtype)
+    model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.fill_(0.02)
+    return model.eval()
+
+
+def _timed(run: Callable[[], object]) -> float:
+    best = float("inf")
+    for _ in range(2):
+        began = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def workload_seconds(workloads: Mapping[str, Workload], forward: Forward) -> float:
+    """Return the seconds of one run of every workload with the dense model."""
+    return sum(number * forward.rows[rows] for workload in workloads.values() for rows, number in calls(workload).items())
+
+
+def estimate(job: Job, forward: Forward) -> list[StageCost]:
+    """Estimate every stage of a run that reuses nothing."""
+    recipe = job.recipe
+    settings, search = recipe.factorization, recipe.search
+    parameters = sum(parameter.numel() for parameter in job.source.skeleton().parameters())
+    weights, float32 = parameters * job.dtype.itemsize, parameters * 4
+    hidden = int(job.source.config().hidden_size)
+    calibration = job.windows["calibration"].numel()
+    batch = min(recipe.calibration.batch_tokens, calibration)
+    largest = max(max(group.n, min(group.m, group.n)) for group in job.units)
+    covariances = 4 * sum(group.n**2 for group in job.groups)
+    moments = 4 * sum(min(group.n, group.m) ** 2 for group in job.groups if group.kind in settings.fisher)
+    spectra = 4 * sum(unit.full_rank * (unit.m + unit.n) for unit in job.units)
+    feeding = sum(unit.fed_by.m * unit.fed_by.n for unit in job.units if unit.fed_by)
+    trained = 4 * (sum(unit.full_rank * (unit.m if unit.fed_by else unit.m + unit.n) for unit in job.units) + feeding)
+    activations = 20 * batch * hidden * job.dtype.itemsize
+    compiled = recipe.engine.runtime == "vllm" and not recipe.engine.enforce_eager
+    start = _ONNX_START if recipe.engine.runtime == "onnx" else _COMPILED_START if compiled else _EAGER_START
+    run = workload_seconds(recipe.workloads, forward)
+    cubes = sum(unit.full_rank**3 for unit in job.units)
+    refined = settings.refine_tokens or calibration // 4
+    engine = weights + _RUNTIME_BYTES
+
+    costs = [
+        StageCost(
+            "2 calibrate",
+            _CALIBRATE * calibration * forward.decoder,
+            2 * calibration * hidden * job.dtype.itemsize + covariances,
+            weights + activations + 3 * 4 * largest**2,
+        )
+    ]
+    if settings.fisher:
+        tokens = min(settings.fisher_tokens, calibration)
+        kept = activations * job.layers // 2
+        costs.append(StageCost("2 gradients", _GRADIENTS * tokens * forward.whole, 2 * moments, weights + moments + kept))
+    costs.append(StageCost("3 factorize", _DECOMPOSE * cubes * _seconds_per_cube(), spectra, weights + 8 * 6 * largest**2))
+    probes = len(job.units) * search.probe_tokens * (forward.decoder / 2 + forward.head)
+    judged = search.trials * search.validation_tokens + 2 * min(search.validation_pool, job.windows["validation"].numel())
+    searched = probes + _TRIAL * judged * forward.whole
+    logits = 4 * search.probe_tokens * int(job.source.config().vocab_size)
+    costs.append(StageCost("4 search", searched, 0, 2 * weights + activations + logits + engine))
+    cells = len(shapes_to_measure(job.units, search.rank_step, recipe.structure)) * len(token_counts(recipe.workloads))
+    costs.append(StageCost("4 latency", start + 3 * run + _LAYER_SECONDS * cells, 0, 2 * weights + engine))
+    measured = search.measured_plans * (start + 2 * (1 + recipe.engine.repeats) * run)
+    costs.append(StageCost("4 measure", measured, weights, 2 * weights + float32 + 2 * engine))
+    seconds, disk, memory = 0.0, 0, 0
+    if settings.refinement != "none":
+        seconds = (
+            _REFINE * job.layers * settings.refine_steps * batch * forward.decoder / job.layers + 3 * refined * forward.decoder
+        )
+        disk, memory = trained, 2 * weights + activations * 4
+    if settings.recover_minutes:
+        seconds, disk, memory = seconds + 60 * settings.recover_minutes, 3 * trained, 2 * weights + 4 * trained
+    if seconds:
+        costs.append(StageCost("5 improve", seconds, disk, memory))
+    proof = 2 * job.windows["report"].numel() * forward.whole
+    proof += (_EAGER_START + start) * ("vllm" in recipe.export) + _ONNX_START * ("onnx" in recipe.export)
+    artifact = weights * ("vllm" in recipe.export) + float32 * ("onnx" in recipe.export)
+    costs.append(StageCost("6 export and prove", proof, artifact, 2 * float32 + _RUNTIME_BYTES + float32))
+    return [StageCost(cost.stage, cost.seconds, cost.disk, cost.memory + _PROCESS_BYTES) for cost in costs]
+
+
+def _seconds_per_cube() -> float:
+    """Seconds of an eigendecomposition (n, n) in float64, over n^3."""
+    n = 384
+    matrix = torch.cov(torch.randn(n, 2 * n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    torch.linalg.eigh(matrix)
+    return _timed(lambda: torch.linalg.eigh(matrix)) / n**3
+
+
+def in_words(costs: Sequence[StageCost]) -> str:
+    """Return the estimate as one sentence."""
+    total = sum(cost.seconds for cost in costs)
+    disk, memory = sum(cost.disk for cost in costs), max(cost.memory for cost in costs)
+    return (
+        f"estimate, if nothing is reused: about {duration(total)}, {disk / 1e9:.1f} GB of disk, and {memory / 1e9:.1f} GB of "
+        "memory in all processes together"
+    )
+
+
+def by_stage(costs: Sequence[StageCost]) -> str:
+    """Return the estimate as a table."""
+    rows = [[c.stage, duration(c.seconds), f"{c.disk / 1e9:.2f} GB", f"{c.memory / 1e9:.2f} GB"] for c in costs]
+    return table(["stage", "time", "disk", "memory, all processes"], rows)

@@ -1,0 +1,189 @@
+"""Stage 6, the evidence: what metrics.json, the report and the model card say, collected once and written beside the weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lrserve.allocation.goal import pareto_front
+from lrserve.allocation.study import importances, study_of, time_spent
+from lrserve.engines.runtimes import runtime_of
+from lrserve.pipeline.job import Job
+from lrserve.pipeline.measure import Measured
+from lrserve.pipeline.search import Tuned
+from lrserve.report import card
+from lrserve.report.html import write_report
+from lrserve.storage.store import write_json, write_manifest
+
+
+def collect_metrics(
+    job: Job,
+    tuned: Tuned,
+    improved: dict[str, Any],
+    validation: float,
+    agreement: dict[str, Any],
+    report: dict[str, Any],
+) -> dict[str, Any]:
+    """Return what metrics.json holds (docs/format.md)."""
+    recipe = job.recipe
+    skeleton = job.source.skeleton()
+    plan = tuned.chosen.candidate.plan
+    return {
+        "model": {"name": job.source.title, "architecture": job.architecture},
+        "target": str(recipe.target),
+        "dtype": recipe.engine.dtype,
+        "exports": list(recipe.export),
+        "runtime": recipe.engine.runtime,
+        "enforce_eager": recipe.engine.enforce_eager,
+        "workloads": {name: workload.model_dump(mode="json") for name, workload in recipe.workloads.items()},
+        "plan": {
+            "origin": tuned.chosen.candidate.origin,
+            "structure": plan.structure,
+            "groups": len(job.units),
+            "factorized": len(plan.factorized(job.units)),
+        },
+        "improved": improved,
+        "sizes": card.sizes(
+            job.units,
+            plan,
+            total_parameters=sum(p.numel() for p in skeleton.parameters()),
+            head_parameters=skeleton.get_output_embeddings().weight.numel(),
+            dtype_bytes=job.dtype.itemsize,
+        ),
+        "perplexity": {
+            "validation": {
+                "dense": tuned.goal.dense_perplexity,
+                "searched": tuned.chosen.candidate.perplexity,
+                "compressed": validation,
+            },
+            "report": report,
+        },
+        "throughput": tuned.chosen.comparison.to_json(),
+        "measured_plans": [
+            {
+                "origin": m.candidate.origin,
+                "validation_perplexity": m.candidate.perplexity,
+                "predicted_speedup": m.predicted_speedup,
+                "corrected_speedup": m.corrected,
+                "predicted": dict(m.predicted),
+                **m.comparison.to_json(),
+            }
+            for m in tuned.measured
+        ],
+        "trials": [
+            {
+                "number": t.trial,
+                "origin": t.origin,
+                "validation_perplexity": t.perplexity,
+                "complete": t.complete,
+                "predicted_tokens_per_second": t.tokens_per_second,
+            }
+            for t in tuned.trials
+        ],
+        "agreement": agreement,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # without the engines' processes
+        "versions": versions(job),
+    }
+
+
+def versions(job: Job) -> dict[str, str]:
+    """Versions of everything that had a part in the result."""
+    found = {"python": platform.python_version(), "engine": runtime_of(job.recipe.engine).version}
+    for name in ("lrserve", "torch", "transformers", "optuna", "onnx", "onnxruntime", "onnxruntime-gpu"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
+    """Return what `artifacts.report.write_report` draws."""
+    recipe, goal = job.recipe, tuned.goal
+    study = study_of(tuned.study_path)
+    front = pareto_front(tuned.trials, tuned.speed.speedup)
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    plan = tuned.chosen.candidate.plan
+    for unit in job.units:
+        rank = plan.ranks[unit.name]
+        kept = unit.parameters(rank, unit.stored_as(plan.structure)) / unit.dense_parameters
+        kinds.setdefault(unit.kind, []).append({"layer": unit.layer, "rank": rank, "dense_rank": unit.full_rank, "kept": kept})
+    seconds = time_spent(study)
+    return {
+        "title": job.source.title,
+        "target": str(recipe.target),
+        "engine": tuned.chosen.comparison.engine,
+        "dtype": runtime_of(recipe.engine).dtype,
+        "structure": plan.structure,
+        "workloads": {name: workload.model_dump(mode="json") for name, workload in recipe.workloads.items()},
+        "dense": {"perplexity": goal.dense_perplexity, "tokens_per_second": tuned.speed.dense_tokens_per_second},
+        "trials": [
+            {
+                "number": trial.trial,
+                "origin": trial.origin,
+                "perplexity": trial.perplexity,
+                "speedup": tuned.speed.speedup(trial.plan),
+                "ratio": trial.plan.ratio(job.units),
+                "complete": trial.complete,
+                "front": any(trial is best for best in front),
+            }
+            for trial in tuned.trials
+        ],
+        "measured": [_measured(job, m, chosen=m is tuned.chosen) for m in tuned.measured],
+        "importances": importances(study, goal),
+        "plan": {"layers": job.layers, "kinds": kinds},
+        "search": {
+            "trials": len(tuned.trials),
+            "stopped_early": sum(not trial.complete for trial in tuned.trials),
+            "trials_per_minute": 60 * len(tuned.trials) / max(sum(seconds.values()), 1e-9),
+            "seconds_forward": seconds.get("forward", 0.0),
+            "seconds_rewrite": seconds.get("weights", 0.0),
+            "seconds_sampler": seconds.get("sampler", 0.0),
+            "standard_error": tuned.standard_error,
+        },
+    }
+
+
+def _measured(job: Job, measured: Measured, *, chosen: bool) -> dict[str, Any]:
+    mix, candidate = measured.comparison.to_json(), measured.candidate
+
+    def figures(found: Mapping[str, Any]) -> dict[str, float]:
+        return {"speedup": found["speedup"], "lowest": found["speedup_lowest"], "highest": found["speedup_highest"]}
+
+    return {
+        "number": candidate.trial,
+        "origin": candidate.origin,
+        "perplexity": candidate.perplexity,
+        "ratio": candidate.plan.ratio(job.units),
+        "predicted": measured.predicted_speedup,
+        "corrected": measured.corrected,
+        **figures(mix),
+        "chosen": chosen,
+        "workloads": {
+            name: {
+                "predicted": measured.predicted[name],
+                **figures(found),
+                "dense_tokens_per_second": found["dense"]["tokens_per_second"],
+                "tokens_per_second": found["compressed"]["tokens_per_second"],
+            }
+            for name, found in mix["workloads"].items()
+        },
+    }
+
+
+def write_evidence(job: Job, tuned: Tuned, metrics: dict[str, Any], staging: Path) -> None:
+    """Write recipe, plan, metrics, study, report, model card and, last, the manifest."""
+    folder = staging / "lrserve"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
+    tuned.chosen.candidate.plan.write(folder / "plan.json")
+    write_json(folder / "metrics.json", metrics)
+    shutil.copyfile(tuned.study_path, folder / "study.sqlite3")
+    write_report(search_report(job, tuned), folder)
+    (staging / "README.md").write_text(card.model_card(metrics), encoding="utf-8")
+    write_manifest(staging, versions(job), job.provenance())

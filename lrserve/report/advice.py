@@ -1,0 +1,61 @@
+"""What a finished run means for its user, in plain words: gain, loss, whether it is worth it, and what to run next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_WORTH = 1.0  # nats of loss that one nat of speed is worth: one percent of perplexity for one percent of throughput
+
+
+def advice(metrics: Mapping[str, Any], out: Path) -> str:
+    """Return a few lines on what was gained, what was lost and what to try next, and the commands to serve and to measure.
+
+    Args:
+        metrics: what metrics.json holds.
+        out: the artifact's folder.
+    """
+    speed, quality = metrics["throughput"], metrics["perplexity"]["report"]
+    gain, low = speed["speedup"], speed["speedup_lowest"]
+    loss = math.log1p(quality["increase"])
+    size = metrics["sizes"]["bytes"]["ratio"]
+    lines = [
+        f"Gained: the same requests run {gain:.2f}x as fast as with the dense model ({low:.2f}x to "
+        f"{speed['speedup_highest']:.2f}x), and the weights are {size:.0%} smaller.",
+        f"Lost: the perplexity on held-out text rises by {quality['increase']:.1%}, from {quality['dense']:.2f} to "
+        f"{quality['compressed']:.2f}.",
+        _verdict(gain, low, loss),
+        *_next_steps(metrics, gain, loss),
+    ]
+    if "vllm" in metrics["exports"]:
+        lines += [f"Serve it:    lrserve serve {out}", f"Measure it:  lrserve bench {out}"]
+    else:
+        lines.append(f"{out} holds {' and '.join(metrics['exports'])}; --export vllm adds a checkpoint to serve.")
+    return "\n".join(lines)
+
+
+def _verdict(gain: float, low: float, loss: float) -> str:
+    if low <= 1:
+        return (
+            "Verdict: not worth it as it is. The rounds do not show that it is faster than the dense model: serve the dense model, "
+            "or int8 of it (docs/guide.md)."
+        )
+    if loss > _WORTH * math.log(gain):
+        return (
+            "Verdict: the gain is not worth the loss for most uses. int8 of the dense model loses less at this speed "
+            "(docs/guide.md)."
+        )
+    return "Verdict: worth trying on your own task before you serve it; perplexity does not see everything."
+
+
+def _next_steps(metrics: Mapping[str, Any], gain: float, loss: float) -> list[str]:
+    steps = []
+    if "recover" not in metrics["improved"]:
+        steps.append("add --recover 10, which distils the dense model into this plan for ten minutes: same speed, less loss")
+    if metrics["target"] == "front" or loss > _WORTH * math.log(gain):
+        steps.append("ask for less, such as --max-ppl-increase 0.05")
+    elif not metrics["target"].startswith("min-speedup"):
+        steps.append(f"name the speed you need, such as --min-speedup {max(1.05, round(gain, 1)):g}")
+    return [f"Try next: {'; or '.join(steps)}. Finished stages are reused."] if steps else []
