@@ -140,7 +140,9 @@ def check(words: list[str]) -> None:
             verb, *rest = arguments
             if verb != "--help":
                 assert verb in VERBS, f"no verb {verb}"
-                VERBS[verb].make_context(verb, list(rest))  # raises on unknown options and bad values
+                ours = rest[: rest.index("--")] if "--" in rest else rest  # what follows is vLLM's
+                context = VERBS[verb].make_context(verb, list(ours))  # raises on unknown options and bad values
+                assert not context.args or (verb == "serve" and context.args[0].startswith("-")), context.args
         case "vllm":
             assert arguments[0] == "serve"
         case "make":
@@ -202,6 +204,8 @@ def test_every_command_exists_with_its_options(block: Block, words: list[str]) -
         ["lrserve", "compress-and-export", "MODEL", "-o", "OUT", "--ratoi", "0.2"],
         ["lrserve", "compress-and-export", "MODEL", "-o", "OUT", "--target", "tgi"],
         ["lrserve", "bench", "OUT", "--repeat", "3"],
+        ["lrserve", "bench", "OUT", "OTHER"],
+        ["lrserve", "serve", "OUT", "OTHER"],
         ["lrserve", "verify"],
         ["make", "install"],
         ["pip", "install", ".[gpu]"],
@@ -325,7 +329,7 @@ def test_vllm_knows_every_option_that_is_passed_on() -> None:
     served = [words for _, words in SHELL if words[0] in ("lrserve", "vllm") and words[1] == "serve"]
     assert any(len(words) > 3 for words in served)
     for _, out, *arguments in (words[1:] for words in served):
-        command = server_command(Path(out), arguments)
+        command = server_command(Path(out), [argument for argument in arguments if argument != "--"])
         model_and_options = command[command.index(out) :] if "serve" in command else command[command.index("--model") :]
         parser.parse_args(model_and_options)
     ours = {option for options in OPTIONS.values() for option in options}
