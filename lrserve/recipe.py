@@ -1,4 +1,8 @@
-"""The recipe: every setting of a run in one frozen object, from YAML and the command line, saved with the artifact."""
+"""The recipe: every setting of a run in one frozen object, from YAML and the command line, saved with the artifact.
+
+docs/recipe.md is made from these classes (`python docs/generate_recipe.py`): the docstring below a field is its effect, a string
+in its `Annotated` type is its unit.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +23,21 @@ _REFINE_STEPS = 25
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Target(_Frozen):
-    """What the user fixed; the search optimises the rest. With none of the three it looks for the whole front of both."""
+    """What is fixed; the search optimises the rest. At most one may be set.
 
-    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the parameters of the decoder's linear layers to remove."""
-    min_speedup: Annotated[float, Field(gt=0)] | None = None
-    """Output tokens per second of the compressed model over those of the dense one, measured."""
-    max_ppl_increase: Annotated[float, Field(gt=0)] | None = None
-    """Largest relative increase of the validation perplexity: 0.05 allows 5 percent."""
+    Without a target the search looks for the front of perplexity and speed, and exports its knee.
+    """
+
+    ratio: Annotated[float, Field(gt=0, lt=1), "share"] | None = None
+    """Share of the parameters of the decoder's linear layers to remove. The search minimises perplexity."""
+    min_speedup: Annotated[float, Field(gt=0), "times dense"] | None = None
+    """Least output tokens per second, measured on the engine, over those of the dense model. The search minimises perplexity."""
+    max_ppl_increase: Annotated[float, Field(gt=0), "share"] | None = None
+    """Largest relative increase of the validation perplexity: 0.05 allows 5 %. The search maximises speed."""
 
     @model_validator(mode="before")
     @classmethod
@@ -51,59 +58,63 @@ class Target(_Frozen):
 
 
 class Text(_Frozen):
-    """Text by use. Each is a file (.jsonl with a "text" field, or plain text) or the name of a Hub dataset.
+    """Text by use: a file (.jsonl with a "text" field in each line, or plain text), or the name of a Hub dataset.
 
-    Where validation or report are not given, they are cut from the end of the calibration text, so the three never overlap.
+    No document serves two uses. A text that is not given is cut from the end of the calibration text.
     """
 
-    calibration: str | None = None
-    validation: str | None = None
-    report: str | None = None
+    calibration: Annotated[str, "file or dataset"] | None = None
+    """Text from which covariances and gradients are collected; `--calibration`. A run needs it."""
+    validation: Annotated[str, "file or dataset"] | None = None
+    """Text on which the search judges plans; null cuts a tenth off the calibration text."""
+    report: Annotated[str, "file or dataset"] | None = None
+    """Text of the final perplexity, which neither calibration nor search sees; null cuts a tenth off the calibration text."""
 
 
 class Calibration(_Frozen):
-    """How the covariances are collected."""
+    """How the covariances of the layers' inputs are collected. Time grows with `sequences` x `length`."""
 
-    sequences: Annotated[int, Field(ge=1)] = 1024
-    length: Annotated[int, Field(ge=2)] = 2048
-    """Tokens per sequence."""
-    pool_sequences: Annotated[int, Field(ge=1)] = 32
-    """Sequences in one pool: Bolaco (2405.10616) section 3 averages the covariances of pools centred one by one."""
-    batch_tokens: Annotated[int, Field(ge=1)] = 4096
-    """Tokens in one forward pass of a block."""
+    sequences: Annotated[int, Field(ge=1), "sequences"] = 1024
+    """Sequences that are drawn from the calibration text."""
+    length: Annotated[int, Field(ge=2), "tokens"] = 2048
+    """Length of one sequence."""
+    pool_sequences: Annotated[int, Field(ge=1), "sequences"] = 32
+    """Sequences in one pool. Each pool is centred on its own mean (Bolaco, arXiv 2405.10616, section 3)."""
+    batch_tokens: Annotated[int, Field(ge=1), "tokens"] = 4096
+    """Size of one forward pass of a block. More needs more memory."""
 
 
 class Factorization(_Frozen):
-    """How the factors are made. Ranks are the search's; docs/methods.md says what each idea brings."""
+    """How the layers are compressed once the search has chosen the ranks; docs/methods.md says what each step brings."""
 
     structure: Structure = "narrow"
-    """What becomes of the groups: `narrow` takes neurons out of the MLPs, which stay dense layers, and makes two factors of the
-    rest where that pays; `low_rank` makes two factors of all; `identity_block` keeps more rank per parameter, and is slower.
+    """`narrow` removes neurons of the MLPs, which stay dense layers, and splits other layers into two factors where that pays.
+    `low_rank` splits every layer into two factors. `identity_block` keeps a higher rank per parameter, and is slower to serve.
     """
     fisher: tuple[Kind, ...] = KINDS
-    """Group kinds whose output errors are weighted by the loss gradient; none switches the backward passes off."""
-    fisher_tokens: Annotated[int, Field(ge=64)] = 65536
-    """Calibration tokens that go through the backward passes."""
+    """Kinds of layers whose errors are weighted by the gradient of the loss. An empty list saves the backward passes, and costs
+    quality.
+    """
+    fisher_tokens: Annotated[int, Field(ge=64), "tokens"] = 65536
+    """Calibration tokens that run through the backward passes."""
     propagate: bool | None = None
-    """Find the chosen plan's factors anew, block by block, for the activations that the compressed blocks before them give.
-
-    None does so for plans that remove 30 % of the linears' parameters or more, where it pays on all text that we measured; but not
-    where MLPs lose neurons, where it does not pay, nor before a recovery, which gets further from the factors of the search.
+    """Compute the factors of the chosen plan again, block by block, for the inputs that the compressed blocks before them give.
+    null does this for `low_rank` and `identity_block` plans that remove 30 % or more, without recovery.
     """
     refine: Literal["none", "adam"] | None = None
-    """Refine each block's factors against the dense block's outputs by `refine_steps` of Adam.
-
-    None takes Adam, but nothing before a recovery, which trains the same parameters.
+    """Train each block for `refine_steps` steps of Adam towards the outputs of the dense block. null is `adam`, and `none` before
+    a recovery, which trains the same parameters.
     """
-    refine_steps: Annotated[int, Field(ge=1)] = _REFINE_STEPS
-    refine_tokens: Annotated[int, Field(ge=64)] | None = None
-    """Calibration tokens that `propagate` and `refine` see; None for a quarter of them."""
-    recover_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """Time for distilling the dense model into the factors, once the ranks are chosen; 0 switches it off."""
+    refine_steps: Annotated[int, Field(ge=1), "steps"] = _REFINE_STEPS
+    """Steps of Adam for each block."""
+    refine_tokens: Annotated[int, Field(ge=64), "tokens"] | None = None
+    """Calibration tokens that `propagate` and `refine` see; null is a quarter of them."""
+    recover_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False), "minutes"] = 0.0
+    """Time to distil the dense model into the compressed one, at the same ranks, size and speed; `--recover`. 0 is none."""
 
     @property
     def refinement(self) -> Literal["none", "adam"]:
-        """What `refine` comes to."""
+        """`refine`, with null resolved."""
         return self.refine or ("none" if self.recover_minutes else "adam")
 
     @model_validator(mode="after")
@@ -114,37 +125,43 @@ class Factorization(_Frozen):
 
 
 class Search(_Frozen):
-    """The Optuna study."""
+    """The Optuna study that chooses a rank for each group of layers; docs/search.md describes it."""
 
-    trials: Annotated[int, Field(ge=3)] = 24
+    trials: Annotated[int, Field(ge=3), "trials"] = 24
+    """Plans that the study judges."""
     sampler: Literal["gp", "tpe", "random"] = "gp"
-    speed_weight: Annotated[float, Field(ge=0)] = 1.0
-    """What speed counts under a ratio target: with 1, one percent of throughput is worth one percent of perplexity."""
-    rank_step: Annotated[int, Field(ge=1)] = 16
-    """Ranks are multiples of this; the factor kernels like multiples of 16 on CPU and 64 on GPU."""
-    depth_groups: Annotated[int, Field(ge=1)] = 3
-    """Runs of layers that share one multiplier per group kind."""
-    probe_tokens: Annotated[int, Field(ge=64)] = 1024
+    """Sampler of the study: a Gaussian process, a tree-structured Parzen estimator, or random search."""
+    speed_weight: Annotated[float, Field(ge=0), "nats per log(speedup)"] = 1.0
+    """Weight of speed under a ratio target: with 1, one percent of throughput counts as much as one percent of perplexity."""
+    rank_step: Annotated[int, Field(ge=1), "ranks"] = 16
+    """Ranks and numbers of neurons are multiples of this. 16 suits kernels on CPUs, 64 those on GPUs."""
+    depth_groups: Annotated[int, Field(ge=1), "runs of layers"] = 3
+    """Runs of consecutive layers that share one multiplier for each kind of layer."""
+    probe_tokens: Annotated[int, Field(ge=64), "tokens"] = 1024
     """Validation tokens on which the sensitivity of each group is measured."""
-    validation_tokens: Annotated[int, Field(ge=64)] = 4096
-    """Tokens that a trial is judged on: windows chosen from the pool such that their mean loss is close to the pool's."""
-    validation_pool: Annotated[int, Field(ge=64)] = 16384
-    """Tokens of the pool."""
-    validation_length: Annotated[int, Field(ge=16)] = 512
-    measured_plans: Annotated[int, Field(ge=1)] = 3
-    """Plans of the front that are measured end to end on the engine, besides the dense model."""
-    choose: Annotated[int, Field(ge=0)] | None = None
-    """Number of the trial to export, instead of the best one."""
+    validation_tokens: Annotated[int, Field(ge=64), "tokens"] = 4096
+    """Tokens on which a trial is judged: windows that represent the pool."""
+    validation_pool: Annotated[int, Field(ge=64), "tokens"] = 16384
+    """Validation tokens from which these windows are chosen."""
+    validation_length: Annotated[int, Field(ge=16), "tokens"] = 512
+    """Length of one window."""
+    measured_plans: Annotated[int, Field(ge=1), "plans"] = 3
+    """Plans of the front that are exported and measured on the engine, besides the dense model."""
+    choose: Annotated[int, Field(ge=0), "trial number"] | None = None
+    """Trial to export in place of the best one; `--choose`. report.html lists the trials."""
 
 
 class Workload(_Frozen):
-    """A kind of traffic: `concurrency` requests at once, each of unique prompts, decoding exactly `output_tokens`."""
+    """A kind of traffic: requests with unique prompts that arrive together and generate the same number of tokens."""
 
-    prompt_tokens: Annotated[int, Field(ge=1)] = 128
-    output_tokens: Annotated[int, Field(ge=1)] = 128
-    concurrency: Annotated[int, Field(ge=1)] = 8
-    share: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Part of the machine's time that this traffic takes with the dense model; only the proportions count."""
+    prompt_tokens: Annotated[int, Field(ge=1), "tokens"] = 128
+    """Length of each prompt."""
+    output_tokens: Annotated[int, Field(ge=1), "tokens"] = 128
+    """Tokens that each request generates."""
+    concurrency: Annotated[int, Field(ge=1), "requests"] = 8
+    """Requests at once."""
+    share: Annotated[float, Field(gt=0, allow_inf_nan=False), "parts"] = 1.0
+    """Part of the machine's time that this traffic has with the dense model. Only the proportions count."""
 
 
 PROFILES: Final[Mapping[str, Workload]] = {
@@ -152,7 +169,7 @@ PROFILES: Final[Mapping[str, Workload]] = {
     "prefill": Workload(prompt_tokens=1024, output_tokens=32, concurrency=4),
     "decode": Workload(prompt_tokens=32, output_tokens=256, concurrency=1),
 }
-"""What a server is asked for: a conversation, mostly reading, mostly writing."""
+"""The default traffic: conversations, long prompts, and long answers to one request at a time."""
 
 
 def shares(workloads: Mapping[str, Workload]) -> dict[str, float]:
@@ -162,33 +179,40 @@ def shares(workloads: Mapping[str, Workload]) -> dict[str, float]:
 
 
 class EngineSettings(_Frozen):
-    """The engine that measures and serves."""
+    """The engine that measures plans and serves the artifact."""
 
     runtime: Literal["vllm", "onnx"] = "vllm"
-    """`onnx`: ONNX Runtime on the CPU, in float32, with the exported graph; the next two do not concern it."""
+    """`vllm`, or `onnx` for ONNX Runtime on the CPU in float32; `--target`."""
     dtype: Dtype = "bfloat16"
+    """Number format of the stored weights, and of vLLM's arithmetic."""
     enforce_eager: bool = False
-    """Skip torch.compile: starts faster, serves slower."""
-    repeats: Annotated[int, Field(ge=1)] = 5
-    """Counted rounds of the interleaved measurement, after a warm-up."""
+    """Run vLLM without torch.compile: it starts sooner and serves more slowly."""
+    repeats: Annotated[int, Field(ge=1), "rounds"] = 5
+    """Counted rounds in which dense model and plans are measured in turns. From five on, the interval of a speedup holds the true
+    median with at least 90 %.
+    """
 
 
 class Report(_Frozen):
-    """The final evidence."""
+    """The final evidence: perplexity on unseen text, and agreement between the engines."""
 
-    tokens: Annotated[int, Field(ge=64)] = 32768
-    length: Annotated[int, Field(ge=16)] = 1024
-    """Tokens per window of the perplexity."""
-    prompts: Annotated[int, Field(ge=1)] = 4
-    """Prompts on which the renderings are compared."""
-    prompt_tokens: Annotated[int, Field(ge=2)] = 64
-    new_tokens: Annotated[int, Field(ge=1)] = 32
+    tokens: Annotated[int, Field(ge=64), "tokens"] = 32768
+    """Report tokens of the final perplexity."""
+    length: Annotated[int, Field(ge=16), "tokens"] = 1024
+    """Length of one window of the final perplexity."""
+    prompts: Annotated[int, Field(ge=1), "prompts"] = 4
+    """Prompts on which the engines are compared."""
+    prompt_tokens: Annotated[int, Field(ge=2), "tokens"] = 64
+    """Length of each of these prompts."""
+    new_tokens: Annotated[int, Field(ge=1), "tokens"] = 32
+    """Tokens that each engine generates for each of these prompts."""
 
 
 class Recipe(_Frozen):
-    """Everything that decides the result of `compress_and_export`, apart from the model's and the texts' content."""
+    """Every setting that decides the result of `compress_and_export`, apart from the content of the model and the texts."""
 
-    model: str
+    model: Annotated[str, "model"]
+    """Hub id, folder in Hugging Face layout, or GGUF file of the dense model; the first argument of `compress-and-export`."""
     target: Target = Target()
     text: Text = Text()
     calibration: Calibration = Calibration()
@@ -198,7 +222,9 @@ class Recipe(_Frozen):
     engine: EngineSettings = EngineSettings()
     report: Report = Report()
     export: Annotated[tuple[str, ...], Field(min_length=1)] = ("vllm", "onnx")
-    seed: Annotated[int, Field(ge=0)] = 0
+    """Renderings to write: `vllm` (a checkpoint, which transformers loads too), `onnx`, or those of other packages; `--export`."""
+    seed: Annotated[int, Field(ge=0), "seed"] = 0
+    """Seed of the calibration windows, the search and the prompts; `--seed`."""
 
     @property
     def structure(self) -> Structure:
@@ -227,7 +253,7 @@ class Recipe(_Frozen):
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise InputError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from None
             if loaded is not None and not isinstance(loaded, dict):
-                raise InputError(f"the recipe {path} holds a {type(loaded).__name__}, not settings by name (README, 'Settings')")
+                raise InputError(f"the recipe {path} holds a {type(loaded).__name__}, not settings by name; see docs/recipe.md")
             data = loaded or {}
         if any(name.startswith("target.") and value is not None for name, value in overrides.items()):
             data.pop("target", None)
