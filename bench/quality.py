@@ -433,6 +433,8 @@ def main() -> None:
         name: token_windows(job.source.tokenizer(), read_documents(path), length, arguments.tokens // length)
         for name, path in files.items()
     }
+    if short := [files[name] for name, windows in texts.items() if windows.numel() < arguments.tokens // length * length]:
+        parser.error(f"{', '.join(short)}: fewer tokens than --tokens {arguments.tokens}")
     ratios = sorted(set(arguments.ratio or RATIOS))
     with work_folder(arguments.work, lambda line: None) as folder:
         bench = Bench(job, folder, texts)
