@@ -41,7 +41,7 @@ from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.study import run_study
 from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group, Structure, allocated, separate
-from lrserve.compression.matmul import fast_products
+from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.spectra import (
     MergedRanks,
     SpectrumStore,
@@ -430,7 +430,7 @@ def render(results: list[dict[str, Any]], dense: Mapping[str, float], ratios: li
     return table(header, lines)
 
 
-@fast_products()
+@float32_matmuls()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, help="another model and texts [default: the demo's]")
@@ -460,6 +460,8 @@ def main() -> None:
         name: token_windows(job.source.tokenizer(), read_documents(path), length, arguments.tokens // length)
         for name, path in files.items()
     }
+    if short := [files[name] for name, windows in texts.items() if windows.numel() < arguments.tokens // length * length]:
+        parser.error(f"{', '.join(short)}: fewer tokens than --tokens {arguments.tokens}")
     ratios = sorted(set(arguments.ratio or RATIOS))
     with work_folder(arguments.work, lambda line: None, MODULES) as folder:
         bench = Bench(job, folder, texts)

@@ -51,7 +51,7 @@ from lrserve.allocation.speed import SpeedModel
 from lrserve.allocation.study import run_study
 from lrserve.compression.groups import Group, separate
 from lrserve.compression.lowrank import quantization_config, specs_of
-from lrserve.compression.matmul import fast_products
+from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.spectra import MergedRanks, SpectrumStore, write_spectra
 from lrserve.engines.runtimes import Runtime, runtime_of
 from lrserve.engines.vllm import Engine
@@ -395,7 +395,7 @@ def render(result: Mapping[str, Any]) -> str:
     return f"{first}\n\n{second}\n"
 
 
-@fast_products()
+@float32_matmuls()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, help="another model and texts [default: the demo's]")

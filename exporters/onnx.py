@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,24 +13,13 @@ import torch
 
 from exporters.companions import copy_companions
 from exporters.onnx_graph import build_graph, check_renderable, head_width, save_graph
-from lrserve.errors import EngineError
+from lrserve.plugins.versions import require_onnx
 
 FOLDER: Final = "onnx"
 MODEL_FILE: Final = "model.onnx"
-PACKAGES: Final = ("onnx", "onnx_ir", "onnxruntime")
 
 Tokens = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
-
-
-def require_packages() -> None:
-    """Raise EngineError, with the pip command, if a package that writes or runs graphs is missing."""
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise EngineError(
-            f"ONNX graphs need {', '.join(missing)}, not installed in this environment: "
-            "run pip install 'lrserve[onnx]', or export for vLLM only"
-        )
 
 
 class OnnxExporter:
@@ -49,10 +37,10 @@ class OnnxExporter:
         """Check packages and model.
 
         Raises:
-            EngineError: a package that writes or runs the graph is not installed.
+            EngineError: a package that writes or runs the graph is missing or of an untested version.
             UnsupportedModelError: the graph would not render this model faithfully.
         """
-        require_packages()
+        require_onnx()
         check_renderable(skeleton)
 
     def export(self, model: Any, source: Path, out: Path, dtype: torch.dtype) -> None:
@@ -62,10 +50,10 @@ class OnnxExporter:
         transformers writes; otherwise from the model (a GGUF file has none).
 
         Raises:
-            EngineError: a package is missing.
+            EngineError: a package is missing or of an untested version.
             UnsupportedModelError: the graph would not render this model faithfully.
         """
-        require_packages()
+        require_onnx()
         import onnx
 
         folder = out / FOLDER

@@ -1,149 +1,244 @@
-"""The command line: parses, calls, prints; no logic. Heavy imports happen inside the verbs, so that --help answers at once."""
+"""The command line: parses, calls, prints; no logic.
+
+Heavy imports happen inside the verbs, after the flags were checked, so that --help and a mistyped value are answered at once. What
+sets something in the recipe is text here, which the recipe parses: it has the ranges, and the words for what is wrong.
+"""
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
-from enum import Enum
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from lrserve.errors import LrserveError
+from lrserve.errors import InputError, LrserveError
+
+if TYPE_CHECKING:
+    from lrserve.recipe import Recipe
 
 app = typer.Typer(
     name="lrserve",
     help="Make a language model cheaper to serve: low-rank factors, searched for the engine that serves them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # it takes "[default: ...]" in a help text for markup, and drops it
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_MODEL = "Hub id, folder in Hugging Face layout, or GGUF file; may stand in the recipe instead."
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+_MODEL = "Hub id, folder in Hugging Face layout, or GGUF file"
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
-class Runtime(str, Enum):
-    """The engines of `recipe.EngineSettings.runtime`."""
+class _PassesOn(TyperCommand):
+    """A verb whose arguments after `--` are vLLM's; they go into `context.obj`."""
 
-    VLLM = "vllm"
-    ONNX = "onnx"
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Cut the arguments at the first `--`, which click would drop, and parse those before it."""
+        cut = args.index("--") if "--" in args else len(args)
+        ctx.obj = args[cut + 1 :]
+        return super().parse_args(ctx, args[:cut])
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from lrserve import __version__
+
+        print(f"lrserve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print lrserve's version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command("compress-and-export")
 def compress_and_export(
-    model: Annotated[str | None, typer.Argument(help=_MODEL)] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the artifact.")] = ...,  # type: ignore[assignment]
-    ratio: Annotated[float | None, typer.Option(help="Best quality with this share of the linears' parameters removed.")] = None,
-    min_speedup: Annotated[float | None, typer.Option(help="Best quality at this measured speedup over dense.")] = None,
-    max_ppl_increase: Annotated[float | None, typer.Option(help="Best speed at this relative perplexity increase.")] = None,
-    export: Annotated[list[str] | None, typer.Option(help="Rendering to export, repeatable [default: vllm and onnx].")] = None,
+    model: Annotated[str | None, typer.Argument(help=f"{_MODEL}; may stand in the recipe instead.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Folder for the artifact.")] = ...,  # type: ignore[assignment]
+    ratio: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Best quality with this share of the linears' parameters removed.")
+    ] = None,
+    min_speedup: Annotated[
+        str | None, typer.Option(metavar="FACTOR", help="Best quality at this measured speedup over dense.")
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Best speed at this relative perplexity increase.")
+    ] = None,
+    export: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Rendering to export, repeatable [default: vllm and onnx].")
+    ] = None,
     recover: Annotated[
-        float | None, typer.Option(metavar="MINUTES", help="Distil the dense model into the factors [default: 0].")
+        str | None, typer.Option(metavar="MINUTES", help="Distil the dense model into the factors [default: 0].")
     ] = None,
     target: Annotated[
-        Runtime | None, typer.Option(help="The engine that measures the plans, and is to serve [default: vllm].")
+        str | None, typer.Option(metavar="ENGINE", help="vllm or onnx: measures the plans, and is to serve [default: vllm].")
     ] = None,
-    trials: Annotated[int | None, typer.Option(help="Trials of the search [default: 24].")] = None,
+    trials: Annotated[str | None, typer.Option(metavar="NUMBER", help="Trials of the search [default: 24].")] = None,
     choose: Annotated[
-        int | None, typer.Option(metavar="TRIAL", help="Export this trial of a finished search (see its report.html).")
+        str | None, typer.Option(metavar="TRIAL", help="Export this trial of a finished search (see its report.html).")
     ] = None,
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="Database in which several runs of the same inputs share the search.")
     ] = None,
-    calibration: Annotated[str | None, typer.Option(help="Text file (.jsonl or plain) or Hub dataset.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file with any setting; the options here win over it.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of calibration windows and search [default: 0].")] = None,
-    work: Annotated[Path | None, typer.Option(help="Folder for intermediate results [default: OUT.work].")] = None,
+    calibration: Annotated[str | None, typer.Option(metavar="TEXT", help="Text file (.jsonl or plain) or Hub dataset.")] = None,
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file with any setting; flags win over it.")] = None,
+    seed: Annotated[str | None, typer.Option(metavar="NUMBER", help="Seed of calibration windows and search [default: 0].")] = None,
+    work: Annotated[Path | None, typer.Option(metavar="FOLDER", help="For intermediate results [default: OUT.work].")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact made from other inputs.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the inputs and say what would be done.")] = False,
 ) -> None:
     """Compress a model, search its ranks, export the result and prove it."""
-    from lrserve.pipeline.run import compress_and_export as run
-    from lrserve.recipe import Recipe
+    from exporters.registry import exporter_points
 
-    overrides: dict[str, Any] = {
-        "model": model,
-        "target.ratio": ratio,
-        "target.min_speedup": min_speedup,
-        "target.max_ppl_increase": max_ppl_increase,
-        "export": export or None,
-        "factorization.recover_minutes": recover,
-        "engine.runtime": None if target is None else target.value,
-        "search.trials": trials,
-        "search.choose": choose,
-        "text.calibration": calibration,
-        "seed": seed,
+    given: dict[str, tuple[str, Any]] = {
+        "MODEL": ("model", model),
+        "--ratio": ("target.ratio", ratio),
+        "--min-speedup": ("target.min_speedup", min_speedup),
+        "--max-ppl-increase": ("target.max_ppl_increase", max_ppl_increase),
+        "--export": ("export", export or None),
+        "--recover": ("factorization.recover_minutes", recover),
+        "--target": ("engine.runtime", target),
+        "--trials": ("search.trials", trials),
+        "--choose": ("search.choose", choose),
+        "--calibration": ("text.calibration", calibration),
+        "--seed": ("seed", seed),
     }
+    settings = _recipe(recipe, given)
+    exporter_points(settings.export)
+
+    from lrserve.pipeline.run import compress_and_export as run
+
     try:
-        run(Recipe.load(recipe, overrides), out, work=work, storage=storage, overwrite=overwrite, dry_run=dry_run)
+        run(settings, out, work=work, storage=storage, overwrite=overwrite, dry_run=dry_run)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from where it stopped", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
-@app.command(context_settings=_PASS_ON)
+@app.command(cls=_PassesOn, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
-    out: Annotated[Path, typer.Argument(help="An artifact of lrserve, or a dense model.")],
+    model: Annotated[str, typer.Argument(help=f"An artifact of lrserve, or a dense model: {_MODEL}.")],
 ) -> None:
-    """Serve with vLLM's OpenAI-compatible server; further arguments go to vLLM unchanged."""
+    """Serve with vLLM's OpenAI-compatible server; further flags go to vLLM unchanged, and so does all that follows --."""
+    if model.startswith("-") or (context.args and not context.args[0].startswith("-")):
+        stray = model if model.startswith("-") else context.args[0]
+        raise InputError(f"serve: unexpected {stray!r}; give one model first, then vLLM's flags: lrserve serve MODEL [FLAGS]")
     from lrserve.serving.server import serve as run
 
-    run(out, [argument for argument in context.args if argument != "--"])
+    run(model, [*context.args, *context.obj])
 
 
-@app.command(context_settings={"allow_extra_args": True})
+@app.command(cls=_PassesOn, context_settings={"allow_extra_args": True})
 def bench(
     context: typer.Context,
     out: Annotated[Path, typer.Argument(help="An artifact of lrserve.")],
-    dense: Annotated[str | None, typer.Option(help="The dense model [default: the one it was made from].")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens per prompt, for one workload instead of the recipe's.")] = None,
-    output_tokens: Annotated[int | None, typer.Option(help="Tokens per answer, for one workload instead of the recipe's.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Requests at once, for one workload instead of the recipe's.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Counted rounds [default: the recipe's].")] = None,
+    dense: Annotated[str | None, typer.Option(metavar="MODEL", help="The dense model [default: the artifact's own].")] = None,
+    prompt_tokens: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="Measure one workload only, with prompts of so many tokens.")
+    ] = None,
+    output_tokens: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="Measure one workload only, with answers of so many tokens.")
+    ] = None,
+    concurrency: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="Measure one workload only, with so many requests at once.")
+    ] = None,
+    repeats: Annotated[str | None, typer.Option(metavar="NUMBER", help="Rounds of measuring [default: the recipe's].")] = None,
     compiled: Annotated[
-        bool | None, typer.Option("--compiled/--eager", help="With torch.compile or without [default: the recipe's].")
+        bool | None,
+        typer.Option("--compiled/--eager", help="Both with torch.compile, or both without [default: the recipe's]."),
     ] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Also write bench.json, bench.md and bench.png there.")
     ] = None,
+    as_json: _Json = False,
 ) -> None:
-    """Measure throughput and latency against the dense model, both behind vLLM's server, in turns; -- passes flags to vLLM."""
+    """Measure an artifact against its dense model, both behind vLLM's server; what follows -- goes to both servers.
+
+    Without --prompt-tokens, --output-tokens and --concurrency the recipe's workloads are measured.
+    """
+    if context.args:
+        raise InputError(
+            f"bench: unexpected {context.args[0]!r}; it measures one artifact against its dense model, or the one that --dense "
+            "names. Flags of vLLM follow --"
+        )
+    given: dict[str, tuple[str, Any]] = {
+        "--prompt-tokens": ("workloads.custom.prompt_tokens", prompt_tokens),
+        "--output-tokens": ("workloads.custom.output_tokens", output_tokens),
+        "--concurrency": ("workloads.custom.concurrency", concurrency),
+        "--repeats": ("engine.repeats", repeats),
+        "--compiled": ("engine.enforce_eager", None if compiled is None else not compiled),
+    }
+    checked = _recipe(None, {"OUT": ("model", str(out)), **given})
+
     from lrserve.serving.bench import bench as run
 
-    run(
+    figures = run(
         out,
         dense=dense,
-        workload={"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "concurrency": concurrency},
-        overrides={
-            "engine.repeats": repeats,
-            "engine.enforce_eager": None if compiled is None else not compiled,
-        },
+        workload=checked.workloads["custom"].model_dump(exclude_unset=True) if "custom" in checked.workloads else {},
+        overrides={f"engine.{name}": value for name, value in checked.engine.model_dump(exclude_unset=True).items()},
         report=report,
-        vllm_arguments=context.args,
+        vllm_arguments=context.obj,
+        say=_silent if as_json else print,
     )
+    if as_json:
+        _print_json(figures)
 
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="An artifact, or a dense model as for compress-and-export.")],
+    model: Annotated[str, typer.Argument(help=f"An artifact of lrserve, or a dense model: {_MODEL}.")],
+    as_json: _Json = False,
 ) -> None:
     """Say what a model or an artifact consists of: groups, shapes, ranks and sizes."""
+    from lrserve.pipeline.inspect import describe
     from lrserve.pipeline.inspect import inspect as run
 
-    print(run(model))
+    if as_json:
+        _print_json(describe(model))
+    else:
+        print(run(model))
 
 
 @app.command()
-def verify(out: Annotated[Path, typer.Argument(help="An artifact of lrserve.")]) -> None:
+def verify(out: Annotated[Path, typer.Argument(help="An artifact of lrserve.")], as_json: _Json = False) -> None:
     """Check every file of an artifact against its manifest, and its tensors against its config."""
+    from lrserve.pipeline.inspect import check
     from lrserve.pipeline.inspect import verify as run
 
-    print(run(out))
+    if not as_json:
+        print(run(out))
+        return
+    found = check(out)
+    _print_json(found)
+    if found["faults"]:
+        raise typer.Exit(2)
+
+
+def _recipe(path: Path | None, given: Mapping[str, tuple[str, Any]]) -> Recipe:
+    """Read a recipe and lay over it what flags gave: by flag, the dotted name of the setting and the text or None."""
+    from lrserve.recipe import Recipe
+
+    return Recipe.load(path, dict(given.values()), {name: flag for flag, (name, _) in given.items()})
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data))
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 def main() -> None:

@@ -6,15 +6,20 @@ in its `Annotated` type is its unit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lrserve.compression.groups import KINDS, Kind, Structure
 from lrserve.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -34,9 +39,9 @@ class Target(_Frozen):
 
     ratio: Annotated[float, Field(gt=0, lt=1), "share"] | None = None
     """Share of the parameters of the decoder's linear layers to remove. The search minimises perplexity."""
-    min_speedup: Annotated[float, Field(gt=0), "times dense"] | None = None
+    min_speedup: Annotated[float, Field(gt=0, allow_inf_nan=False), "times dense"] | None = None
     """Least output tokens per second, measured on the engine, over those of the dense model. The search minimises perplexity."""
-    max_ppl_increase: Annotated[float, Field(gt=0), "share"] | None = None
+    max_ppl_increase: Annotated[float, Field(gt=0, allow_inf_nan=False), "share"] | None = None
     """Largest relative increase of the validation perplexity: 0.05 allows 5 %. The search maximises speed."""
 
     @model_validator(mode="before")
@@ -44,7 +49,7 @@ class Target(_Frozen):
     def _at_most_one(cls, data: Any) -> Any:
         given = [name for name, value in data.items() if value is not None] if isinstance(data, dict) else []
         if len(given) > 1:
-            raise ValueError(f"give one of ratio, min_speedup and max_ppl_increase, not {' and '.join(given)}")
+            raise ValueError(f"give only one of ratio, min_speedup and max_ppl_increase, not {' and '.join(given)}")
         return data
 
     @property
@@ -236,35 +241,25 @@ class Recipe(_Frozen):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @classmethod
-    def load(cls, path: Path | None, overrides: dict[str, Any]) -> Recipe:
+    def load(cls, path: Path | None, overrides: Mapping[str, Any], flags: Mapping[str, str] | None = None) -> Recipe:
         """Read a YAML recipe (or start from the defaults) and lay the command line's values over it.
 
-        `overrides` maps dotted names (`search.trials`) to values; `None` values are passed over.
+        `overrides` maps dotted names (`search.trials`) to values; `None` values are passed over. `flags` maps dotted names to the
+        flags of the command line (`--trials`) that gave their values, by which errors call them.
 
         Raises:
-            InputError: an unreadable file, an unknown setting, or a value out of range, named by its dotted name.
+            InputError: an unreadable file, an unknown setting, or a value out of range, named by its flag or its dotted name.
         """
-        data: dict[str, Any] = {}
-        if path is not None:
-            try:
-                loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except OSError as error:
-                raise InputError(f"cannot read the recipe {path}: {error.strerror}; check the path") from None
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise InputError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from None
-            if loaded is not None and not isinstance(loaded, dict):
-                raise InputError(f"the recipe {path} holds a {type(loaded).__name__}, not settings by name; see docs/recipe.md")
-            data = loaded or {}
-        if any(name.startswith("target.") and value is not None for name, value in overrides.items()):
+        data: dict[str, Any] = {} if path is None else _read(path)
+        given = {name: value for name, value in overrides.items() if value is not None}
+        if any(name.startswith("target.") for name in given):
             data.pop("target", None)
-        for name, value in overrides.items():
-            if value is None:
-                continue
+        for name, value in given.items():
             *parents, leaf = name.split(".")
             place = data
             for parent in parents:
                 if not isinstance(place.setdefault(parent, {}), dict):
-                    raise InputError(f"the recipe {path}: {parent} must hold settings by name, not {place[parent]!r}")
+                    raise InputError(f"the recipe {path}: {parent} must hold settings by name, not {_shown(place[parent])}")
                 place = place[parent]
             place[leaf] = value
         if "model" not in data:
@@ -272,17 +267,90 @@ class Recipe(_Frozen):
         try:
             return cls.model_validate(_absolute_paths(data))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "recipe"
-            origin = f" (recipe {path})" if path is not None else ""
-            raise InputError(f"{where}{origin}: {first['msg']}; got {first['input']!r}") from None
+            used = {name: flag for name, flag in (flags or {}).items() if name in given}
+            raise InputError(_explain(error.errors()[0], path, used)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror}; check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if loaded is not None and not isinstance(loaded, dict):
+        raise InputError(f"the recipe {path} holds a {type(loaded).__name__}, not settings by name (docs/recipe.md)")
+    return loaded or {}
+
+
+_SHOWN: Final = 100  # characters of a value that was refused
+
+_NEEDED: Final[Mapping[str, str]] = {
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "finite_number": "must be a finite number",
+    "literal_error": "must be {expected}",
+    "too_short": "must have at least {min_length} entry",
+    "missing": "is missing",
+}
+"""What a setting must be, by the kind of pydantic's error; {names} are those of the error's context."""
+
+_TYPES: Final[Mapping[str, str]] = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "tuple": "a list",
+    "dict": "settings by name",
+    "model": "settings by name",
+}
+"""What a setting must be, by the first word of pydantic's errors about types (`int_parsing`, `int_from_float`, `int_type`)."""
+
+
+def _explain(error: ErrorDetails, path: Path | None, flags: Mapping[str, str]) -> str:
+    """Say in one line what is wrong with a setting: by its flag, else by its dotted name and the recipe that it stands in."""
+    parts = [str(part) for part in error["loc"] if part != "[key]"]
+    where = ".".join(parts)
+    kind, context, got = error["type"], error.get("ctx", {}), f"; got {_shown(error['input'])}"
+    if kind == "extra_forbidden":
+        of_workload = _names(Workload, ".".join(parts[:2]) + ".") if parts[0] == "workloads" else ()
+        close = get_close_matches(where, [*_names(Recipe), *of_workload], 1)
+        hint = f"did you mean {close[0]}?" if close else "docs/recipe.md lists them"
+        return f"there is no setting {where}{_origin(path)}; {hint}"
+    used = [flag for name, flag in flags.items() if name == where or where.startswith(f"{name}.") or name.startswith(f"{where}.")]
+    label = " and ".join(used) or f"{where or 'the recipe'}{_origin(path)}"
+    if kind == "value_error":  # of a validator of ours, about several settings
+        return f"{label}: {context['error']}"
+    if kind in _NEEDED:
+        return f"{label}: {_NEEDED[kind].format(**context)}{got}"
+    return f"{label}: must be {_TYPES.get(kind.partition('_')[0], 'text')}{got}"
+
+
+def _origin(path: Path | None) -> str:
+    return "" if path is None else f" (recipe {path})"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def _names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every setting and of every section."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _names(field.annotation, f"{prefix}{name}.")
 
 
 def _absolute_paths(data: dict[str, Any]) -> dict[str, Any]:
     """Make paths of things that exist absolute: the recipe is saved, and read again from other folders."""
 
     def absolute(value: Any) -> Any:
-        return str(Path(value).expanduser().absolute()) if isinstance(value, str) and Path(value).expanduser().exists() else value
+        place = os.path.expanduser(value) if isinstance(value, str) else ""
+        return os.path.abspath(place) if place and os.path.exists(place) else value
 
     text = data.get("text")
     return {

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from exporters.onnx import require_packages
 from lrserve.engines.protocol import EngineProcess
-from lrserve.plugins.versions import onnx_version
+from lrserve.plugins.versions import onnx_version, require_onnx
 
 if TYPE_CHECKING:
     from lrserve.allocation.speed import Shape
@@ -60,7 +59,7 @@ class OnnxEngine(EngineProcess):
 
     def start(self) -> None:
         """Start the process and wait until the graph is loaded."""
-        require_packages()
+        require_onnx()
         self._start(WORKER_COMMAND, onnx_version())
 
     def latency_table(

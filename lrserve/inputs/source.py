@@ -13,14 +13,16 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from safetensors import SafetensorError
 
 from lrserve.errors import InputError
 from lrserve.storage.store import file_sha256, replace_folder
+
+if TYPE_CHECKING:
+    import torch
 
 _FINGERPRINTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _CARD = "README.md"
@@ -88,6 +90,7 @@ class Source:
 
     def skeleton(self) -> Any:
         """Build the model on the meta device: its modules and shapes, without reading a weight."""
+        import torch
         from transformers import AutoModelForCausalLM
 
         config = self.config()
@@ -102,6 +105,7 @@ class Source:
         Raises:
             InputError: weights are missing or do not fit the config.
         """
+        import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -132,23 +136,31 @@ def open_source(model: str) -> Source:
     Raises:
         InputError: no such path, an incomplete folder, a compressed model, or a Hub id that cannot be fetched.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        source = Source(name=model, path=_checked_folder(path))
-    elif path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(f"{path} is a file but not a .gguf; give the folder that holds config.json and the weights")
-        source = Source(name=model, path=_convert_gguf(path))
-    elif _HUB_ID.fullmatch(model) and not model.startswith("."):
-        source = Source(name=model, path=_from_hub(model))
-    else:
-        raise InputError(f"no model at {path}: there is no such file or folder; check the path")
-    config = source.config()
-    if getattr(config, "quantization_config", None) is not None:
+    source = Source(name=model, path=model_folder(model))
+    if getattr(source.config(), "quantization_config", None) is not None:
         raise InputError(
             f"{source.path} is already quantized or compressed (config.json has a quantization_config); give the dense model"
         )
     return source
+
+
+def model_folder(model: str) -> Path:
+    """Return the folder that holds a model, dense or compressed: a Hub id is downloaded, a GGUF file converted, once.
+
+    Raises:
+        InputError: no such path, an incomplete folder, or a Hub id that cannot be fetched.
+    """
+    place = os.path.expanduser(model)  # unlike pathlib's, neither this nor what follows raises for strange names
+    path = Path(place)
+    if os.path.isdir(place):
+        return checked_folder(path)
+    if os.path.isfile(place):
+        if path.suffix != ".gguf":
+            raise InputError(f"{path} is a file but not a .gguf; give the folder that holds config.json and the weights")
+        return _convert_gguf(path)
+    if _HUB_ID.fullmatch(model) and not model.startswith(".") and path.suffix != ".gguf":
+        return _from_hub(model)
+    raise InputError(f"no model at {path}: there is no such file or folder; check the path")
 
 
 def _one_line(error: BaseException) -> str:
@@ -156,7 +168,12 @@ def _one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def _checked_folder(path: Path) -> Path:
+def checked_folder(path: Path) -> Path:
+    """Return the absolute path of a folder in Hugging Face layout.
+
+    Raises:
+        InputError: config.json, the weights or one of their shards is missing.
+    """
     present = sorted(p.name for p in path.iterdir())
     missing = [] if (path / "config.json").is_file() else ["config.json"]
     if not list(path.glob("*.safetensors")):
@@ -186,11 +203,12 @@ def _from_hub(model: str) -> Path:
             f"no model at {model!r}: no such file or folder, and the Hub does not deliver it "
             f"({type(error).__name__}: {_one_line(error)}); check the name, the network and HF_TOKEN"
         ) from None
-    return _checked_folder(Path(folder))
+    return checked_folder(Path(folder))
 
 
 def _convert_gguf(path: Path) -> Path:
     """Dequantize a GGUF file to a folder of bfloat16 safetensors in the cache, once."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,10 +45,11 @@ def read_documents(origin: str) -> Documents:
     Raises:
         InputError: nothing there, not text, or no text in it.
     """
-    path = Path(origin).expanduser()
-    if path.is_file():
+    place = os.path.expanduser(origin)  # unlike pathlib's, neither this nor what follows raises for strange names
+    path = Path(place)
+    if os.path.isfile(place):
         texts = _read_file(path)
-    elif path.exists() or path.suffix in {".txt", ".jsonl", ".utf8"} or origin.startswith((".", "/", "~")):
+    elif os.path.exists(place) or path.suffix in {".txt", ".jsonl", ".utf8"} or origin.startswith((".", "/", "~")):
         raise InputError(f"no text file at {path}; check the path, or name a Hub dataset")
     else:
         texts = _read_dataset(origin)
@@ -173,12 +175,12 @@ def token_windows(
         tokenizer: a transformers tokenizer.
         documents: the text.
         length: tokens per window, BOS included.
-        count: how many windows; all that there are when None.
+        count: most windows; all that there are when None. Text that has fewer gives those (`shortage` says so).
         seed: choose the windows at random; with None they are spread evenly over the text.
         up_to: take more than `count` windows, up to so many, where the text has them.
 
     Raises:
-        InputError: fewer than `count` windows, or not one.
+        InputError: not one window.
     """
     ids = array("q")  # 8 bytes a token, where a list takes several times that
     for text in documents.texts:
@@ -186,20 +188,31 @@ def token_windows(
     bos = _bos(tokenizer)
     body = length - len(bos)
     available = len(ids) // body if body > 0 else 0
-    if available < max(count or 1, 1):
+    if available == 0:
         raise InputError(
-            f"{documents.name} has {len(ids)} tokens, enough for {available} windows of {length}; {count or 1} are needed: "
-            "give more text, or lower the sequences, tokens or length settings of the recipe (README, 'Settings')"
+            f"{documents.name} has {len(ids)} tokens, less than one window of {length}: give more text, or set a smaller length "
+            "in the recipe (calibration.length, search.validation_length, report.length, report.prompt_tokens)"
         )
     windows = torch.frombuffer(ids, dtype=torch.int64)[: available * body].clone().view(available, body)
     if bos:
         windows = torch.cat([torch.tensor([bos]).expand(available, 1), windows], dim=1)
     if count is None:
         return windows
-    count = max(count, min(available, up_to or 0))
+    count = min(available, max(count, up_to or 0))
     if seed is None:
         return windows[torch.linspace(0, available - 1, count).round().long()]
     return windows[torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def shortage(documents: Documents, windows: torch.Tensor, asked: int, setting: str, effect: str) -> str | None:
+    """Return a warning if a text gave fewer than `asked` windows, those that `setting` asks for; `effect` is what that means."""
+    count, length = windows.shape
+    if count >= asked:
+        return None
+    return (
+        f"warning: {documents.name} has {count * length:,} of the {asked * length:,} tokens that {setting} asks for; "
+        f"all of them are used. {effect}: give more text for a better result"
+    )
 
 
 def _bos(tokenizer: Any) -> list[int]:

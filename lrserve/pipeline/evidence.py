@@ -45,6 +45,7 @@ def collect_metrics(
         "runtime": recipe.engine.runtime,
         "enforce_eager": recipe.engine.enforce_eager,
         "workloads": {name: workload.model_dump(mode="json") for name, workload in recipe.workloads.items()},
+        "tokens": {use: windows.numel() for use, windows in job.windows.items()},  # the recipe has what was asked for
         "plan": {
             "origin": tuned.chosen.candidate.origin,
             "structure": plan.structure,

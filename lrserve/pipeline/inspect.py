@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from lrserve.compression.groups import Group, as_listed, find_groups
 from lrserve.compression.lowrank import QUANT_METHOD, GroupSpec, is_permutation, parse_groups, stored_tensors
 from lrserve.errors import ArtifactError
-from lrserve.inputs.source import Source, open_source
+from lrserve.inputs.source import Source, model_folder, open_source
+from lrserve.plugins.versions import require_sound_torchvision
 from lrserve.report.card import table
 from lrserve.report.sizes import linear_parameters, sizes
 from lrserve.storage.store import MANIFEST, read_manifest, verify_files
@@ -32,47 +34,104 @@ def inspect(model: str) -> str:
     """Describe a dense model or an artifact as text: one row per group kind, then the sizes in four units.
 
     Raises:
+        LrserveError: as `describe`.
+    """
+    found = describe(model)
+    rows = []
+    for kind, group in found["groups"].items():
+        low, high = group["ranks"] or (None, None)
+        shown = "-" if low is None else f"{low} to {high}"
+        structures = ", ".join(group["structures"]) or "-"
+        shape = f"{group['outputs']} x {group['inputs']}"
+        parameters = f"{group['parameters'] / 1e6:.1f} M"
+        rows.append([kind, str(group["layers"]), shape, str(group["compressed"]), structures, shown, parameters])
+    units = found["sizes"].items()
+    sized = [[name.replace("_", " "), f"{u['dense']:,}", f"{u['compressed']:,}", f"{u['ratio']:.3f}"] for name, u in units]
+    return "\n\n".join(
+        [
+            f"{found['path']}: {found['architecture']}",
+            table(["group", "layers", "outputs x inputs", "compressed", "structure", "ranks", "parameters"], rows),
+            table(["", "dense", "as stored", "ratio"], sized),
+        ]
+    )
+
+
+def describe(model: str) -> dict[str, Any]:
+    """Return what a dense model or an artifact consists of; JSON.
+
+    Under `groups`, for each kind, the number of its layers, how many are compressed, their structures, lowest and highest rank,
+    and parameters as stored; under `sizes`, the four units of `card.sizes`.
+
+    Raises:
         LrserveError: neither of the two, or an architecture that lrserve does not know.
     """
-    folder = Path(model).expanduser()
-    entry = _quantization(folder)
-    if entry is None and (folder / MANIFEST).is_file():
+    folder = Path(os.path.expanduser(model))
+    if (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
         raise ArtifactError(
             f"{folder} holds no checkpoint, only {', '.join(read_manifest(folder)['files'])}; see lrserve/plan.json"
         )
+    require_sound_torchvision()
+    folder = model_folder(model)
+    entry = _quantization(folder)
     specs = parse_groups(entry) if entry is not None else {}
     source = Source(name=model, path=folder) if entry is not None else open_source(model)
     skeleton = source.skeleton()
     groups = as_listed(find_groups(skeleton), specs)
-    lines = [f"{source.path}: {type(skeleton).__name__}"]
-    rows = []
+    kinds = {}
     for kind in dict.fromkeys(group.kind for group in groups):
         members = [group for group in groups if group.kind == kind]
         found = [specs[group.name] for group in members if group.name in specs]
         ranks = [spec.rank for spec in found]
-        shown = f"{min(ranks)} to {max(ranks)}" if ranks else "-"
-        structures = ", ".join(sorted({spec.structure for spec in found})) or "-"
-        parameters = f"{linear_parameters(members, specs) / 1e6:.1f} M"
-        first = members[0]
-        rows.append([kind, str(len(members)), f"{first.m} x {first.n}", str(len(ranks)), structures, shown, parameters])
-    lines.append(table(["group", "layers", "outputs x inputs", "compressed", "structure", "ranks", "parameters"], rows))
+        kinds[kind] = {
+            "layers": len(members),
+            "outputs": members[0].m,
+            "inputs": members[0].n,
+            "compressed": len(found),
+            "structures": sorted({spec.structure for spec in found}),
+            "ranks": [min(ranks), max(ranks)] if ranks else None,
+            "parameters": linear_parameters(members, specs),
+        }
     dtype = getattr(skeleton.config, "dtype", None)
-    units = sizes(skeleton, specs, dtype.itemsize if dtype is not None else 4)
-    rows = [[name.replace("_", " "), f"{u['dense']:,}", f"{u['compressed']:,}", f"{u['ratio']:.3f}"] for name, u in units.items()]
-    lines.append(table(["", "dense", "as stored", "ratio"], rows))
-    return "\n\n".join(lines)
+    return {
+        "path": str(folder),
+        "architecture": type(skeleton).__name__,
+        "groups": kinds,
+        "sizes": sizes(skeleton, specs, dtype.itemsize if dtype is not None else 4),
+    }
 
 
 def verify(out: Path) -> str:
     """Check an artifact and return one line that says what was checked.
 
     Raises:
-        ArtifactError: not an artifact, or damaged; the message names every fault.
+        ArtifactError: not an artifact, or damaged; the message names the first faults.
     """
+    found = check(out)
+    if faults := found["faults"]:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ArtifactError(f"{out} is damaged: {'; '.join(faults[:5])}{more}; copy or export it again")
+    return (
+        f"{out}: {found['files']} files, {found['bytes'] / 1e6:.1f} MB, match the manifest; "
+        f"the factors of {found['groups']} groups have the right shapes"
+    )
+
+
+def check(out: Path) -> dict[str, Any]:
+    """Hold an artifact's files against its manifest, and its tensors against its config; JSON.
+
+    Returns:
+        The number of `files` and their `bytes` by the manifest, the number of compressed `groups` whose tensors were compared, and
+        a line for each of the `faults`.
+
+    Raises:
+        ArtifactError: not an artifact, or one whose config.json is not of this format.
+    """
+    files = read_manifest(out)["files"]
     faults = verify_files(out)
     entry = _quantization(out)
     count = 0
     if entry is not None and not faults:
+        require_sound_torchvision()
         specs = parse_groups(entry)
         shapes, orders = stored_tensors(sorted(out.glob("*.safetensors")))
         skeleton = Source(name=str(out), path=out).skeleton()
@@ -83,14 +142,13 @@ def verify(out: Path) -> str:
             else:
                 faults += _group_faults(groups[name], spec, shapes, orders)
                 count += 1
-    if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ArtifactError(f"{out} is damaged: {'; '.join(faults[:5])}{more}; copy or export it again")
-    files = read_manifest(out)["files"]
-    size = sum(file["bytes"] for file in files.values())
-    return (
-        f"{out}: {len(files)} files, {size / 1e6:.1f} MB, match the manifest; the factors of {count} groups have the right shapes"
-    )
+    return {
+        "path": str(out),
+        "files": len(files),
+        "bytes": sum(file["bytes"] for file in files.values()),
+        "groups": count,
+        "faults": faults,
+    }
 
 
 def _group_faults(

@@ -14,7 +14,8 @@ from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group, allocated, family_of, find_groups
 from lrserve.compression.spectra import compress_model
 from lrserve.inputs.source import Source, open_source
-from lrserve.inputs.text import Documents, load_texts, token_windows
+from lrserve.inputs.text import Documents, load_texts, shortage, token_windows
+from lrserve.plugins.versions import require_sound_torchvision
 from lrserve.recipe import Recipe
 from lrserve.report.console import Say
 
@@ -94,25 +95,51 @@ def open_job(recipe: Recipe, say: Say) -> Job:
 
     Raises:
         InputError, UnsupportedModelError: what cannot be used, and what to do.
+        EngineError: transformers cannot work here (`versions.require_sound_torchvision`).
     """
+    require_sound_torchvision()
     source = open_source(recipe.model)
     config = source.config()
     family_of(config)
     texts = load_texts(recipe.text.calibration, recipe.text.validation, recipe.text.report)
     tokenizer = source.tokenizer()
     calibration, search, report = recipe.calibration, recipe.search, recipe.report
-    most = max(search.validation_tokens, search.probe_tokens)
+
+    def cut(documents: Documents, length: int, count: int, setting: str, effect: str, **choice: int) -> torch.Tensor:
+        found = token_windows(tokenizer, documents, length, count, **choice)
+        if warning := shortage(documents, found, count, setting, effect):
+            say(warning)
+        return found
+
+    judged = max(1, max(search.validation_tokens, search.probe_tokens) // search.validation_length)
+    pool = search.validation_pool // search.validation_length
     windows = {
-        "calibration": token_windows(tokenizer, texts.calibration, calibration.length, calibration.sequences, seed=recipe.seed),
-        "validation": token_windows(
-            tokenizer,
+        "calibration": cut(
+            texts.calibration,
+            calibration.length,
+            calibration.sequences,
+            "calibration.sequences",
+            "The factors fit so little text more closely than other text",
+            seed=recipe.seed,
+        ),
+        "validation": cut(
             texts.validation,
             search.validation_length,
-            max(1, most // search.validation_length),
-            up_to=search.validation_pool // search.validation_length,
+            judged,
+            "search.validation_tokens",
+            "The search tells plans apart less surely",
+            up_to=pool,
         ),
-        "report": token_windows(tokenizer, texts.report, report.length, max(1, report.tokens // report.length)),
-        "prompts": token_windows(tokenizer, texts.report, report.prompt_tokens, report.prompts),
+        "report": cut(
+            texts.report,
+            report.length,
+            max(1, report.tokens // report.length),
+            "report.tokens",
+            "The reported perplexity is less certain",
+        ),
+        "prompts": cut(
+            texts.report, report.prompt_tokens, report.prompts, "report.prompts", "The renderings are compared on fewer prompts"
+        ),
     }
     return Job(
         recipe=recipe,

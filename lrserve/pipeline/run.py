@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from exporters.base import Exporter
+from exporters.registry import exporter_points
 from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit
 from lrserve.allocation.study import connect
@@ -19,7 +20,7 @@ from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.engines.runtimes import runtime_of
-from lrserve.errors import ArtifactError, InputError
+from lrserve.errors import ArtifactError
 from lrserve.pipeline.estimate import StageCost, by_stage, estimate, in_words, time_forward
 from lrserve.pipeline.evidence import collect_metrics, write_evidence
 from lrserve.pipeline.improve import gradient_reader, improve_factors, validate_improved
@@ -74,7 +75,7 @@ def compress_and_export(
     if out == work or out in work.parents:
         raise ArtifactError(f"the work folder {work} lies inside {out}, which is published as a whole; choose another --work")
     exporters = load_exporters(recipe.export)
-    job = open_job(recipe, timed(say))
+    job = replace(open_job(recipe, say), say=timed(say))
     skeleton = job.source.skeleton()
     for exporter in [runtime_of(recipe.engine).exporter, *exporters]:  # it measures the plans, whatever is exported
         exporter.preflight(skeleton)
@@ -134,11 +135,7 @@ def load_exporters(names: Sequence[str]) -> list[Exporter]:
     Raises:
         InputError: an unknown name.
     """
-    points = {point.name: point for point in importlib.metadata.entry_points(group="lrserve.exporters")}
-    for name in names:
-        if name not in points:
-            raise InputError(f"no exporter named {name!r}; --export takes {', '.join(sorted(points))}")
-    return [points[name].load()() for name in dict.fromkeys(names)]
+    return [point.load()() for point in exporter_points(names)]
 
 
 def _finished(out: Path, provenance: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
@@ -175,8 +172,9 @@ def _say_intent(job: Job, costs: Sequence[StageCost], say: Say) -> None:
     after = may[settings.propagate] + ["refine the factors by Adam"] * (settings.refinement != "none")
     after += [f"recover for {settings.recover_minutes:g} minutes"] * bool(settings.recover_minutes)
     then = "".join(f"{step}, " for step in after)
+    sequences, length = job.windows["calibration"].shape
     say(
-        f"dry run: would calibrate on {recipe.calibration.sequences} x {recipe.calibration.length} tokens{backwards}, run "
+        f"dry run: would calibrate on {sequences} x {length} tokens{backwards}, run "
         f"{recipe.search.trials} trials on {recipe.search.validation_tokens} validation tokens, measure up to "
         f"{recipe.search.measured_plans} plans on {runtime_of(recipe.engine).version}, {then}and export "
         f"{' and '.join(recipe.export)}"

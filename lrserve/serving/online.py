@@ -27,7 +27,7 @@ from lrserve.engines.workloads import Paired
 from lrserve.errors import EngineError
 from lrserve.plugins.versions import on_cpu
 from lrserve.recipe import Workload
-from lrserve.serving.server import preflight, server_command, server_environment
+from lrserve.serving.server import check_engine, check_model, server_command, server_environment
 
 _HOST: Final = "127.0.0.1"
 _STOP_SECONDS: Final = 30.0
@@ -46,7 +46,7 @@ class Server:
 
     Raises:
         EngineError: vLLM is missing, untested, or failed to start; the message ends with the last lines of its log.
-        ArtifactError: the folder cannot be served.
+        InputError, ArtifactError: the folder cannot be served.
     """
 
     def __init__(
@@ -59,7 +59,8 @@ class Server:
         self._log_path = Path()
 
     def __enter__(self) -> Server:
-        preflight(self.model)
+        check_engine()
+        check_model(self.model)
         with socket.socket() as free:
             free.bind((_HOST, 0))
             port = free.getsockname()[1]
@@ -67,7 +68,9 @@ class Server:
         self._scratch = Scratch()
         inherited = self._scratch.environment({**os.environ, "VLLM_NO_USAGE_STATS": "1"})
         environment = server_environment(inherited, cpu=on_cpu())
-        arguments = [*self._arguments, "--host", _HOST, "--port", str(port)]
+        environment.pop("VLLM_API_KEY", None)  # the client has none, and only this machine reaches the server
+        # last, so that they win: the client finds the model by its folder
+        arguments = [*self._arguments, "--served-model-name", str(self.model), "--host", _HOST, "--port", str(port)]
         with open_log(self._wanted_log) as log:
             self._log_path = Path(log.name)
             self._process = subprocess.Popen(

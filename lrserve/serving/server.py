@@ -1,4 +1,4 @@
-"""`lrserve serve`: check a model folder, then become vLLM's OpenAI-compatible server.
+"""`lrserve serve`: check a model, then become vLLM's OpenAI-compatible server.
 
 The check is cheap (config.json and package metadata) and says in a sentence what vLLM would say in a page. The server
 then replaces this process, so signals, logs and the exit code are vLLM's own.
@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from lrserve.errors import ArtifactError, EngineError
-from lrserve.plugins.versions import on_cpu, require_vllm
+from lrserve.inputs.source import checked_folder, model_folder
+from lrserve.plugins.versions import on_cpu, require_sound_torchvision, require_vllm
+from lrserve.storage.store import MANIFEST
 
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_CPU_KV_CACHE_GIB: Final = "1"
@@ -69,26 +71,23 @@ def memory_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {"GLIBC_TUNABLES": tunables, **environment}
 
 
-def check_model(model_dir: Path) -> None:
-    """Check that the folder is an lrserve artifact, or a plain dense checkpoint.
+def check_model(folder: Path) -> None:
+    """Check that a folder is an lrserve artifact, or a plain dense checkpoint.
 
     Raises:
-        ArtifactError: no folder, no readable config.json, another quantization method, or another format version.
+        InputError: config.json or the weights are missing.
+        ArtifactError: an artifact that was not exported for vLLM, an unreadable config.json, or another quantization method.
     """
-    if not model_dir.is_dir():
-        raise ArtifactError(f"{model_dir} is not a folder. Give the folder that lrserve compress wrote")
-    path = model_dir / "config.json"
+    path = folder / "config.json"
+    if (folder / MANIFEST).is_file() and not path.is_file():
+        raise ArtifactError(f"{folder} has no checkpoint for vLLM. Make one with: lrserve compress-and-export --export vllm")
+    checked_folder(folder)
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        found = ", ".join(sorted(entry.name for entry in model_dir.iterdir())[:10]) or "nothing"
-        raise ArtifactError(
-            f"{model_dir} has no config.json (found: {found}). Give the folder that lrserve compress wrote"
-        ) from None
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}. Export the artifact again") from error
+        raise ArtifactError(f"{path} cannot be read: {error}. Copy or export the model again") from error
     if not isinstance(config, dict):
-        raise ArtifactError(f"{path} is not a JSON object. Export the artifact again")
+        raise ArtifactError(f"{path} is not a JSON object. Copy or export the model again")
     entry = config.get("quantization_config")
     if entry is None:
         return
@@ -96,19 +95,18 @@ def check_model(model_dir: Path) -> None:
 
     method = entry.get("quant_method") if isinstance(entry, dict) else None
     if method != QUANT_METHOD:
-        raise ArtifactError(f"{path}: quant_method is {method!r}, not {QUANT_METHOD!r}. Serve it with: vllm serve {model_dir}")
+        raise ArtifactError(f"{path}: quant_method is {method!r}, not {QUANT_METHOD!r}. Serve it with: vllm serve {folder}")
     parse_groups(entry)
 
 
-def preflight(model_dir: Path) -> None:
-    """Raise the error that starting the server would end in, if one can be foreseen.
+def check_engine() -> None:
+    """Check that vLLM is there and would load lrserve's plugin.
 
     Raises:
-        ArtifactError: see `check_model`.
-        EngineError: vLLM is missing or untested, or would not find lrserve's plugin.
+        EngineError: vLLM is missing, untested or broken, or would not find the plugin.
     """
-    check_model(model_dir)
     require_vllm()
+    require_sound_torchvision()
     plugins = metadata.entry_points(group="vllm.general_plugins")
     if "lrserve" not in plugins.names:
         raise EngineError(
@@ -120,16 +118,27 @@ def preflight(model_dir: Path) -> None:
         raise EngineError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading lrserve's plugin. Add lrserve to it")
 
 
-def serve(model_dir: Path, extra_args: Sequence[str] = ()) -> NoReturn:
-    """Check the model, then replace this process by vLLM's server; `extra_args` go to vLLM unchanged.
+def serve(model: str, extra_args: Sequence[str] = ()) -> NoReturn:
+    """Check a model, then replace this process by vLLM's server; `extra_args` go to vLLM unchanged.
+
+    The model is resolved as every other verb does it, so that what is missing is said before vLLM starts: a Hub id is downloaded,
+    and a GGUF file is served as the dequantized folder in the cache. Clients call both by the name that stands on the command
+    line.
 
     Raises:
-        ArtifactError, EngineError: see `preflight`.
+        InputError, ArtifactError: see `model_folder` and `check_model`.
+        EngineError: see `check_engine`.
     """
-    preflight(model_dir)
+    check_engine()
+    folder = Path(os.path.expanduser(model))
+    if not folder.is_dir():
+        folder = model_folder(model)
+        if not any(_is_option(argument, "--served-model-name") for argument in extra_args):
+            extra_args = ["--served-model-name", model, *extra_args]
+    check_model(folder)
     cpu = on_cpu()
     environment = server_environment(memory_environment(os.environ) if cpu else os.environ, cpu=cpu)
-    command = server_command(model_dir, extra_args)
+    command = server_command(folder, extra_args)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], command, environment)

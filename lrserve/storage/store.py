@@ -1,4 +1,8 @@
-"""Writing folders so that they are either whole or not there: stage, flush to disk, publish by renaming."""
+"""Writing folders so that they are either whole or not there: stage, flush to disk, publish by renaming.
+
+What is published has the modes that an ordinary program's files have under the user's umask, whichever library wrote it: the
+safetensors writer and `mkdtemp` make private files, and a copied file keeps the mode of its source.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +31,10 @@ MANIFEST_VERSION = 1
 
 def replace_folder(staging: Path, target: Path) -> None:
     """Move a finished folder to its place; a folder that is already there is replaced and then removed."""
-    _flush(staging)
+    for path in [*staging.rglob("*"), staging]:
+        if not path.is_symlink():
+            _follow_umask(path)
+            _flush(path)
     old = None
     if target.exists():
         old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
@@ -41,15 +49,21 @@ def replace_folder(staging: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)  # what is new is in place; a leftover is no failure
 
 
-def _flush(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_symlink():
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _follow_umask(path: Path) -> None:
+    """Give a file or a folder the mode with which `open` or `mkdir` would have made it."""
+    umask = os.umask(0o077)  # reading it means setting it; another thread's file is private at worst
+    os.umask(umask)
+    inherited = path.stat().st_mode & stat.S_ISGID  # a folder shared by a group hands its group on
+    with suppress(PermissionError):  # a file system without modes
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask | inherited)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -58,6 +72,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         yield partial
+        _follow_umask(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -133,7 +148,6 @@ def staged(out: Path, *, replace: bool) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.staging-", dir=out.parent))
         try:
-            staging.chmod(0o755)
             yield staging
             if not replace and out.exists() and any(out.iterdir()):
                 raise ArtifactError(f"{out} was made by something else meanwhile; choose another -o and run again")

@@ -201,22 +201,3 @@ def test_over_seconds_the_time_of_a_layer_is_the_mean(monkeypatch: pytest.Monkey
     assert quartile == pytest.approx(1e3)
     assert mean == pytest.approx(2e3, rel=0.01)
     assert clock.now == pytest.approx(2.05, abs=0.05)  # for so long, however many calls that takes
-
-
-@pytest.mark.parametrize(
-    ("found", "name"),
-    [(("onnxruntime", "1.31.1"), "onnxruntime 1.31.1"), (("onnxruntime-gpu", "1.30"), "onnxruntime 1.30")],
-)
-def test_onnx_version(monkeypatch: pytest.MonkeyPatch, found: tuple[str, str], name: str) -> None:
-    def version(distribution: str) -> str:
-        if distribution != found[0]:
-            raise versions.metadata.PackageNotFoundError
-        return found[1]
-
-    monkeypatch.setattr(versions.metadata, "version", version)
-    assert versions.onnx_version() == name
-
-
-def test_onnx_version_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "ONNX_DISTRIBUTIONS", ())
-    assert versions.onnx_version() == "onnxruntime (not installed)"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFWriter
-from tiny import dense_model, write_dense
+from tiny import dense_model, factorized_model, write_artifact, write_dense
 
 from lrserve.errors import InputError
-from lrserve.inputs.source import Source, _gguf_licence, open_source
+from lrserve.inputs.source import Source, _gguf_licence, model_folder, open_source
 
 
 def test_a_folder_opens_and_loads_in_the_asked_dtype(tmp_path: Path) -> None:
@@ -60,6 +60,20 @@ def test_refusals_say_what_and_where(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 64)
     with pytest.raises(InputError, match="cannot be read as GGUF"):
         open_source(str(tmp_path / "bad.gguf"))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/model", "a\0b", "SmolLM2.gguf"])
+def test_names_of_no_model_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="no model at"):
+        open_source(name)
+
+
+def test_a_compressed_model_has_a_folder_too(tmp_path: Path) -> None:
+    folder = write_artifact(factorized_model("LlamaForCausalLM"), tmp_path / "artifact")
+    assert model_folder(str(folder)) == folder.resolve()
+    with pytest.raises(InputError, match="already quantized or compressed"):
+        open_source(str(folder))
 
 
 def test_missing_shards_tensors_and_compressed_models_are_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_tokenizer
 
 from lrserve.errors import InputError
-from lrserve.inputs.text import load_texts, read_documents, token_windows
+from lrserve.inputs.text import load_texts, read_documents, shortage, token_windows
 
 
 def write(path: Path, documents: list[str]) -> str:
@@ -83,8 +83,6 @@ def test_windows_are_cut_chosen_by_seed_and_counted(tmp_path: Path) -> None:
     assert torch.equal(chosen, token_windows(tokenizer, texts, 16, 5, seed=1))
     assert not torch.equal(chosen, token_windows(tokenizer, texts, 16, 5, seed=2))
     assert torch.equal(token_windows(tokenizer, texts, 16, 2), everything[[0, -1]])
-    with pytest.raises(InputError, match="needed"):
-        token_windows(tokenizer, texts, 16, 10**6)
 
 
 def test_a_model_that_starts_with_bos_gets_it_in_every_window(tmp_path: Path) -> None:
@@ -92,3 +90,37 @@ def test_a_model_that_starts_with_bos_gets_it_in_every_window(tmp_path: Path) ->
     windows = token_windows(tiny_tokenizer(bos=True), texts, 16)
     assert (windows[:, 0] == 1).all()
     assert (windows[:, 1:] != 1).all()
+
+
+def test_fewer_windows_than_asked_are_all_used_with_a_warning(tmp_path: Path) -> None:
+    texts = read_documents(write(tmp_path / "a.jsonl", documents(3)))
+    tokenizer = tiny_tokenizer()
+    everything = token_windows(tokenizer, texts, 16)
+    available = len(everything)
+    for choice in ({"seed": 1}, {}, {"up_to": 10**7}):
+        found = token_windows(tokenizer, texts, 16, 10**6, **choice)
+        assert sorted(found.tolist()) == sorted(everything.tolist())
+    warning = shortage(texts, found, 10**6, "calibration.sequences", "The factors fit less well")
+    assert warning == (
+        f"warning: {texts.name} has {available * 16:,} of the 16,000,000 tokens that calibration.sequences asks for; "
+        "all of them are used. The factors fit less well: give more text for a better result"
+    )
+    assert shortage(texts, found, available, "calibration.sequences", "") is None
+    assert len(token_windows(tokenizer, texts, 16, available - 1, up_to=10**7)) == available
+
+
+def test_one_window_is_the_least(tmp_path: Path) -> None:
+    texts = read_documents(write(tmp_path / "a.jsonl", documents(1)))
+    tokenizer = tiny_tokenizer()
+    tokens = len(tokenizer(texts.texts[0] + "\n\n", add_special_tokens=False)["input_ids"])
+    assert token_windows(tokenizer, texts, tokens, 8).shape == (1, tokens)
+    with pytest.raises(InputError, match=rf"{tokens} tokens, less than one window of {tokens + 1}: .*calibration\.length"):
+        token_windows(tokenizer, texts, tokens + 1, 8)
+    with pytest.raises(InputError, match="less than one window of 1"):
+        token_windows(tiny_tokenizer(bos=True), texts, 1)  # all of it would be BOS
+
+
+@pytest.mark.parametrize("name", ["x" * 5000 + ".txt", "~nobody-of-this-name/text.txt", "a\0b.txt"])
+def test_names_that_no_file_can_have_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="no text file at"):
+        read_documents(name)

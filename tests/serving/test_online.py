@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import http.client
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,13 @@ def test_servers_are_large_enough_for_every_workload(monkeypatch: pytest.MonkeyP
     assert "--gpu-memory-utilization=0.45" in server_arguments(PROFILES, EngineSettings())
 
 
+def startable(monkeypatch: pytest.MonkeyPatch, command: Callable[[Path, Sequence[str]], list[str]]) -> None:
+    """Start another program than vLLM, and with any folder."""
+    monkeypatch.setattr(online, "check_engine", lambda: None)
+    monkeypatch.setattr(online, "check_model", lambda model: None)
+    monkeypatch.setattr(online, "server_command", command)
+
+
 @pytest.mark.parametrize(
     ("code", "timeout", "message"),
     [
@@ -89,8 +96,7 @@ def test_servers_are_large_enough_for_every_workload(monkeypatch: pytest.MonkeyP
 def test_a_server_that_does_not_start_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, timeout: float, message: str
 ) -> None:
-    monkeypatch.setattr(online, "preflight", lambda model: None)
-    monkeypatch.setattr(online, "server_command", lambda *_, **__: [sys.executable, "-c", code])
+    startable(monkeypatch, lambda *_: [sys.executable, "-c", code])
     server: Any = Server(tmp_path, log=tmp_path / "log", start_timeout=timeout)
     with pytest.raises(EngineError, match=message), server:
         pass
@@ -110,8 +116,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 def test_a_server_is_there_once_it_is_healthy_and_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr(online, "preflight", lambda model: None)
-    monkeypatch.setattr(online, "server_command", lambda model, arguments, *_, **__: [sys.executable, "-c", ANSWERS, arguments[-1]])
+    startable(monkeypatch, lambda model, arguments: [sys.executable, "-c", ANSWERS, arguments[-1]])
     with Server(tmp_path, ["--port", "1"]) as server:
         address = server.url.removeprefix("http://")
         connection = http.client.HTTPConnection(address, timeout=5)
@@ -119,6 +124,25 @@ def test_a_server_is_there_once_it_is_healthy_and_gone_afterwards(tmp_path: Path
         assert connection.getresponse().status == 200
     with pytest.raises(ConnectionRefusedError):
         http.client.HTTPConnection(address, timeout=5).request("GET", "/health")
+
+
+def test_settings_of_the_users_own_server_do_not_lock_the_client_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    given: list[str] = []
+
+    def command(model: Path, arguments: Sequence[str]) -> list[str]:
+        given.extend(arguments)
+        return [sys.executable, "-c", "import os; assert 'VLLM_API_KEY' not in os.environ; " + ANSWERS, arguments[-1]]
+
+    startable(monkeypatch, command)
+    with Server(tmp_path, ["--served-model-name", "foo", "--host", "0.0.0.0", "--port", "1"]):
+        pass
+    last = {option: given[len(given) - given[::-1].index(option)] for option in ("--served-model-name", "--host")}
+    assert last == {"--served-model-name": str(tmp_path), "--host": "127.0.0.1"}
+
+
+def test_both_sides_are_measured_greedily_whatever_their_generation_config_says() -> None:
+    assert "--generation-config=vllm" in server_arguments(PROFILES, EngineSettings())
 
 
 def test_a_run_that_lost_requests_is_no_result(tmp_path: Path) -> None:

