@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from exporters.base import Exporter
+from exporters.base import Exporter, SelfProving
 from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit
 from lrserve.allocation.study import connect
@@ -18,7 +18,7 @@ from lrserve.compression.calibrate import calibrate
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.matmul import fast_products
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
-from lrserve.engines.runtimes import runtime_of
+from lrserve.engines.runtimes import loader_of, runtime_of
 from lrserve.errors import ArtifactError, InputError
 from lrserve.pipeline.estimate import StageCost, by_stage, estimate, in_words, time_forward
 from lrserve.pipeline.evidence import collect_metrics, write_evidence
@@ -26,7 +26,7 @@ from lrserve.pipeline.improve import gradient_reader, improve_factors, validate_
 from lrserve.pipeline.job import Job, first_tokens, open_job, tensor_sha256
 from lrserve.pipeline.prove import prove_agreement, report_perplexity
 from lrserve.pipeline.search import tune
-from lrserve.recipe import Recipe
+from lrserve.recipe import EngineSettings, Recipe
 from lrserve.report import card
 from lrserve.report.advice import advice
 from lrserve.report.console import Say, progress_bar, reused, timed
@@ -118,10 +118,10 @@ def compress_and_export(
         with staged(out, replace=overwrite) as staging:
             model = job.compressed_model(plan, factors)
             _export(job, model, exporters, staging)
-            agreement = prove_agreement(job, model, exporters, staging)
+            proof = prove_agreement(job, model, exporters, staging, folder)
             del model
             report = report_perplexity(job, plan, factors, staging)
-            metrics = collect_metrics(job, tuned, improved, validation, agreement, report)
+            metrics = collect_metrics(job, tuned, improved, validation, proof, report)
             write_evidence(job, tuned, metrics, staging)
     _say_summary(metrics, out, say)
     return metrics
@@ -131,13 +131,17 @@ def load_exporters(names: Sequence[str]) -> list[Exporter]:
     """Load exporters by name from the entry point group `lrserve.exporters`.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name, or an exporter of another package that is not `SelfProving`.
     """
     points = {point.name: point for point in importlib.metadata.entry_points(group="lrserve.exporters")}
     for name in names:
         if name not in points:
             raise InputError(f"no exporter named {name!r}; --export takes {', '.join(sorted(points))}")
-    return [points[name].load()() for name in dict.fromkeys(names)]
+    exporters: list[Exporter] = [points[name].load()() for name in dict.fromkeys(names)]
+    for exporter in exporters:
+        if not isinstance(exporter, SelfProving):
+            loader_of(exporter, EngineSettings())
+    return exporters
 
 
 def _finished(out: Path, provenance: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:

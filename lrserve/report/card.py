@@ -103,7 +103,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
 
 
 def agreement(metrics: Mapping[str, Any]) -> str:
-    """Render how closely the renderings agree with the model in memory."""
+    """Render how closely the renderings agree with transformers: in float32, and as they are served."""
     rows = [
         [
             engine,
@@ -113,7 +113,25 @@ def agreement(metrics: Mapping[str, Any]) -> str:
         ]
         for engine, a in metrics["agreement"].items()
     ]
-    return table(["engine, float32", "largest log-prob difference", "tolerance", "greedy tokens equal"], rows)
+    in_float32 = table(["engine, float32", "largest log-prob difference", "tolerance", "greedy tokens equal"], rows)
+    served = {engine: found["as_served"] for engine, found in metrics["agreement"].items() if "as_served" in found}
+    if not served:
+        return in_float32
+    rows = []
+    for engine, found in served.items():
+        dense, own = found["dense"], found["compressed"]
+        rows.append(
+            [
+                f"{engine}, {found['dtype']}{', compiled' if found['compiled'] else ''}",
+                f"{dense['mean']:.1e} / {own['mean']:.1e}",
+                f"{dense['largest']:.1e} / {own['largest']:.1e}",
+                f"{dense['greedy_equal']} / {own['greedy_equal']} of {own['greedy_tokens']}",
+            ]
+        )
+    header = ["as served: dense / compressed", "mean log-prob difference", "largest", "greedy tokens equal"]
+    factor, floor = ({found[name] for found in served.values()}.pop() for name in ("factor", "floor"))
+    allowed = f"As served, the compressed model's differences may be {factor:g} times the dense model's, and {floor:g} nats."
+    return f"{in_float32}\n\n{table(header, rows)}\n\n{allowed}"
 
 
 def model_card(metrics: Mapping[str, Any]) -> str:
