@@ -43,5 +43,9 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+def _register_quantizer(_: object) -> None:
+    importlib.import_module("lrserve.plugins.transformers")  # which registers it
+
+
 # Called at once if transformers' quantizers are already imported, otherwise right after they are.
-wrapt.register_post_import_hook("lrserve.plugins.transformers:register", "transformers.quantizers.auto")
+wrapt.register_post_import_hook(_register_quantizer, "transformers.quantizers.auto")

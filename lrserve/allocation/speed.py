@@ -21,8 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from scipy.optimize import isotonic_regression
-
 from lrserve.allocation.plan import RankPlan, rank_choices
 from lrserve.compression.groups import Group, Stored, Structure
 from lrserve.recipe import Workload, shares
@@ -96,6 +94,8 @@ def token_counts(workloads: Mapping[str, Workload]) -> list[int]:
 
 def _ascending(times: list[float]) -> list[float]:
     """Return the nearest times of which none is below the one before: more rank is never faster, what the clock says is noise."""
+    from scipy.optimize import isotonic_regression
+
     return isotonic_regression(times).x.tolist() if times else []
 
 

@@ -114,15 +114,31 @@ def _write(path: Path, texts: list[str]) -> None:
 def demo_recipe() -> Path:
     """Write the demo's recipe beside its inputs and return its path.
 
-    256 sequences of 512 tokens instead of 1024 of 2048, and vLLM without torch.compile: the demo is to end in minutes on two cores.
+    Fewer tokens, trials and rounds than the defaults, and vLLM without torch.compile: the demo ends in minutes on two cores.
     """
     texts = demo_texts()
     recipe = {
         "model": str(demo_model()),
         "target": {"ratio": 0.2},
         "text": {use: str(texts[use]) for use in _PARTS},
-        "calibration": {"sequences": 256, "length": 512},
-        "engine": {"enforce_eager": True},
+        "calibration": {"sequences": 128, "length": 512, "batch_tokens": 2048},
+        "factorization": {"fisher_tokens": 16384, "refine_steps": 15, "refine_tokens": 16384},
+        "search": {
+            "trials": 16,
+            "rank_step": 32,
+            "probe_tokens": 512,
+            "validation_tokens": 2048,
+            "validation_pool": 8192,
+            "validation_length": 256,
+            "measured_plans": 2,
+        },
+        "workloads": {
+            "chat": {"prompt_tokens": 64, "output_tokens": 64, "concurrency": 8},
+            "prefill": {"prompt_tokens": 512, "output_tokens": 8, "concurrency": 4},
+            "decode": {"prompt_tokens": 16, "output_tokens": 96, "concurrency": 1},
+        },
+        "engine": {"enforce_eager": True, "repeats": 5},
+        "report": {"tokens": 16384},
     }
     path = cache_folder() / "demo" / "recipe.yaml"
     with atomic_path(path) as partial:

@@ -24,10 +24,10 @@ _CALIBRATE: Final = 1.5
 _GRADIENTS: Final = 4.5
 _TRIAL: Final = 1.2
 _REFINE: Final = 4.5
-_EAGER_START, _COMPILED_START = 22.0, 75.0  # of vLLM, seconds
+_EAGER_START, _COMPILED_START = 16.0, 75.0  # of vLLM, seconds
 _ONNX_START: Final = 3.0
-_LAYER_SECONDS: Final = 0.06  # of timing one layer at one number of rows
-_DECOMPOSE: Final = 60.0  # operations of an eigendecomposition and what goes with it, over n^3
+_LAYER_SECONDS: Final = 0.02  # of timing one layer at one number of rows
+_DECOMPOSE: Final = 1.5  # decomposing a group, over one eigendecomposition of its full rank
 _TIMED_OPERATIONS: Final = 2e11  # of the timed batch, at most
 _RUNTIME_BYTES: Final = int(2.5 * 2**30)  # of an engine's process besides weights: libraries, KV cache, activations
 _PROCESS_BYTES: Final = int(0.8 * 2**30)  # of lrserve's own process: torch, transformers, optuna
@@ -137,7 +137,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     compiled = recipe.engine.runtime == "vllm" and not recipe.engine.enforce_eager
     start = _ONNX_START if recipe.engine.runtime == "onnx" else _COMPILED_START if compiled else _EAGER_START
     run = workload_seconds(recipe.workloads, forward)
-    flops = sum(_DECOMPOSE * min(unit.m, unit.n) ** 3 for unit in job.units)
+    cubes = sum(unit.full_rank**3 for unit in job.units)
     refined = settings.refine_tokens or calibration // 4
     engine = weights + _RUNTIME_BYTES
 
@@ -153,7 +153,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
         tokens = min(settings.fisher_tokens, calibration)
         kept = activations * job.layers // 2
         costs.append(StageCost("2 gradients", _GRADIENTS * tokens * forward.whole, 2 * moments, weights + moments + kept))
-    costs.append(StageCost("3 factorize", flops / _float64_rate(), spectra, weights + 8 * 6 * largest**2))
+    costs.append(StageCost("3 factorize", _DECOMPOSE * cubes * _seconds_per_cube(), spectra, weights + 8 * 6 * largest**2))
     probes = len(job.units) * search.probe_tokens * (forward.decoder / 2 + forward.head)
     judged = search.trials * search.validation_tokens + 2 * min(search.validation_pool, job.windows["validation"].numel())
     searched = probes + _TRIAL * judged * forward.whole
@@ -180,12 +180,12 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     return [StageCost(cost.stage, cost.seconds, cost.disk, cost.memory + _PROCESS_BYTES) for cost in costs]
 
 
-def _float64_rate() -> float:
-    """Operations a second of an eigendecomposition in float64, counted as `_DECOMPOSE` times n^3."""
-    n = 256
-    matrix = torch.eye(n, dtype=torch.float64) + torch.ones(n, n, dtype=torch.float64) / n
+def _seconds_per_cube() -> float:
+    """Seconds of an eigendecomposition (n, n) in float64, over n^3."""
+    n = 384
+    matrix = torch.cov(torch.randn(n, 2 * n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     torch.linalg.eigh(matrix)
-    return _DECOMPOSE * n**3 / _timed(lambda: torch.linalg.eigh(matrix))
+    return _timed(lambda: torch.linalg.eigh(matrix)) / n**3
 
 
 def in_words(costs: Sequence[StageCost]) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
@@ -89,17 +88,6 @@ class LrserveQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def register(auto: object = None) -> None:
-    """Register the quantizer with transformers; may be called again.
-
-    `auto` is the module that wrapt's import hook hands in.
-    """
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(LrserveQuantizationConfig)
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(QUANT_METHOD)(LrserveQuantizer)
-
-
 def _check_tensors(model: nn.Module, base: str, checkpoint_files: Iterable[str]) -> None:
     """Hold the model against the checkpoint: factors must be there, shapes must fit, orders must be permutations."""
     files = [Path(file) for file in checkpoint_files]
@@ -138,3 +126,8 @@ def _factor_names(model: nn.Module) -> Iterable[str]:
     for name, module in model.named_modules():
         if isinstance(module, (LowRankLinear, FirstFactor)):
             yield from (f"{name}.{tensor}" for tensor in module.state_dict())
+
+
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a module that is loaded again must not register twice
+    register_quantization_config(QUANT_METHOD)(LrserveQuantizationConfig)
+    register_quantizer(QUANT_METHOD)(LrserveQuantizer)

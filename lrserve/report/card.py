@@ -130,7 +130,7 @@ def agreement(metrics: Mapping[str, Any]) -> str:
         )
     header = ["as served: dense / compressed", "mean log-prob difference", "largest", "greedy tokens equal"]
     factor, floor = ({found[name] for found in served.values()}.pop() for name in ("factor", "floor"))
-    allowed = f"As served, the compressed model's differences may be {factor:g} times the dense model's, and {floor:g} nats."
+    allowed = f"Allowed as served: {factor:g} times dense on average, {factor**2:g} times for the largest, and {floor:g} nats more."
     return f"{in_float32}\n\n{table(header, rows)}\n\n{allowed}"
 
 

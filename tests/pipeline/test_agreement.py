@@ -74,8 +74,9 @@ def test_as_served_no_difference_agrees_and_float32s_is_below_the_floor() -> Non
 @pytest.mark.parametrize(
     ("dense", "compressed", "message"),
     [
-        pytest.param((0.1, 0.1, 0.4), (0.9, 0.9, 0.9), "mean", id="all of the log probabilities"),
-        pytest.param((0.1, 0.1, 0.1), (0.0, 0.0, 0.5), "largest", id="one log probability"),
+        pytest.param((0.1, 0.1, 0.4), (0.9, 0.9, 0.9), "mean", id="far on average"),
+        pytest.param((0.1, 0.1, 0.1), (0.31, 0.31, 0.31), "mean", id="on average"),
+        pytest.param((0.1, 0.1, 0.1), (0.0, 0.0, 0.902), "largest", id="one log probability"),
         pytest.param((0.0, 0.0, 0.0), (0.0, 0.0, 0.01), "mean", id="beyond the floor"),
         pytest.param((0.0, 0.0, 0.0), (0.0, 0.0, 2 * FLOOR), "largest", id="one beyond the floor"),
         pytest.param((0.1, 0.1, 0.1), (0.1, math.nan, 0.1), "nan nats", id="a NaN"),
@@ -115,7 +116,7 @@ NATS = st.floats(-1.0, 1.0)
 @given(st.tuples(NATS, NATS, NATS), st.tuples(NATS, NATS, NATS))
 def test_as_served_passes_exactly_what_both_bounds_allow(dense: tuple[float, ...], compressed: tuple[float, ...]) -> None:
     measure, own = differences(moved(*dense)), differences(moved(*compressed))
-    within = own.mean <= FACTOR * measure.mean + FLOOR and own.largest <= FACTOR * measure.largest + FLOOR
+    within = own.mean <= FACTOR * measure.mean + FLOOR and own.largest <= FACTOR**2 * measure.largest + FLOOR
     try:
         agree_as_served("engine", moved(*dense), moved(*compressed))
     except AgreementError:
