@@ -18,10 +18,10 @@ from lrserve.errors import AgreementError
 FACTOR: Final = 3.0
 """How many times the dense model's mean difference is still noise; the largest one may be its square.
 
-SmolLM2-135M in bfloat16, vLLM (compiled and eager) against transformers, 48 prompts of 64 tokens, drawn four at a time: the compressed
-model's mean is 0.7 to 2.2 times the dense model's. The largest of so few values scatters more, and is 0.2 to 5 times the dense model's.
-Faults move the mean: two neighbouring layers in the wrong order by 6 to 9 times the dense model's, lost biases of the factors of q, v, o
-or down_proj by 8 to 48 times. What moves it by less than the dtype's rounding is found in float32.
+SmolLM2-135M in bfloat16, vLLM (compiled and eager) against transformers, 48 prompts of 64 tokens, drawn four at a time: the
+compressed model's mean is 0.7 to 2.2 times the dense model's. The largest of so few values scatters more, and is 0.2 to 5 times
+the dense model's. Faults move the mean: two neighbouring layers in the wrong order by 6 to 9 times the dense model's, lost biases
+of the factors of q, v, o or down_proj by 8 to 48 times. What moves it by less than the dtype's rounding is found in float32.
 """
 FLOOR: Final = 1e-3
 """Nats that are added to the bound: in float32 engines differ by 1e-6 to 4e-4, and the ratio of two such figures says nothing."""
