@@ -117,7 +117,7 @@ def _one_line(engine: str, found: Mapping[str, Any]) -> str:
     line = f"{engine} {found['max_logprob_difference']:.1e} nats in float32"
     if "as_served" in found:
         served = found["as_served"]
-        means = [f"{served[side]['mean']:.1e}" for side in ("compressed", "dense")]
+        means = [f"{served[side]['mean']:.2g}" for side in ("compressed", "dense")]
         line += f", {means[0]} on average in {served['dtype']} as served (dense {means[1]})"
     return line
 

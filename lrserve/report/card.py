@@ -123,8 +123,8 @@ def agreement(metrics: Mapping[str, Any]) -> str:
         rows.append(
             [
                 f"{engine}, {found['dtype']}{', compiled' if found['compiled'] else ''}",
-                f"{dense['mean']:.1e} / {own['mean']:.1e}",
-                f"{dense['largest']:.1e} / {own['largest']:.1e}",
+                f"{dense['mean']:.2g} / {own['mean']:.2g}",
+                f"{dense['largest']:.2g} / {own['largest']:.2g}",
                 f"{dense['greedy_equal']} / {own['greedy_equal']} of {own['greedy_tokens']}",
             ]
         )
