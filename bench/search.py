@@ -192,7 +192,7 @@ class Bench:
     def table(self) -> tuple[dict[str, Any], str]:
         """Times of single layers."""
         log = self.folder.root / "dense-engine.log"
-        with DenseEngine(self.runtime, self.job.source.path, self.job.recipe.workloads, log) as dense:
+        with DenseEngine(self.runtime, self.job.source.path, self.job.recipe.requests, log) as dense:
             return measure_layers(self.job, self.runtime, dense, self.folder)
 
     @cached_property

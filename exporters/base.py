@@ -14,7 +14,7 @@ class Exporter(Protocol):
 
     name: str
     tolerance: float
-    """Largest difference of a prompt log probability to the model in memory, in nats, that is still agreement."""
+    """Largest difference of a prompt log probability to the model in memory, in float32 and in nats, that is still agreement."""
 
     def preflight(self, skeleton: Any) -> None:
         """Check, before any work, that the export and its proof can be done.
@@ -41,7 +41,10 @@ class Exporter(Protocol):
 
 @runtime_checkable
 class SelfProving(Protocol):
-    """An exporter of another package, whose engine lrserve does not know: it runs the rendering for the proof itself."""
+    """An exporter of another package, whose engine lrserve does not know: it runs the rendering for the proof itself.
+
+    The proof is in float32 only; exporters of other packages without this method are refused.
+    """
 
     def transcribe(self, out: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> Mapping[str, Sequence[Any]]:
         """Load the rendering from `out` in float32 and run the prompts.

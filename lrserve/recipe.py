@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
-_REFINE_STEPS = 25
+_REFINE_STEPS: Final = 25
+_PROMPTS_AT_ONCE: Final = 32
 
 
 class _Frozen(BaseModel):
@@ -212,6 +213,13 @@ class Report(_Frozen):
     new_tokens: Annotated[int, Field(ge=1), "tokens"] = 32
     """Tokens that each engine generates for each of these prompts."""
 
+    @property
+    def workload(self) -> Workload:
+        """The prompts as an engine is given them."""
+        return Workload(
+            prompt_tokens=self.prompt_tokens, output_tokens=self.new_tokens, concurrency=min(self.prompts, _PROMPTS_AT_ONCE)
+        )
+
 
 class Recipe(_Frozen):
     """Every setting that decides the result of `compress_and_export`, apart from the content of the model and the texts."""
@@ -235,6 +243,11 @@ class Recipe(_Frozen):
     def structure(self) -> Structure:
         """What plans are made of."""
         return self.factorization.structure
+
+    @property
+    def requests(self) -> dict[str, Workload]:
+        """Everything that the engine must have room for: the workloads, and the report's prompts."""
+        return {**self.workloads, "(report)": self.report.workload}
 
     def to_yaml(self) -> str:
         """Render with every default filled in; `Recipe.load` reads it back."""

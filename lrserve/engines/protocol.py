@@ -159,10 +159,7 @@ class EngineProcess(ABC):
     def transcribe(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Transcript]:
         """Return log probabilities of the prompts' tokens and a greedy continuation of exactly `new_tokens`."""
         reply = self._request("transcribe", prompts=[list(map(int, p)) for p in prompts], new_tokens=new_tokens)
-        return [
-            Transcript(logprobs=tuple(x["logprobs"]), tokens=tuple(x["tokens"]), margins=tuple(x["margins"]))
-            for x in reply["transcripts"]
-        ]
+        return [Transcript.from_json(transcript) for transcript in reply["transcripts"]]
 
     def latency_table(
         self, shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str, seconds: float | None = None

@@ -1,4 +1,4 @@
-"""The engines that can measure plans, and serve them: vLLM, and ONNX Runtime."""
+"""The engines that can measure plans, serve them and prove what is served: vLLM, and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lrserve.engines.onnx import OnnxEngine, onnx_version
 from lrserve.engines.protocol import EngineProcess
 from lrserve.engines.vllm import engine_version
 from lrserve.engines.workloads import open_engine
+from lrserve.errors import InputError
 from lrserve.recipe import EngineSettings, Workload
 
 
@@ -29,28 +30,49 @@ class Open(Protocol):
 
 @dataclass(frozen=True)
 class Runtime:
-    """An engine that can measure plans.
+    """An engine that loads what one of lrserve's exporters writes.
 
+    name: its key in metrics.json, `vllm` or `onnxruntime`.
     version: its name and version.
     dtype: of its arithmetic.
+    compiled: whether torch.compile is used.
     exporter: what writes models for it.
     loads_sources: whether it takes the dense model's folder as it is, and not only what `exporter` writes.
     open: builds the engine of a model.
     """
 
+    name: str
     version: str
     dtype: str
+    compiled: bool
     exporter: Exporter
     loads_sources: bool
     open: Open
 
 
 def runtime_of(settings: EngineSettings) -> Runtime:
-    """Return the recipe's engine."""
+    """Return the engine that measures and serves with these settings."""
     if settings.runtime == "onnx":
-        return Runtime(onnx_version(), "float32", OnnxExporter(), loads_sources=False, open=_open_onnx)
+        return Runtime("onnxruntime", onnx_version(), "float32", False, OnnxExporter(), loads_sources=False, open=_open_onnx)
     opens = partial(open_engine, settings=settings)
-    return Runtime(engine_version(), settings.dtype, VllmExporter(), loads_sources=True, open=opens)
+    compiled = not settings.enforce_eager
+    return Runtime("vllm", engine_version(), settings.dtype, compiled, VllmExporter(), loads_sources=True, open=opens)
+
+
+def loader_of(exporter: Exporter, settings: EngineSettings) -> Runtime:
+    """Return the engine that loads what one of lrserve's exporters writes, with these settings.
+
+    Raises:
+        InputError: an exporter of another package.
+    """
+    for name in ("vllm", "onnx"):
+        found = runtime_of(settings.model_copy(update={"runtime": name}))
+        if isinstance(exporter, type(found.exporter)):
+            return found
+    raise InputError(
+        f"exporter {exporter.name!r} is of another package and has no method transcribe, so nothing would prove what it writes; "
+        "add the method (exporters/base.py, SelfProving) or leave the exporter out"
+    )
 
 
 def _open_onnx(model: Path, workloads: Mapping[str, Workload], *, sharing: int = 1, log: Path | None = None) -> EngineProcess:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from lrserve.inputs.source import Source
+
 
 @dataclass(frozen=True)
 class Transcript:
-    """What one engine computes, in float32, for one prompt of T token ids.
+    """What one engine computes for one prompt of T token ids.
 
     `logprobs` (T - 1): natural-log probability that the engine gives to each prompt token after the first;
     `tokens` (S): its greedy continuation; `margins` (S): gap between the two best log probabilities at each step of it
@@ -22,12 +25,35 @@ class Transcript:
     tokens: tuple[int, ...]
     margins: tuple[float, ...] = ()
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Transcript:
+        """Read what `dataclasses.asdict` and JSON made of a transcript."""
+        return cls(logprobs=tuple(data["logprobs"]), tokens=tuple(data["tokens"]), margins=tuple(data["margins"]))
+
+
+def transcribe_checkpoint(folder: Path, dtype: torch.dtype, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Transcript]:
+    """Load a folder in transformers and run the prompts (`transcribe_model`); leaves no memory of a GPU to the model.
+
+    Args:
+        folder: a dense checkpoint or an artifact.
+        dtype: of weights and arithmetic.
+        prompts: token ids.
+        new_tokens: length of each greedy continuation.
+
+    Raises:
+        InputError: the folder cannot be loaded.
+    """
+    transcripts = transcribe_model(Source(name=str(folder), path=folder).load(dtype), prompts, new_tokens)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return transcripts
+
 
 @torch.inference_mode()
 def transcribe_model(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Transcript]:
     """Run each prompt alone: log probabilities of its tokens, then exactly `new_tokens` greedy ones, past any EOS.
 
-    The model runs in its own dtype, which has to be float32 for a comparison; logits are read in float32.
+    The model runs in its own dtype; logits are read in float32.
     """
     was_training = model.training
     model.eval()

@@ -174,8 +174,8 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     if seconds:
         costs.append(StageCost("5 improve", seconds, disk, memory))
     proof = 2 * job.windows["report"].numel() * forward.whole
-    proof += (_EAGER_START + start) * ("vllm" in recipe.export) + _ONNX_START * ("onnx" in recipe.export)
-    artifact = weights * ("vllm" in recipe.export) + float32 * ("onnx" in recipe.export)
+    proof += (_EAGER_START + start) * ("vllm" in recipe.export) + 2 * _ONNX_START * ("onnx" in recipe.export)
+    artifact = weights * ("vllm" in recipe.export) + 2 * float32 * ("onnx" in recipe.export)  # the proof needs the dense graph too
     costs.append(StageCost("6 export and prove", proof, artifact, 2 * float32 + _RUNTIME_BYTES + float32))
     return [StageCost(cost.stage, cost.seconds, cost.disk, cost.memory + _PROCESS_BYTES) for cost in costs]
 

@@ -16,6 +16,7 @@ from lrserve.compression.lowrank import specs_of
 from lrserve.engines.runtimes import runtime_of
 from lrserve.pipeline.job import Job
 from lrserve.pipeline.measure import Measured
+from lrserve.pipeline.prove import Proof
 from lrserve.pipeline.search import Tuned, measured_speed
 from lrserve.recipe import shares
 from lrserve.report import card
@@ -30,7 +31,7 @@ def collect_metrics(
     tuned: Tuned,
     improved: dict[str, Any],
     validation: float,
-    agreement: dict[str, Any],
+    proof: Proof,
     report: dict[str, Any],
 ) -> dict[str, Any]:
     """Return what metrics.json holds (docs/format.md)."""
@@ -84,7 +85,8 @@ def collect_metrics(
             }
             for t in tuned.trials
         ],
-        "agreement": agreement,
+        "agreement": proof.agreement,
+        "samples": proof.samples,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # without the engines' processes
         "versions": versions(job),
     }

@@ -25,6 +25,7 @@ from lrserve.engines.protocol import EngineProcess
 from lrserve.engines.runtimes import Runtime
 from lrserve.engines.workloads import MixComparison, compare, read_comparison
 from lrserve.errors import EngineError
+from lrserve.pipeline.baseline import keep_served
 from lrserve.pipeline.job import Job
 from lrserve.recipe import Workload
 from lrserve.report.console import progress_bar, reused
@@ -148,6 +149,7 @@ def measure_layers(job: Job, runtime: Runtime, dense: DenseEngine, folder: WorkF
             progress(next(ran))
             for number in range(2, _DENSE_RUNS):  # on the other side of the table: the machine's speed drifts
                 run(number)
+            keep_served(job, runtime, engine, folder)
         rows = [{**asdict(shape), "us": [round(cell, 2) for cell in us]} for shape, us in zip(shapes, table, strict=True)]
         write_json(path, {"dense_seconds": {name: min(s) for name, s in seconds.items()}, "tokens": tokens, "rows": rows})
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

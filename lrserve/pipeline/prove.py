@@ -1,79 +1,133 @@
-"""Stage 6, the proof: engines agree with the model in memory, and the perplexity on the report text."""
+"""Stage 6, the proof: engines agree with the model in memory and as served, and the perplexity on the report text."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import torch
 
 from exporters.base import Exporter, SelfProving
 from lrserve.allocation.plan import RankPlan
 from lrserve.allocation.quality import perplexity
 from lrserve.compression.factorize import FactorSource
-from lrserve.engines.renderings import transcribe_rendering
-from lrserve.engines.transcripts import Transcript, transcribe_model
-from lrserve.errors import AgreementError
+from lrserve.engines.runtimes import Runtime, loader_of
+from lrserve.engines.transcripts import Transcript, transcribe_checkpoint, transcribe_model
 from lrserve.inputs.source import Source
+from lrserve.pipeline.agreement import Pair, agree, agree_as_served
+from lrserve.pipeline.baseline import dense_reference, keep_served, kept_served
 from lrserve.pipeline.job import Job
+from lrserve.pipeline.measure import dense_checkpoint
+from lrserve.recipe import EngineSettings
 from lrserve.report.console import progress_bar
+from lrserve.storage.work import WorkFolder
+
+_FLOAT32: Final = EngineSettings(dtype="float32", enforce_eager=True)
 
 
-def prove_agreement(job: Job, model: Any, exporters: Sequence[Exporter], staging: Path) -> dict[str, Any]:
-    """Run the prompts through every exported rendering, in float32, and hold them against the model in memory.
+@dataclass(frozen=True)
+class Proof:
+    """What metrics.json holds of the proof (docs/format.md).
+
+    `agreement` is by engine. `samples` are the report's prompts and their greedy continuations by the dense and the compressed
+    model, as text: by the recipe's engine as served if its rendering was exported, else by another; none where no engine is
+    lrserve's own.
+    """
+
+    agreement: dict[str, Any]
+    samples: list[dict[str, str]]
+
+
+def prove_agreement(job: Job, model: Any, exporters: Sequence[Exporter], staging: Path, folder: WorkFolder) -> Proof:
+    """Run the prompts through every exported rendering and hold them against transformers.
+
+    1. in float32, against the model in memory
+    2. as the recipe's settings serve it, against transformers in the same dtype, held to what the dense model shows there
+
+    Args:
+        job: the opened inputs.
+        model: the compressed model, in float32.
+        exporters: what wrote the renderings; one of another package does the first part only.
+        staging: the folder with the renderings.
+        folder: the work folder, where the dense model's transcripts are kept.
 
     Raises:
-        AgreementError: as `agree`.
+        AgreementError: as `agree` and `agree_as_served`.
+        EngineError: an engine failed.
+        InputError: as `loader_of`.
     """
-    prompts = job.windows["prompts"].tolist()
-    new_tokens = job.recipe.report.new_tokens
-    results: dict[str, Any] = {}
+    prompts, new_tokens = job.windows["prompts"].tolist(), job.recipe.report.new_tokens
+    agreement: dict[str, dict[str, Any]] = {}
+    proven: dict[str, tuple[Pair, Pair]] = {}
     with progress_bar(len(exporters) + 1, "6/6 agreement") as progress:
         reference = transcribe_model(model, prompts, new_tokens)
         progress(1)
         for index, exporter in enumerate(exporters):
             if isinstance(exporter, SelfProving):
-                found = exporter.transcribe(staging, prompts, new_tokens)
+                for engine, transcripts in exporter.transcribe(staging, prompts, new_tokens).items():
+                    agreement[engine] = agree(engine, reference, transcripts, exporter.tolerance)
             else:
-                found = transcribe_rendering(exporter.name, staging, prompts, new_tokens)
-            for engine, transcripts in found.items():
-                results[engine] = agree(engine, reference, transcripts, exporter.tolerance)
+                found, proven[exporter.name] = _prove_rendering(job, exporter, reference, staging, folder)
+                agreement |= found
             progress(index + 2)
-    job.say("6/6 agreement: " + ", ".join(f"{name} {a['max_logprob_difference']:.1e} nats" for name, a in results.items()))
-    return results
+    job.say(f"6/6 agreement: {'; '.join(_one_line(name, found) for name, found in agreement.items())}")
+    shown = proven.get(job.recipe.engine.runtime) or next(iter(proven.values()), None)
+    return Proof(agreement, _samples(job, *shown) if shown else [])
 
 
-def agree(engine: str, reference: Sequence[Transcript], transcripts: Sequence[Transcript], tolerance: float) -> dict[str, Any]:
-    """Compare an engine's transcripts with the reference.
+def _prove_rendering(
+    job: Job, exporter: Exporter, reference: Sequence[Transcript], staging: Path, folder: WorkFolder
+) -> tuple[dict[str, dict[str, Any]], tuple[Pair, Pair]]:
+    """Prove a rendering of one of lrserve's exporters; returns its figures by engine, and the dense and compressed transcripts."""
+    report = job.recipe.report
+    prompts, new_tokens = job.windows["prompts"].tolist(), report.new_tokens
+    agreement: dict[str, dict[str, Any]] = {}
+    plain, served = loader_of(exporter, _FLOAT32), loader_of(exporter, job.recipe.engine)
+    if plain.loads_sources:  # a checkpoint, which transformers loads too
+        loaded = transcribe_checkpoint(staging, torch.float32, prompts, new_tokens)
+        agreement["transformers"] = agree("transformers", reference, loaded, exporter.tolerance)
+    with plain.open(staging, {"": report.workload}) as engine:
+        compressed = Pair(reference, engine.transcribe(prompts, new_tokens))
+    agreement[plain.name] = agree(plain.name, reference, compressed.engine, exporter.tolerance)
+    if (served.dtype, served.compiled) != (plain.dtype, plain.compiled):
+        loaded = transcribe_checkpoint(staging, getattr(torch, served.dtype), prompts, new_tokens)
+        with served.open(staging, job.recipe.requests) as engine:
+            compressed = Pair(loaded, engine.transcribe(prompts, new_tokens))
+    dense = _dense(job, served, folder)
+    agreement[served.name]["as_served"] = {
+        "dtype": served.dtype,
+        "compiled": served.compiled,
+        **agree_as_served(f"{served.name} in {served.dtype}", dense, compressed),
+    }
+    return agreement, (dense, compressed)
 
-    Returns:
-        `max_logprob_difference` in nats, `tolerance`, and `greedy_equal` of `greedy_tokens` tokens. Where the reference's two best
-        tokens are within twice the tolerance, either is right, and the rest of that continuation is not compared.
 
-    Raises:
-        AgreementError: a difference beyond the tolerance.
-    """
-    differences = [0.0]
-    equal = total = 0
-    for number, (expected, found) in enumerate(zip(reference, transcripts, strict=True)):
-        differences += [abs(a - b) for a, b in zip(expected.logprobs, found.logprobs, strict=True)]
-        total += len(expected.tokens)
-        for step, (right, token) in enumerate(zip(expected.tokens, found.tokens, strict=True)):
-            if token != right:
-                if not expected.margins[step] <= 2 * tolerance:  # written so that a NaN fails
-                    raise AgreementError(
-                        f"{engine} continues prompt {number} with token {token} at step {step}, the model in memory with {right} "
-                        f"by a margin of {expected.margins[step]:.3f} nats; nothing was published, please report this"
-                    )
-                break
-            equal += 1
-    worst = math.nan if any(map(math.isnan, differences)) else max(differences)
-    if not worst <= tolerance:
-        raise AgreementError(
-            f"{engine} differs from the model in memory by {worst:.3g} nats in a prompt token's log probability (tolerance "
-            f"{tolerance:g}); nothing was published, please report this"
-        )
-    return {"max_logprob_difference": worst, "tolerance": tolerance, "greedy_equal": equal, "greedy_tokens": total}
+def _dense(job: Job, runtime: Runtime, folder: WorkFolder) -> Pair:
+    """Return the dense model's transcripts; starts its engine where the search has not kept them."""
+    served = kept_served(job, runtime, folder)
+    if served is None:
+        with runtime.open(dense_checkpoint(job, runtime, folder), job.recipe.requests) as engine:
+            served = keep_served(job, runtime, engine, folder)
+    return Pair(dense_reference(job, runtime, folder), served)
+
+
+def _one_line(engine: str, found: Mapping[str, Any]) -> str:
+    line = f"{engine} {found['max_logprob_difference']:.1e} nats in float32"
+    if "as_served" in found:
+        served = found["as_served"]
+        means = [f"{served[side]['mean']:.2g}" for side in ("compressed", "dense")]
+        line += f", {means[0]} on average in {served['dtype']} as served (dense {means[1]})"
+    return line
+
+
+def _samples(job: Job, dense: Pair, compressed: Pair) -> list[dict[str, str]]:
+    decode = job.source.tokenizer().decode
+    return [
+        {"prompt": decode(prompt), "dense": decode(list(before.tokens)), "compressed": decode(list(after.tokens))}
+        for prompt, before, after in zip(job.windows["prompts"].tolist(), dense.engine, compressed.engine, strict=True)
+    ]
 
 
 def report_perplexity(job: Job, plan: RankPlan, factors: FactorSource, staging: Path) -> dict[str, Any]:

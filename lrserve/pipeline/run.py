@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from exporters.base import Exporter
+from exporters.base import Exporter, SelfProving
 from exporters.registry import exporter_points
 from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit
@@ -19,7 +19,7 @@ from lrserve.compression.calibrate import calibrate
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
-from lrserve.engines.runtimes import runtime_of
+from lrserve.engines.runtimes import loader_of, runtime_of
 from lrserve.errors import ArtifactError
 from lrserve.pipeline.estimate import StageCost, by_stage, estimate, in_words, time_forward
 from lrserve.pipeline.evidence import collect_metrics, write_evidence
@@ -28,7 +28,7 @@ from lrserve.pipeline.job import Job, first_tokens, open_job, tensor_sha256
 from lrserve.pipeline.prove import prove_agreement, report_perplexity
 from lrserve.pipeline.search import tune
 from lrserve.pipeline.stages import MODULES
-from lrserve.recipe import Recipe
+from lrserve.recipe import EngineSettings, Recipe
 from lrserve.report import card
 from lrserve.report.advice import advice
 from lrserve.report.console import Say, progress_bar, reused, timed
@@ -120,10 +120,10 @@ def compress_and_export(
         with staged(out, replace=overwrite) as staging:
             model = job.compressed_model(plan, factors)
             _export(job, model, exporters, staging)
-            agreement = prove_agreement(job, model, exporters, staging)
+            proof = prove_agreement(job, model, exporters, staging, folder)
             del model
             report = report_perplexity(job, plan, factors, staging)
-            metrics = collect_metrics(job, tuned, improved, validation, agreement, report)
+            metrics = collect_metrics(job, tuned, improved, validation, proof, report)
             write_evidence(job, tuned, metrics, staging)
     _say_summary(metrics, out, say)
     return metrics
@@ -133,9 +133,13 @@ def load_exporters(names: Sequence[str]) -> list[Exporter]:
     """Load exporters by name from the entry point group `lrserve.exporters`.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name, or an exporter of another package that is not `SelfProving`.
     """
-    return [point.load()() for point in exporter_points(names)]
+    exporters: list[Exporter] = [point.load()() for point in exporter_points(names)]
+    for exporter in exporters:
+        if not isinstance(exporter, SelfProving):
+            loader_of(exporter, EngineSettings())
+    return exporters
 
 
 def _finished(out: Path, provenance: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:

@@ -75,7 +75,7 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder, storage
     settings, target = job.recipe.search, job.recipe.target
     goal = Goal(target, settings.speed_weight, validation.dense_perplexity)
     checkpoint = dense_checkpoint(job, runtime, folder)
-    with DenseEngine(runtime, checkpoint, job.recipe.workloads, folder.root / "dense-engine.log") as dense:
+    with DenseEngine(runtime, checkpoint, job.recipe.requests, folder.root / "dense-engine.log") as dense:
         table, latency = measure_layers(job, runtime, dense, folder)
         dense.leave_gpu()
         merged.to(device)

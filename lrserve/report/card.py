@@ -120,8 +120,17 @@ def agreement_rows(metrics: Mapping[str, Any]) -> Rows:
 
 
 def agreement(metrics: Mapping[str, Any]) -> str:
-    """Render `agreement_rows`."""
-    return table(AGREEMENT_HEADER, agreement_rows(metrics))
+    """Render `agreement_rows`, and what was allowed as served."""
+    rendered = table(AGREEMENT_HEADER, agreement_rows(metrics))
+    served = [found["as_served"] for found in metrics["agreement"].values() if "as_served" in found]
+    if not served:
+        return rendered
+    factor, floor = served[0]["factor"], served[0]["floor"]
+    ways = " and ".join(dict.fromkeys(f"{s['dtype']}, {'compiled' if s['compiled'] else 'not compiled'}" for s in served))
+    return (
+        f"{rendered}\n\nAs served is {ways}; in brackets the dense model. Allowed: {factor:g} times the dense model's mean, "
+        f"{factor**2:g} times its largest difference, and {floor:g} nats more."
+    )
 
 
 def validation(metrics: Mapping[str, Any]) -> str:

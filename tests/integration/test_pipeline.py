@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,23 @@ import optuna
 import pytest
 import torch
 from openai import APIConnectionError, OpenAI
+from safetensors.torch import load_file, save_file
 from tiny import dense_model, write_dense
 from transformers import AutoModelForCausalLM
 
-from lrserve.engines.renderings import transcribe_rendering
-from lrserve.engines.transcripts import Transcript
+from lrserve.engines.onnx import OnnxEngine
+from lrserve.engines.runtimes import runtime_of
+from lrserve.engines.transcripts import Transcript, transcribe_checkpoint
 from lrserve.errors import AgreementError, ArtifactError, InfeasibleTargetError, InputError
+from lrserve.pipeline.agreement import FACTOR, Pair, agree_as_served
+from lrserve.pipeline.baseline import dense_reference, kept_served
 from lrserve.pipeline.inspect import inspect, verify
+from lrserve.pipeline.job import open_job
 from lrserve.pipeline.run import compress_and_export
 from lrserve.recipe import Recipe
 from lrserve.serving.bench import bench
 from lrserve.storage.store import read_manifest
+from lrserve.storage.work import work_folder
 
 pytestmark = pytest.mark.engine
 
@@ -58,7 +65,7 @@ SMALL: dict[str, Any] = {
         "chat": {"prompt_tokens": 8, "output_tokens": 8, "concurrency": 2},
         "decode": {"prompt_tokens": 2, "output_tokens": 6, "concurrency": 1},
     },
-    "engine": {"dtype": "float32", "enforce_eager": True, "repeats": 2},
+    "engine": {"dtype": "bfloat16", "enforce_eager": True, "repeats": 2},
     "report": {"tokens": 128, "length": 32, "prompts": 2, "prompt_tokens": 12, "new_tokens": 8},
 }
 
@@ -113,6 +120,13 @@ def test_the_job_leaves_a_whole_artifact(made: tuple[Path, dict[str, Any], list[
     for engine in metrics["agreement"].values():
         assert engine["max_logprob_difference"] <= engine["tolerance"]
         assert engine["greedy_tokens"] == 16
+    for engine, dtype in (("vllm", "bfloat16"), ("onnxruntime", "float32")):
+        served = metrics["agreement"][engine]["as_served"]
+        assert (served["dtype"], served["compiled"], served["factor"]) == (dtype, False, FACTOR)
+        assert (served["compressed"]["largest"] > 1e-3) == (dtype == "bfloat16")
+        assert served["dense"]["greedy_tokens"] == served["compressed"]["greedy_tokens"] == 16
+    assert len(metrics["samples"]) == 2
+    assert all(sample["prompt"] and sample["dense"] and sample["compressed"] for sample in metrics["samples"])
     assert 0.2 <= metrics["sizes"]["linear_parameters"]["ratio"] < 0.35
     assert set(metrics["throughput"]["workloads"]) == {"chat", "decode"}
     assert metrics["throughput"]["speedup_lowest"] <= metrics["throughput"]["speedup"] <= metrics["throughput"]["speedup_highest"]
@@ -230,17 +244,53 @@ def test_bench_measures_it_again(made: tuple[Path, dict[str, Any], list[str]], t
 
 
 def test_a_rendering_that_disagrees_is_not_published(place: Path, made: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(name: str, out: Path, prompts: Any, new_tokens: int) -> dict[str, list[Transcript]]:
-        found = transcribe_rendering(name, out, prompts, new_tokens)["onnxruntime"]
-        return {"onnxruntime": [replace(t, logprobs=(t.logprobs[0] + 0.01, *t.logprobs[1:])) for t in found]}
+    transcribe = OnnxEngine.transcribe
 
-    monkeypatch.setattr("lrserve.pipeline.prove.transcribe_rendering", wrong)
+    def wrong(engine: OnnxEngine, prompts: Any, new_tokens: int) -> list[Transcript]:
+        found = transcribe(engine, prompts, new_tokens)
+        return [replace(t, logprobs=(t.logprobs[0] + 0.01, *t.logprobs[1:])) for t in found]
+
+    monkeypatch.setattr(OnnxEngine, "transcribe", wrong)
     said: list[str] = []
     with pytest.raises(AgreementError, match=r"onnxruntime differs from the model in memory by 0\.01"):
         compress_and_export(recipe(place, export=["onnx"]), place / "wrong", work=place / "out.work", say=said.append)
     assert not (place / "wrong").exists()
     assert not [p.name for p in place.iterdir() if "staging" in p.name]
     assert any("4/6 measure" in line and "reused" in line for line in said)
+
+
+def lose_a_bias(tensors: dict[str, torch.Tensor]) -> None:
+    name = max((name for name in tensors if name.endswith("bias")), key=lambda name: float(tensors[name].float().norm()))
+    tensors[name].zero_()
+
+
+def swap_two_layers_norms(tensors: dict[str, torch.Tensor]) -> None:
+    first, second = (f"model.layers.{layer}.input_layernorm.weight" for layer in (0, 1))
+    tensors[first], tensors[second] = tensors[second], tensors[first]
+
+
+@pytest.mark.parametrize("tamper", [lose_a_bias, swap_two_layers_norms])
+def test_an_engine_that_serves_another_model_is_refused(
+    place: Path, made: tuple[Path, dict[str, Any], list[str]], tmp_path: Path, tamper: Callable[[dict[str, torch.Tensor]], None]
+) -> None:
+    """In bfloat16, by what the search kept of the dense model."""
+    job = open_job(recipe(place), print)
+    runtime = runtime_of(job.recipe.engine)
+    with work_folder(place / "out.work", print) as folder:
+        served = kept_served(job, runtime, folder)
+        assert served is not None
+        dense = Pair(dense_reference(job, runtime, folder), served)
+    copy = tmp_path / "copy"
+    shutil.copytree(made[0], copy)
+    tensors = load_file(copy / "model.safetensors")
+    tamper(tensors)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    prompts = job.windows["prompts"].tolist()
+    with runtime.open(copy, job.recipe.requests) as engine:
+        found = engine.transcribe(prompts, job.recipe.report.new_tokens)
+    loaded = transcribe_checkpoint(made[0], job.dtype, prompts, job.recipe.report.new_tokens)
+    with pytest.raises(AgreementError, match="differs from transformers by"):
+        agree_as_served(runtime.name, dense, Pair(loaded, found))
 
 
 def test_the_server_answers_the_openai_client(made: tuple[Path, dict[str, Any], list[str]]) -> None:

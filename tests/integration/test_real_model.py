@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +21,17 @@ from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.groups import STRUCTURES, Structure, allocated
 from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.spectra import SpectrumStore, compress_model, features, round_parameters, write_spectra
-from lrserve.engines.renderings import transcribe_rendering
-from lrserve.engines.transcripts import transcribe_model
+from lrserve.engines.runtimes import runtime_of
+from lrserve.engines.transcripts import transcribe_checkpoint, transcribe_model
+from lrserve.errors import AgreementError
 from lrserve.inputs.demo import demo_recipe
+from lrserve.inputs.source import Source
+from lrserve.pipeline.agreement import Pair, agree_as_served
+from lrserve.pipeline.baseline import dense_reference, kept_served
 from lrserve.pipeline.job import Job, open_job
-from lrserve.pipeline.prove import agree
+from lrserve.pipeline.prove import prove_agreement
 from lrserve.recipe import Recipe
+from lrserve.storage.work import work_folder
 
 pytestmark = [pytest.mark.real, pytest.mark.engine]
 
@@ -41,9 +47,7 @@ def job() -> Job:
     settings = {
         "calibration.sequences": 32,
         "calibration.length": 256,
-        "report.prompts": 2,
-        "report.prompt_tokens": 32,
-        "report.new_tokens": 32,
+        "engine.enforce_eager": True,
     }
     return open_job(Recipe.load(demo_recipe(), settings), say=lambda line: None)
 
@@ -114,12 +118,47 @@ def test_rounding_the_factors_to_bfloat16_adds_little(
     assert reference(round_parameters(model, torch.bfloat16))["divergence"] < 0.01
 
 
+def lose_a_bias(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.B.bias.data.zero_()
+
+
+def swap_two_layers(model: Any) -> None:
+    layers = model.model.layers
+    layers[14], layers[15] = layers[15], layers[14]
+    layers[14].self_attn.layer_idx, layers[15].self_attn.layer_idx = 14, 15
+
+
 def test_every_engine_agrees_on_real_weights(job: Job, stores: dict[str, SpectrumStore], tmp_path: Path) -> None:
+    """In float32 and as served in bfloat16, where what another model computes is refused."""
     model = job.compressed_model(uniform_plan(job, "narrow"), stores["narrow"])
+    exporters = [VllmExporter(), OnnxExporter()]
+    out = tmp_path / "out"
+    out.mkdir()
+    for exporter in exporters:
+        exporter.export(model, job.source.path, out, job.dtype)
+    with work_folder(tmp_path / "work", print) as folder:
+        proof = prove_agreement(job, model, exporters, out, folder)
+        runtime = runtime_of(job.recipe.engine)
+        served = kept_served(job, runtime, folder)
+        assert served is not None
+        dense = Pair(dense_reference(job, runtime, folder), served)
+    for found in proof.agreement.values():
+        assert found["greedy_equal"] == found["greedy_tokens"] == 128
+    figures = proof.agreement["vllm"]["as_served"]
+    assert figures["dtype"] == "bfloat16"
+    assert 0.02 < figures["dense"]["mean"] < 0.08
+    assert figures["compressed"]["mean"] < 2 * figures["dense"]["mean"]  # far from the bound
+    assert figures["compressed"]["greedy_equal"] > 32
+    exact = proof.agreement["onnxruntime"]["as_served"]
+    assert exact["dtype"] == "float32"
+    assert exact["dense"]["largest"] < 1e-3
+    assert all(len(sample["prompt"]) > 100 and sample["dense"] and sample["compressed"] for sample in proof.samples)
+
     prompts = job.windows["prompts"].tolist()
-    reference = transcribe_model(model, prompts, 32)
-    for exporter in (VllmExporter(), OnnxExporter()):
-        exporter.export(model, job.source.path, tmp_path, job.dtype)
-        for engine, transcripts in transcribe_rendering(exporter.name, tmp_path, prompts, 32).items():
-            found = agree(engine, reference, transcripts, exporter.tolerance)
-            assert found["greedy_equal"] == found["greedy_tokens"] == 64
+    reference = transcribe_checkpoint(out, job.dtype, prompts, 1)
+    for tamper in (lose_a_bias, swap_two_layers):
+        other = Source(name="export", path=out).load(job.dtype)
+        tamper(other)
+        with pytest.raises(AgreementError, match="differs from transformers by"):
+            agree_as_served("another model", dense, Pair(reference, transcribe_model(other, prompts, 1)))

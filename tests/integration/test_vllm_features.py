@@ -29,7 +29,7 @@ from lrserve.compression.lowrank import LowRankLinear, install_low_rank, quantiz
 from lrserve.engines import vllm as engine_module
 from lrserve.engines.transcripts import Transcript, transcribe_model
 from lrserve.engines.vllm import Engine
-from lrserve.pipeline.prove import agree
+from lrserve.pipeline.agreement import agree
 
 pytestmark = pytest.mark.engine
 

@@ -1,39 +1,209 @@
-"""Agreement of transcripts: what passes, what fails, and that NaN never passes."""
+"""The proof of one rendering with a real engine, ONNX Runtime; what is kept of the dense model; and exporters of other packages."""
 
 from __future__ import annotations
 
-import math
+import importlib.metadata
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from tiny import dense_model, factorized_model, write_dense
 
-from lrserve.engines.transcripts import Transcript
-from lrserve.errors import AgreementError
-from lrserve.pipeline.prove import agree
+from exporters.base import Exporter
+from exporters.onnx import OnnxExporter
+from lrserve.engines.onnx import OnnxEngine
+from lrserve.engines.runtimes import runtime_of
+from lrserve.engines.transcripts import Transcript, transcribe_model
+from lrserve.errors import AgreementError, InputError
+from lrserve.pipeline import prove
+from lrserve.pipeline.baseline import dense_reference, keep_served, kept_served
+from lrserve.pipeline.job import Job, open_job
+from lrserve.pipeline.prove import Proof, prove_agreement
+from lrserve.pipeline.run import load_exporters
+from lrserve.recipe import Recipe
+from lrserve.report.card import agreement
+from lrserve.storage.work import WorkFolder, work_folder
 
-REFERENCE = Transcript(logprobs=(-1.0, -2.0, -3.0), tokens=(5, 6, 7), margins=(1.0, 0.001, 1.0))
+NEW_TOKENS = 6
+ENGINE = {"runtime": "onnx", "enforce_eager": True}
 
 
-def compare(logprobs: tuple[float, ...] = REFERENCE.logprobs, tokens: tuple[int, ...] = REFERENCE.tokens) -> dict[str, float]:
-    return agree("engine", [REFERENCE], [Transcript(logprobs=logprobs, tokens=tokens)], tolerance=0.01)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("proof")
+    write_dense(dense_model("LlamaForCausalLM"), place / "model")
+    rows = ({"text": f"Document {i}: " + "some words that repeat and some that do not, " * 3 + str(i * 7919)} for i in range(100))
+    (place / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
 
 
-def test_what_is_within_the_tolerance_agrees() -> None:
-    assert compare((-1.0, -2.005, -3.0)) == {
-        "max_logprob_difference": pytest.approx(0.005),
-        "tolerance": 0.01,
-        "greedy_equal": 3,
-        "greedy_tokens": 3,
+def open_tiny(place: Path, **engine: Any) -> Job:
+    settings = {
+        "model": str(place / "model"),
+        "target": {"ratio": 0.2},
+        "text": {"calibration": str(place / "text.jsonl")},
+        "calibration": {"sequences": 4, "length": 32},
+        "search": {"validation_tokens": 64, "probe_tokens": 64, "validation_pool": 64, "validation_length": 32},
+        "report": {"tokens": 64, "length": 32, "prompts": 2, "prompt_tokens": 12, "new_tokens": NEW_TOKENS},
+        "engine": {**ENGINE, **engine},
     }
-    # a near tie may go either way, and what follows it is another text
-    assert compare(tokens=(5, 9, 9))["greedy_equal"] == 1
+    return open_job(Recipe.model_validate(settings), say=lambda line: None)
 
 
-@pytest.mark.parametrize("logprobs", [(-1.0, -2.02, -3.0), (math.nan, -2.0, -3.0), (-1.0, -2.0, math.nan), (-1.0, math.inf, -3.0)])
-def test_a_difference_or_a_nan_anywhere_fails(logprobs: tuple[float, ...]) -> None:
-    with pytest.raises(AgreementError, match="differs from the model in memory"):
-        compare(logprobs)
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[WorkFolder]:
+    with work_folder(tmp_path / "work", lambda line: None) as folder:
+        yield folder
 
 
-def test_another_token_without_a_tie_fails() -> None:
-    with pytest.raises(AgreementError, match="continues prompt 0 with token 8 at step 0, the model in memory with 5"):
-        compare(tokens=(8, 6, 7))
+class Counting:
+    """Stands for a running engine of the dense model."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def transcribe(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Transcript]:
+        self.calls += 1
+        return [Transcript((-1.5,) * (len(prompt) - 1), (3,) * new_tokens, (0.25,) * new_tokens) for prompt in prompts]
+
+
+def test_the_dense_models_transcripts_are_kept_for_the_same_inputs(place: Path, folder: WorkFolder) -> None:
+    job, engine = open_tiny(place), Counting()
+    runtime = runtime_of(job.recipe.engine)
+    assert kept_served(job, runtime, folder) is None
+    first = keep_served(job, runtime, engine, folder)  # type: ignore[arg-type]
+    assert first == Counting().transcribe(job.windows["prompts"].tolist(), NEW_TOKENS)
+    assert kept_served(job, runtime, folder) == keep_served(job, runtime, engine, folder) == first  # type: ignore[arg-type]
+    assert engine.calls == 1
+
+
+@pytest.mark.parametrize("changed", [{"dtype": "float32"}, {"enforce_eager": False}, {"runtime": "onnx"}])
+def test_another_engine_has_transcripts_of_its_own(place: Path, folder: WorkFolder, changed: dict[str, Any]) -> None:
+    job = open_tiny(place, runtime="vllm")
+    keep_served(job, runtime_of(job.recipe.engine), Counting(), folder)  # type: ignore[arg-type]
+    other = open_tiny(place, **{"runtime": "vllm", **changed})
+    assert kept_served(other, runtime_of(other.recipe.engine), folder) is None
+
+
+def test_the_dense_reference_is_in_the_dtype_that_is_served(place: Path, folder: WorkFolder) -> None:
+    for dtype in ("bfloat16", "float32"):
+        job = open_tiny(place, runtime="vllm", dtype=dtype)
+        found = dense_reference(job, runtime_of(job.recipe.engine), folder)
+        model = job.source.load(getattr(torch, dtype))
+        assert found == transcribe_model(model, job.windows["prompts"].tolist(), NEW_TOKENS)
+
+
+def tampered(model: Any) -> Any:
+    """One bias of the second layer's factors is lost."""
+    bias = model.model.layers[1].self_attn.q_proj.B.bias
+    with torch.no_grad():
+        bias.zero_()
+    return model
+
+
+def prove_graph(job: Job, model: Any, written: Any, folder: WorkFolder, out: Path) -> Proof:
+    exporter = OnnxExporter()
+    out.mkdir()
+    exporter.export(written, job.source.path, out, torch.float32)
+    return prove_agreement(job, model, [exporter], out, folder)
+
+
+def test_a_graph_is_proven_and_the_dense_engine_started_once(
+    place: Path, folder: WorkFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    start = OnnxEngine.start
+
+    def counted(engine: OnnxEngine) -> None:
+        started.append(Path(engine.model).name.partition("-")[0])
+        start(engine)
+
+    monkeypatch.setattr(OnnxEngine, "start", counted)
+    job, model = open_tiny(place), factorized_model("LlamaForCausalLM")
+    proof = prove_graph(job, model, model, folder, tmp_path / "out")
+    assert started == ["out", "dense"]
+    found = proof.agreement["onnxruntime"]
+    assert found["max_logprob_difference"] < 1e-4
+    served = found["as_served"]
+    assert (served["dtype"], served["compiled"]) == ("float32", False)
+    for side in ("dense", "compressed"):
+        assert 0 < served[side]["mean"] <= served[side]["largest"] < 1e-4
+        assert served[side]["greedy_equal"] == served[side]["greedy_tokens"] == 2 * NEW_TOKENS
+    assert [set(sample) for sample in proof.samples] == [{"prompt", "dense", "compressed"}] * 2
+    tokenizer = job.source.tokenizer()
+    assert [sample["prompt"] for sample in proof.samples] == tokenizer.batch_decode(job.windows["prompts"])
+    continued = transcribe_model(model, job.windows["prompts"].tolist(), NEW_TOKENS)
+    assert [sample["compressed"] for sample in proof.samples] == [tokenizer.decode(list(t.tokens)) for t in continued]
+    assert all(sample["dense"] != sample["compressed"] for sample in proof.samples)
+
+    assert prove_graph(job, model, model, folder, tmp_path / "again") == proof
+    assert started == ["out", "dense", "again"]
+
+    card = agreement({"agreement": proof.agreement})
+    assert "| onnxruntime, float32 " in card
+    assert f"{served['dense']['mean']:.2g} / {served['compressed']['mean']:.2g}" in card
+
+
+def test_a_graph_of_another_model_is_refused(place: Path, folder: WorkFolder, tmp_path: Path) -> None:
+    job, model = open_tiny(place), factorized_model("LlamaForCausalLM")
+    with pytest.raises(AgreementError, match=r"onnxruntime differs from the model in memory"):
+        prove_graph(job, model, tampered(factorized_model("LlamaForCausalLM")), folder, tmp_path / "out")
+
+
+class Foreign:
+    """An exporter of another package that writes nothing; its engine computes what a float32 model does."""
+
+    name = "foreign"
+    tolerance = 1e-4
+
+    def preflight(self, skeleton: Any) -> None:
+        """Need nothing."""
+
+    def export(self, model: Any, source: Path, out: Path, dtype: torch.dtype) -> None:
+        """Write nothing."""
+
+
+class ForeignProving(Foreign):
+    def transcribe(self, out: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> Mapping[str, Sequence[Any]]:
+        return {"theirs": transcribe_model(dense_model("LlamaForCausalLM"), prompts, new_tokens)}
+
+
+def test_an_exporter_that_proves_itself_is_compared_in_float32(place: Path, folder: WorkFolder, tmp_path: Path) -> None:
+    job = open_tiny(place)
+    proof = prove_agreement(job, dense_model("LlamaForCausalLM"), [ForeignProving()], tmp_path, folder)
+    equal = 2 * NEW_TOKENS
+    figures = {"max_logprob_difference": 0.0, "tolerance": 1e-4, "greedy_equal": equal, "greedy_tokens": equal}
+    assert proof == Proof({"theirs": figures}, [])
+    assert "theirs" in agreement({"agreement": proof.agreement})
+    with pytest.raises(AgreementError, match="theirs differs from the model in memory"):
+        prove_agreement(job, factorized_model("LlamaForCausalLM"), [ForeignProving()], tmp_path, folder)
+
+
+def test_an_exporter_that_nothing_proves_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Point:
+        def __init__(self, exporter: type[Exporter]) -> None:
+            self.name, self.exporter = exporter.name, exporter
+
+        def load(self) -> type[Exporter]:
+            return self.exporter
+
+    class Own(OnnxExporter):
+        name = "own"
+
+    def entry_points(group: str) -> list[Point]:
+        assert group == "lrserve.exporters"
+        return [Point(exporter) for exporter in found]
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    found: list[type[Exporter]] = [ForeignProving, Own]
+    assert [type(exporter) for exporter in load_exporters(["own", "foreign"])] == [Own, ForeignProving]
+    found = [Foreign]
+    with pytest.raises(InputError, match="exporter 'foreign' is of another package and has no method transcribe") as refused:
+        load_exporters(["foreign"])
+    assert "\n" not in str(refused.value)
+    with pytest.raises(InputError, match="no exporter named 'else'"):
+        load_exporters(["else"])
+    assert prove.loader_of(Own(), Recipe(model="any").engine).name == "onnxruntime"
