@@ -322,7 +322,7 @@ def test_readme_makes_an_artifact_that_the_guide_inspects(inputs: Path, tmp_path
 @pytest.mark.engine
 def test_vllm_knows_every_option_that_is_passed_on() -> None:
     """`lrserve serve` and `bench` hand what they do not know to vLLM, and so do pages that name one of its options."""
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser())
