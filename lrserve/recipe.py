@@ -34,9 +34,9 @@ class Target(_Frozen):
 
     ratio: Annotated[float, Field(gt=0, lt=1), "share"] | None = None
     """Share of the parameters of the decoder's linear layers to remove. The search minimises perplexity."""
-    min_speedup: Annotated[float, Field(gt=0), "times dense"] | None = None
+    min_speedup: Annotated[float, Field(gt=0, allow_inf_nan=False), "times dense"] | None = None
     """Least output tokens per second, measured on the engine, over those of the dense model. The search minimises perplexity."""
-    max_ppl_increase: Annotated[float, Field(gt=0), "share"] | None = None
+    max_ppl_increase: Annotated[float, Field(gt=0, allow_inf_nan=False), "share"] | None = None
     """Largest relative increase of the validation perplexity: 0.05 allows 5 %. The search maximises speed."""
 
     @model_validator(mode="before")
@@ -253,7 +253,7 @@ class Recipe(_Frozen):
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise InputError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from None
             if loaded is not None and not isinstance(loaded, dict):
-                raise InputError(f"the recipe {path} holds a {type(loaded).__name__}, not settings by name; see docs/recipe.md")
+                raise InputError(f"the recipe {path} holds a {type(loaded).__name__}, not settings by name (README, 'Settings')")
             data = loaded or {}
         if any(name.startswith("target.") and value is not None for name, value in overrides.items()):
             data.pop("target", None)
