@@ -188,8 +188,11 @@ def check_python(arguments: list[str]) -> None:
     else:
         script = ROOT / arguments[0]
         assert script.is_file(), script
+        text = script.read_text()
+        imported = (script.with_name(f"{name}.py") for name in re.findall(r"^(?:from|import) (\w+)", text, re.M))
+        text += "".join(path.read_text() for path in imported if path.is_file())  # bench's scripts share options
         for option in (word for word in arguments[1:] if word.startswith("--")):
-            assert f'"{option}"' in script.read_text(), f"{arguments[0]} has no {option}"
+            assert f'"{option}"' in text, f"{arguments[0]} has no {option}"
 
 
 @pytest.mark.parametrize(("block", "words"), SHELL, ids=ids(SHELL))
@@ -202,7 +205,6 @@ def test_every_command_exists_with_its_options(block: Block, words: list[str]) -
     [
         ["lrserve", "compress", "MODEL"],
         ["lrserve", "compress-and-export", "MODEL", "-o", "OUT", "--ratoi", "0.2"],
-        ["lrserve", "compress-and-export", "MODEL", "-o", "OUT", "--target", "tgi"],
         ["lrserve", "bench", "OUT", "--repeat", "3"],
         ["lrserve", "bench", "OUT", "OTHER"],
         ["lrserve", "serve", "OUT", "OTHER"],
@@ -303,6 +305,8 @@ def test_compressing_starts_as_the_page_says(block: Block, words: list[str], inp
     result = CliRunner().invoke(app, [*tiny(words, inputs, tmp_path), "--dry-run"])
     assert result.exit_code == 0, f"{block.name}: {result.exception!r}"
     assert {path for path in set(tmp_path.iterdir()) - before if not path.name.startswith("shared.")} == set()
+    wrong = CliRunner().invoke(app, [*tiny(words, inputs, tmp_path), "--dry-run", "--trials", "many"])
+    assert wrong.exit_code != 0, "a wrong value is not noticed"
 
 
 @pytest.mark.engine
@@ -322,7 +326,7 @@ def test_readme_makes_an_artifact_that_the_guide_inspects(inputs: Path, tmp_path
 @pytest.mark.engine
 def test_vllm_knows_every_option_that_is_passed_on() -> None:
     """`lrserve serve` and `bench` hand what they do not know to vLLM, and so do pages that name one of its options."""
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser())
