@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
+from inputs import bench_recipe
 from lrserve.compression.calibrate import calibrate
-from lrserve.inputs.demo import demo_recipe
 from lrserve.pipeline.job import open_job
 from lrserve.recipe import Recipe
 from lrserve.report.card import table
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds [default: 3]")
     add_results_option(parser)
     arguments = parser.parse_args()
-    job = open_job(Recipe.load(arguments.recipe or demo_recipe(), {}), print)
+    job = open_job(Recipe.load(arguments.recipe or bench_recipe(), {}), print)
     settings = job.recipe.calibration
     model = job.source.load(job.dtype)
     windows = job.windows["calibration"][: arguments.sequences]

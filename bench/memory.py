@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from inputs import bench_recipe
 from lrserve.engines.vllm import engine_version
 from lrserve.engines.workloads import compare, open_engine
-from lrserve.inputs.demo import demo_recipe
 from lrserve.pipeline.job import open_job
 from lrserve.recipe import Recipe
 from lrserve.report.card import speedup_cell, table
@@ -50,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if memory_environment(os.environ) == os.environ:
         parser.error("lrserve leaves malloc as it is here: the environment has settings for it, or glibc is too old")
-    recipe = Recipe.load(arguments.recipe or demo_recipe(), {})
+    recipe = Recipe.load(arguments.recipe or bench_recipe(), {})
     workloads, model = recipe.workloads, open_job(recipe, print).source.path
     settings = recipe.engine.model_copy(update={"enforce_eager": recipe.engine.enforce_eager and not arguments.compiled})
     with ExitStack() as stack:

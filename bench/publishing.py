@@ -6,10 +6,7 @@ Both files give the command, the commit, the date, the machine and the versions 
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import os
-import platform
 import re
 import shlex
 import subprocess
@@ -19,9 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from lrserve.plugins.versions import engine_version, onnx_version
+from lrserve.report.machine import day, describe, made
 from lrserve.storage.store import atomic_path, write_json
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -57,21 +53,6 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def machine() -> dict[str, Any]:
-    """Describe the machine: processor, cores, memory in GiB, GPU."""
-    cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-    flags: set[str] = next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
-    return {
-        "processor": model,
-        "instructions": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile") if flag in flags],
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
 def versions() -> dict[str, str]:
     """Return the versions of lrserve and of what it ran on."""
     named = {name: metadata.version(name) for name in ("lrserve", "torch", "transformers")}
@@ -92,8 +73,7 @@ def publish(name: str, command: str, markdown: str, data: Any) -> None:
         "name": name,
         "command": command,
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": machine(),
+        **made(),
         "versions": versions(),
         "data": data,
     }
@@ -105,12 +85,10 @@ def publish(name: str, command: str, markdown: str, data: Any) -> None:
 
 def caption(found: Mapping[str, Any]) -> str:
     """Render what ran, where and when as a list."""
-    own = found["machine"]
-    parts = [own["processor"], f"{own['cores']} cores", *own["instructions"], f"{own['memory_gib']:g} GiB", own["gpu"] or "no GPU"]
     lines = [
         f"Command: `{found['command']}`",
-        f"Commit {found['commit'][:7]}{'-dirty' * found['commit'].endswith('-dirty')}, {found['date']}",
-        f"Machine: {', '.join(parts)}",
+        f"Commit {found['commit'][:7]}{'-dirty' * found['commit'].endswith('-dirty')}, {day(found)}",
+        f"Machine: {describe(found['machine'])}",
         f"Versions: {', '.join(' '.join(pair) for pair in found['versions'].items())}",
     ]
     return "\n".join(f"- {line}" for line in lines)

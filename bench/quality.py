@@ -33,6 +33,7 @@ import torch
 from baselines import BASELINES, baseline
 from bolaco import bolaco, lord_plan
 from evolution import evolve
+from inputs import bench_recipe
 from lrserve.allocation import losses as allocate
 from lrserve.allocation.goal import Goal
 from lrserve.allocation.plan import BudgetFit, RankPlan
@@ -50,7 +51,7 @@ from lrserve.compression.spectra import (
     round_parameters,
     write_spectra,
 )
-from lrserve.inputs.demo import demo_recipe, demo_texts
+from lrserve.inputs.demo import demo_texts
 from lrserve.inputs.text import read_documents, token_windows
 from lrserve.pipeline.improve import gradient_reader, improve_factors
 from lrserve.pipeline.job import Job, first_tokens, open_job, tensor_sha256
@@ -449,7 +450,7 @@ def main() -> None:
         for name, row in ROWS.items():
             print(f"{name:18} {row.label}")
         return
-    recipe = Recipe.load(arguments.recipe or demo_recipe(), {})
+    recipe = Recipe.load(arguments.recipe or bench_recipe(), {})
     job = open_job(recipe, print)
     if arguments.domain:
         files = dict(entry.split("=", 1) for entry in arguments.domain)

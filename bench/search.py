@@ -43,6 +43,7 @@ from scipy.stats import spearmanr
 from baselines import baseline
 from bolaco import bolaco
 from evolution import evolve
+from inputs import bench_recipe
 from lrserve.allocation import losses as allocate
 from lrserve.allocation.goal import FRONT_LIMIT, Goal
 from lrserve.allocation.plan import BudgetFit, RankPlan
@@ -56,7 +57,6 @@ from lrserve.compression.spectra import MergedRanks, SpectrumStore, write_spectr
 from lrserve.engines.runtimes import Runtime, runtime_of
 from lrserve.engines.vllm import Engine
 from lrserve.engines.workloads import MixComparison, compare, open_engine, read_comparison
-from lrserve.inputs.demo import demo_recipe
 from lrserve.pipeline.job import Job, open_job
 from lrserve.pipeline.measure import DenseEngine, measure_layers, speed_model
 from lrserve.pipeline.run import backpropagate, calibrate_blocks, factorize_groups
@@ -416,7 +416,7 @@ def main() -> None:
         "engine.enforce_eager": False if arguments.compiled else None,
         "workloads": {name: workload.model_dump() for name, workload in WORKLOADS.items()},
     }
-    job = open_job(Recipe.load(arguments.recipe or demo_recipe(), overrides), print)
+    job = open_job(Recipe.load(arguments.recipe or bench_recipe(), overrides), print)
     with work_folder(arguments.work, lambda line: None, MODULES) as folder:
         bench = Bench(job, folder, arguments.trials, arguments.plans)
         result = report(bench, arguments.method or METHODS, arguments.seeds, arguments.phase == "engine")

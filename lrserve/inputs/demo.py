@@ -11,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import yaml
 
@@ -116,11 +117,8 @@ def demo_recipe() -> Path:
 
     Fewer tokens, trials and rounds than the defaults, and vLLM without torch.compile: the demo ends in minutes on two cores.
     """
-    texts = demo_texts()
-    recipe = {
-        "model": str(demo_model()),
+    settings = {
         "target": {"ratio": 0.2},
-        "text": {use: str(texts[use]) for use in _PARTS},
         "calibration": {"sequences": 128, "length": 512, "batch_tokens": 2048},
         "factorization": {"fisher_tokens": 16384, "refine_steps": 15, "refine_tokens": 16384},
         "search": {
@@ -140,7 +138,14 @@ def demo_recipe() -> Path:
         "engine": {"enforce_eager": True, "repeats": 5},
         "report": {"tokens": 16384},
     }
-    path = cache_folder() / "demo" / "recipe.yaml"
+    return write_recipe("recipe", settings)
+
+
+def write_recipe(name: str, settings: Mapping[str, Any]) -> Path:
+    """Write a recipe for the demo's model and texts beside them, with these settings, and return its path."""
+    texts = demo_texts()
+    recipe = {"model": str(demo_model()), "text": {use: str(texts[use]) for use in _PARTS}, **settings}
+    path = cache_folder() / "demo" / f"{name}.yaml"
     with atomic_path(path) as partial:
         partial.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
