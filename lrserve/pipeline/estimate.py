@@ -162,7 +162,8 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     cells = len(shapes_to_measure(job.units, search.rank_step, recipe.structure)) * len(token_counts(recipe.workloads))
     costs.append(StageCost("4 latency", start + 3 * run + _LAYER_SECONDS * cells, 0, 2 * weights + engine))
     measured = search.measured_plans * (start + 2 * (1 + recipe.engine.repeats) * run)
-    costs.append(StageCost("4 measure", measured, weights, 2 * weights + float32 + 2 * engine))
+    dense_graph = float32 * ("onnx" in recipe.export)  # which the proof compares with
+    costs.append(StageCost("4 measure", measured, weights + dense_graph, 2 * weights + float32 + 2 * engine))
     seconds, disk, memory = 0.0, 0, 0
     if settings.refinement != "none":
         seconds = (
@@ -175,7 +176,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
         costs.append(StageCost("5 improve", seconds, disk, memory))
     proof = 2 * job.windows["report"].numel() * forward.whole
     proof += (_EAGER_START + start) * ("vllm" in recipe.export) + 2 * _ONNX_START * ("onnx" in recipe.export)
-    artifact = weights * ("vllm" in recipe.export) + 2 * float32 * ("onnx" in recipe.export)  # the proof needs the dense graph too
+    artifact = weights * ("vllm" in recipe.export) + float32 * ("onnx" in recipe.export)
     costs.append(StageCost("6 export and prove", proof, artifact, 2 * float32 + _RUNTIME_BYTES + float32))
     return [StageCost(cost.stage, cost.seconds, cost.disk, cost.memory + _PROCESS_BYTES) for cost in costs]
 

@@ -18,6 +18,7 @@ from lrserve.pipeline.job import Job
 from lrserve.pipeline.measure import Measured
 from lrserve.pipeline.prove import Proof
 from lrserve.pipeline.search import Tuned, measured_speed
+from lrserve.pipeline.stages import provenance
 from lrserve.recipe import shares
 from lrserve.report import card
 from lrserve.report.html import write_report
@@ -191,4 +192,4 @@ def write_evidence(job: Job, tuned: Tuned, metrics: dict[str, Any], staging: Pat
     shutil.copyfile(tuned.study_path, folder / "study.sqlite3")
     write_report(metrics, search_report(job, tuned), folder)
     (staging / "README.md").write_text(card.model_card(metrics), encoding="utf-8")
-    write_manifest(staging, versions(job), job.provenance())
+    write_manifest(staging, versions(job), provenance(job))

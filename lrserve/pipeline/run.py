@@ -27,7 +27,7 @@ from lrserve.pipeline.improve import gradient_reader, improve_factors, validate_
 from lrserve.pipeline.job import Job, first_tokens, open_job, tensor_sha256
 from lrserve.pipeline.prove import prove_agreement, report_perplexity
 from lrserve.pipeline.search import tune
-from lrserve.pipeline.stages import MODULES
+from lrserve.pipeline.stages import MODULES, provenance
 from lrserve.recipe import EngineSettings, Recipe
 from lrserve.report import card
 from lrserve.report.advice import advice
@@ -84,7 +84,7 @@ def compress_and_export(
         f"1/6 open: {job.architecture}, {job.layers} layers, {len(job.groups)} fused groups, {linears / 1e6:.1f} M parameters in "
         f"linears; target {recipe.target}"
     )
-    if (finished := _finished(out, job.provenance(), overwrite)) is not None:
+    if (finished := _finished(out, provenance(job), overwrite)) is not None:
         say(f"{out} was made from these inputs before; nothing to do")
         _say_summary(finished, out, say)
         return finished

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 from exporters import companions, onnx, onnx_graph
 from exporters import vllm as vllm_exporter
@@ -30,8 +30,11 @@ from lrserve.compression import (
     structure,
     training,
 )
-from lrserve.engines import protocol, timing, workloads
+from lrserve.engines import protocol, timing, transcripts, workloads
 from lrserve.pipeline import measure
+from lrserve.pipeline.job import Job
+from lrserve.storage.store import fingerprint
+from lrserve.storage.work import settings_of
 
 _FORWARD = (matmul, logits, quality)
 _CUT = (spectra, factorize, structure)
@@ -47,8 +50,16 @@ MODULES: Final[Mapping[str, tuple[ModuleType, ...]]] = {
     "latency": (measure, speed, protocol, workloads, timing),
     "study": (study, space, goal, losses, plan, speed, *_CUT, *_FORWARD),
     "measure": (measure, protocol, workloads, *_CUT, vllm_exporter, onnx, onnx_graph),
+    "transcripts-vllm": (protocol, transcripts, matmul),
+    "transcripts-onnxruntime": (protocol, transcripts, matmul, onnx, onnx_graph),
     "propagate": (propagate, factorize, narrow, covariance, *_WALK),
     "refine": (refine, *_WALK),
     "recover": (recover, logits, training, structure, matmul),
 }
 """By the stage's name; a stage that is not listed depends on all of them."""
+
+
+def provenance(job: Job) -> dict[str, Any]:
+    """Identify everything that decides the result: recipe, model and texts, and the settings of all stages' code; JSON."""
+    modules = {module for own in MODULES.values() for module in own}
+    return {**job.provenance(), "code": fingerprint(settings_of(*sorted(modules, key=lambda module: module.__name__)))}

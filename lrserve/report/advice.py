@@ -24,8 +24,8 @@ def advice(metrics: Mapping[str, Any], out: Path) -> str:
     lines = [
         f"Gained: the same requests run {gain:.2f}x as fast as with the dense model ({low:.2f}x to "
         f"{speed['speedup_highest']:.2f}x), and the weights are {size:.0%} smaller.",
-        f"Lost: the perplexity on held-out text rises by {quality['increase']:.1%}, from {quality['dense']:.2f} to "
-        f"{quality['compressed']:.2f}.",
+        f"Lost: the perplexity on held-out text goes from {quality['dense']:.2f} to {quality['compressed']:.2f} "
+        f"({quality['increase']:+.1%}).",
         _verdict(gain, low, loss),
         *_next_steps(metrics, gain, loss),
     ]

@@ -25,11 +25,15 @@ from lrserve.pipeline.evidence import collect_metrics, write_evidence
 from lrserve.pipeline.inspect import inspect
 from lrserve.pipeline.job import Job, open_job
 from lrserve.pipeline.measure import Measured
+from lrserve.pipeline.prove import Proof
 from lrserve.pipeline.search import Tuned
 from lrserve.recipe import Recipe, shares
 from lrserve.report.sizes import sizes
 
-AGREEMENT = {"vllm": {"max_logprob_difference": 1e-4, "tolerance": 0.005, "greedy_equal": 16, "greedy_tokens": 16}}
+PROOF = Proof(
+    {"vllm": {"max_logprob_difference": 1e-4, "tolerance": 0.005, "greedy_equal": 16, "greedy_tokens": 16}},
+    [{"prompt": "Once", "dense": " upon a time", "compressed": " more"}],
+)
 REPORT = {"dense": 100.0, "compressed": 110.0, "increase": 0.1, "tokens": 128, "length": 32}
 VALIDATION = 112.5
 """Perplexity of the improved factors."""
@@ -126,7 +130,7 @@ def test_sizes_are_the_same_everywhere_and_those_of_the_files(architecture: str,
     model = factorized_model(architecture, structure=structure)
     out = write_artifact(model, tmp_path / "out")
     found = tuned(job, [(plan_of(job, model), 120.0, 1.2)], tmp_path)
-    metrics = collect_metrics(job, found, {}, 120.0, AGREEMENT, REPORT)
+    metrics = collect_metrics(job, found, {}, 120.0, PROOF, REPORT)
     write_evidence(job, found, metrics, out)
 
     written = json.loads((out / "lrserve" / "metrics.json").read_text())["sizes"]
@@ -163,7 +167,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     plan = plan_of(job, model)
     found = tuned(job, [(plan, 120.0, 1.2), (plan, 110.0, 1.05), (plan, 130.0, 1.4)], place)
     improved = {"refine": {"method": "adam", "tokens": 128, "steps": 2}}
-    metrics = collect_metrics(job, found, improved, VALIDATION, AGREEMENT, REPORT)
+    metrics = collect_metrics(job, found, improved, VALIDATION, PROOF, REPORT)
     metrics["samples"] = [{"prompt": "some words", "dense": " that repeat", "compressed": " that do not"}]
     out = write_artifact(model, place / "out")
     write_evidence(job, found, metrics, out)

@@ -143,8 +143,8 @@ def test_a_graph_is_proven_and_the_dense_engine_started_once(
     assert started == ["out", "dense", "again"]
 
     card = agreement({"agreement": proof.agreement})
-    assert "| onnxruntime, float32 " in card
-    assert f"{served['dense']['mean']:.2g} / {served['compressed']['mean']:.2g}" in card
+    assert "As served is float32, not compiled; in brackets the dense model." in card
+    assert f"{served['compressed']['mean']:.1e} ({served['dense']['mean']:.1e})" in card
 
 
 def test_a_graph_of_another_model_is_refused(place: Path, folder: WorkFolder, tmp_path: Path) -> None:

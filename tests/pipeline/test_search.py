@@ -104,7 +104,7 @@ class MadeUpEngine:
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
     made_up = Engines()
-    runtime = Runtime("made up 1", "float32", VllmExporter(), loads_sources=True, open=made_up.open)
+    runtime = Runtime("vllm", "made up 1", "float32", False, VllmExporter(), loads_sources=True, open=made_up.open)
     monkeypatch.setattr("lrserve.pipeline.search.runtime_of", lambda settings: runtime)
     return made_up
 
@@ -182,7 +182,7 @@ def test_min_speedup_chooses_the_best_of_those_that_are_fast_enough(place: Path,
 def test_a_speedup_that_the_engine_does_not_show_is_refused(place: Path, folder: WorkFolder, engines: Engines) -> None:
     """The table promises what whole plans do not keep: every engine is as slow as the dense one."""
     engines.open = lambda model, workloads, *, sharing=1, log=None: MadeUpDense(engines, model)  # type: ignore[method-assign]
-    runtime = Runtime("made up 1", "float32", VllmExporter(), loads_sources=True, open=engines.open)
+    runtime = Runtime("vllm", "made up 1", "float32", False, VllmExporter(), loads_sources=True, open=engines.open)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lrserve.pipeline.search.runtime_of", lambda settings: runtime)
         with pytest.raises(InfeasibleTargetError, match=r"no measured plan reaches 1\.1x of dense"):
@@ -217,7 +217,9 @@ def test_an_engine_that_fails_leaves_none_running(place: Path, folder: WorkFolde
                 raise RuntimeError("out of memory")
             return super().throughput(*arguments, **options)
 
-    runtime = Runtime("made up 1", "float32", VllmExporter(), loads_sources=True, open=lambda model, w, **_: Fails(engines, model))  # type: ignore[arg-type, return-value]
+    runtime = Runtime(
+        "vllm", "made up 1", "float32", False, VllmExporter(), loads_sources=True, open=lambda model, w, **_: Fails(engines, model)
+    )  # type: ignore[arg-type, return-value]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lrserve.pipeline.search.runtime_of", lambda settings: runtime)
         with pytest.raises(RuntimeError, match="out of memory"):

@@ -14,7 +14,7 @@ import torch
 import lrserve.pipeline
 from lrserve.allocation.plan import RankPlan
 from lrserve.pipeline import improve
-from lrserve.pipeline.stages import MODULES
+from lrserve.pipeline.stages import MODULES, provenance
 from lrserve.storage.work import WorkFolder
 
 ON_SPECTRA = {"spectra", "propagate"}
@@ -77,7 +77,10 @@ def test_every_stage_of_the_pipeline_lists_its_modules() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("folder.stage", "walked"):
                 found.add(ast.unparse(node.args[0]).strip("'"))
-    assert found - {"name"} == set(MODULES)  # `name` is `walked`'s own
+    by_runtime = {name for name in found if "runtime.name" in name}  # one stage for each engine
+    assert len(by_runtime) == 1
+    found |= {"transcripts-vllm", "transcripts-onnxruntime"}
+    assert found - by_runtime - {"name"} == set(MODULES)  # `name` is `walked`'s own
 
 
 def improved(tmp_path: Path) -> list[str]:
@@ -111,3 +114,12 @@ def test_stage_that_starts_from_changed_factors_is_made_anew(
     assert improved(tmp_path) == before
     change(f"compression.{name}", monkeypatch)
     assert len(improved(tmp_path)) == len(before) + made_anew
+
+
+def test_an_artifact_made_with_other_settings_is_not_taken_for_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    job: Any = SimpleNamespace(provenance=lambda: {"recipe": {}})
+    before = provenance(job)
+    assert provenance(job) == before
+    change("compression.refine._WARM_UP", monkeypatch)
+    assert provenance(job)["recipe"] == before["recipe"]
+    assert provenance(job)["code"] != before["code"]
