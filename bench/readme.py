@@ -1,8 +1,8 @@
 """README's table: a dense model, the same in int8 by stock vLLM, and artifacts of it, in one run.
 
-    lrserve compress-and-export --recipe RECIPE --min-speedup 1.1 -o small
-    lrserve compress-and-export --recipe RECIPE --min-speedup 1.3 -o smaller
-    python bench/readme.py small smaller
+    lrserve compress-and-export --recipe $(python bench/inputs.py) --min-speedup 1.1 -o first --work readme.work
+    lrserve compress-and-export --recipe $(python bench/inputs.py) --min-speedup 1.25 -o second --work readme.work
+    python bench/readme.py first second
 
 Every row is a vLLM engine. All engines are up at once and compute in the recipe's dtype, as stock `vllm serve` starts them. Model,
 texts, workloads and rounds are those of the first artifact's recipe.
