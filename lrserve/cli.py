@@ -99,6 +99,7 @@ def compress_and_export(
 ) -> None:
     """Compress a model, search its ranks, export the result and prove it."""
     from exporters.registry import exporter_points
+    from lrserve.plugins.versions import require_compress
 
     given: dict[str, tuple[str, Any]] = {
         "MODEL": ("model", model),
@@ -115,6 +116,7 @@ def compress_and_export(
     }
     settings = _recipe(recipe, given)
     exporter_points(settings.export)
+    require_compress("compress-and-export")
 
     from lrserve.pipeline.run import compress_and_export as run
 

