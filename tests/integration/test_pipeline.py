@@ -33,6 +33,7 @@ from lrserve.pipeline.baseline import dense_reference, kept_served
 from lrserve.pipeline.inspect import inspect, verify
 from lrserve.pipeline.job import open_job
 from lrserve.pipeline.run import compress_and_export
+from lrserve.pipeline.stages import MODULES
 from lrserve.recipe import Recipe
 from lrserve.serving.bench import bench
 from lrserve.storage.store import read_manifest
@@ -276,7 +277,7 @@ def test_an_engine_that_serves_another_model_is_refused(
     """In bfloat16, by what the search kept of the dense model."""
     job = open_job(recipe(place), print)
     runtime = runtime_of(job.recipe.engine)
-    with work_folder(place / "out.work", print) as folder:
+    with work_folder(place / "out.work", print, MODULES) as folder:
         served = kept_served(job, runtime, folder)
         assert served is not None
         dense = Pair(dense_reference(job, runtime, folder), served)
