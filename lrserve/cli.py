@@ -6,6 +6,7 @@ sets something in the recipe is text here, which the recipe parses: it has the r
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
@@ -245,6 +246,8 @@ def _silent(line: str) -> None:
 
 def main() -> None:
     """Run the command line; a deliberate error becomes one line and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a file or a pipe shows each stage's line as it ends, not blocks of 8 KiB
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that staging folders and engines are cleaned up
     try:
         app()

@@ -315,3 +315,18 @@ def test_what_is_no_artifact_is_refused(verb: str, model: Path, tmp_path: Path) 
         shown = run(verb, str(folder))
         assert shown.returncode == 2
         assert message in shown.stderr
+
+
+def test_a_pipe_gets_each_line_when_it_is_printed() -> None:
+    code = (
+        "import os, signal\n"
+        "from lrserve import cli\n"
+        "def killed():\n"
+        "    print('2/6 calibrate: done')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "cli.app = killed\n"
+        "cli.main()\n"
+    )
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=buffered, check=False)
+    assert (shown.returncode, shown.stdout) == (-9, "2/6 calibrate: done\n")

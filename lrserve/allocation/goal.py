@@ -37,7 +37,7 @@ class Evaluated:
     nll: mean negative log likelihood of each validation window, in nats, in the order of the windows; those of the first windows
         only where the trial was stopped early, and `perplexity` is an estimate then.
     tokens_per_second: as the table of single layers predicts it.
-    origin: the name of a base plan, `trial N`, or `evolution`.
+    origin: the name of a base plan, or `trial N`.
     """
 
     plan: RankPlan

@@ -205,7 +205,7 @@ def open_study(name: str, storage: Path | str, metrics: Mapping[str, str] | None
     Raises:
         InputError: no database at the URL, or no driver for it.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns, with a trace, of every trial that Ctrl-C or an error ends
     directions: list[Any] = list(metrics.values()) if metrics else ["minimize"]
     with quietly():
         backend = connect(storage) if isinstance(storage, str) else f"sqlite:///{storage}"

@@ -60,7 +60,7 @@ def describe(model: str) -> dict[str, Any]:
     """Return what a dense model or an artifact consists of; JSON.
 
     Under `groups`, for each kind, the number of its layers, how many are compressed, their structures, lowest and highest rank,
-    and parameters as stored; under `sizes`, the four units of `card.sizes`.
+    and parameters as stored; under `sizes`, the four units of `sizes.sizes`.
 
     Raises:
         LrserveError: neither of the two, or an architecture that lrserve does not know.

@@ -24,7 +24,6 @@ from lrserve.compression.spectra import SpectrumStore
 from lrserve.engines.protocol import EngineProcess
 from lrserve.engines.runtimes import Runtime
 from lrserve.engines.workloads import MixComparison, compare, read_comparison
-from lrserve.errors import EngineError
 from lrserve.pipeline.baseline import keep_served
 from lrserve.pipeline.job import Job
 from lrserve.recipe import Workload
@@ -73,7 +72,7 @@ class DenseEngine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._close(keep_log=isinstance(error, EngineError))
+        self._close()
 
     def running(self) -> EngineProcess:
         """Return the engine, started if need be."""
@@ -88,10 +87,10 @@ class DenseEngine:
         if torch.cuda.is_available():
             self._close()
 
-    def _close(self, *, keep_log: bool = False) -> None:
+    def _close(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
-            engine.close(keep_log=keep_log)
+            engine.close()
 
 
 def dense_checkpoint(job: Job, runtime: Runtime, folder: WorkFolder) -> Path:
@@ -236,8 +235,8 @@ def measure_front(
                         seed=recipe.seed,
                         progress=lambda: progress(next(runs)),
                     )
+                shutil.rmtree(checkpoint, ignore_errors=True)  # before the run counts as done: a resumed one does not look for it
                 write_json(path, asdict(comparison))
-                shutil.rmtree(checkpoint, ignore_errors=True)
             found = read_comparison(path)
             plan = candidate.plan
             measured.append(Measured(candidate, speed.speedups(plan), speed.speedup(plan), now.speedup(plan), found))

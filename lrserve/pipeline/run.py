@@ -58,7 +58,7 @@ def compress_and_export(
         recipe: every setting.
         out: the artifact's folder.
         work: folder for intermediate results; `<out>.work` when None.
-        storage: URL of a database in which several runs with the same inputs share the study (`resumable.open_study`); each has a
+        storage: URL of a database in which several runs with the same inputs share the study (`study.open_study`); each has a
             work folder and an artifact of its own.
         overwrite: replace an artifact at `out` that was made from other inputs.
         dry_run: open the inputs, check the target, say what would be done; nothing is written to `out` or `work`.

@@ -31,7 +31,7 @@ from lrserve.compression import (
     training,
 )
 from lrserve.engines import protocol, timing, transcripts, workloads
-from lrserve.pipeline import measure
+from lrserve.pipeline import agreement, improve, measure, search
 from lrserve.pipeline.job import Job
 from lrserve.storage.store import fingerprint
 from lrserve.storage.work import settings_of
@@ -61,5 +61,6 @@ MODULES: Final[Mapping[str, tuple[ModuleType, ...]]] = {
 
 def provenance(job: Job) -> dict[str, Any]:
     """Identify everything that decides the result: recipe, model and texts, and the settings of all stages' code; JSON."""
-    modules = {module for own in MODULES.values() for module in own}
+    deciding = {search, improve, agreement}  # no stage holds what these come to
+    modules = deciding | {module for own in MODULES.values() for module in own}
     return {**job.provenance(), "code": fingerprint(settings_of(*sorted(modules, key=lambda module: module.__name__)))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import multiprocessing
 import os
@@ -32,6 +33,21 @@ def run(
 
 def load(path: Path) -> optuna.Study:
     return optuna.load_study(study_name=STUDY, storage=f"sqlite:///{path}")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_what_ends_a_trial_is_said_by_its_exception_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def ends(plan: RankPlan, rivals: Sequence[Sequence[float]]) -> Judgement:
+        raise error
+
+    log = logging.getLogger("optuna")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    monkeypatch.setattr(log, "level", log.level)
+    with pytest.raises(error):
+        run(Target(ratio=0.3), tmp_path / "s.sqlite3", ends)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])

@@ -116,10 +116,19 @@ def test_stage_that_starts_from_changed_factors_is_made_anew(
     assert len(improved(tmp_path)) == len(before) + made_anew
 
 
-def test_an_artifact_made_with_other_settings_is_not_taken_for_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "compression.refine._WARM_UP",
+        "pipeline.agreement.FACTOR",
+        "pipeline.improve._PROPAGATED_RATIO",
+        "pipeline.search._PROBE_SHARE",
+    ],
+)
+def test_an_artifact_made_with_other_settings_is_not_taken_for_finished(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     job: Any = SimpleNamespace(provenance=lambda: {"recipe": {}})
     before = provenance(job)
     assert provenance(job) == before
-    change("compression.refine._WARM_UP", monkeypatch)
+    change(name, monkeypatch)
     assert provenance(job)["recipe"] == before["recipe"]
     assert provenance(job)["code"] != before["code"]
