@@ -18,8 +18,8 @@ _WIDTH, _HEIGHT = 1000, 300
 _INPUT, _WORK, _RESULT, _ENGINE = "#57606a", "#0a5bc4", "#1a7037", "#8a4600"
 _LINE: Final = "#8b949e"
 _DESCRIPTION: Final = (
-    "A dense model and a text go into calibration. A search chooses a rank plan, and measures plans on the engine that will serve. "
-    "The artifact that it writes is served by vLLM, transformers and ONNX Runtime."
+    "A dense model and your text go into calibration. A search chooses a size for each layer, by perplexity and by the speed that "
+    "an engine shows. The artifact that it writes is served by vLLM, transformers and ONNX Runtime."
 )
 
 
@@ -31,6 +31,11 @@ def _box(x: int, y: int, width: int, height: int, colour: str, title: str, lines
     for number, line in enumerate(lines, 1):
         text += f'<text x="{middle:g}" y="{top + 20 * number:g}" font-size="13">{escape(line)}</text>'
     return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{colour}"/>{text}'
+
+
+def _frame(x: int, y: int, width: int, height: int) -> str:
+    """Return the outline of what belongs together."""
+    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="12" fill="none" stroke="{_LINE}" stroke-width="2.5"/>'
 
 
 def _arrow(*points: tuple[int, int]) -> str:
@@ -48,19 +53,19 @@ def picture() -> str:
     parts = [
         _box(10, 20, 150, 80, _INPUT, "dense model", ["Hub id, folder, GGUF"]),
         _box(10, 130, 150, 80, _INPUT, "your text", ["file or dataset"]),
-        _box(205, 45, 165, 140, _WORK, "calibrate", ["covariances and", "loss gradients,", "all ranks at once"]),
-        _box(415, 45, 165, 140, _WORK, "search a plan", ["a rank or a width", "for each layer,", "perplexity and speed"]),
+        _box(205, 45, 165, 140, _WORK, "calibrate", ["what each layer sees:", "covariances and", "loss gradients"]),
+        _box(415, 45, 165, 140, _WORK, "search a plan", ["a size for each layer,", "by perplexity", "and by speed"]),
         _box(625, 45, 165, 140, _RESULT, "artifact", ["safetensors, ONNX,", "proof and report,", "no Python, no pickle"]),
-        _box(840, 20, 150, 80, _ENGINE, "vLLM", ["and transformers"]),
-        _box(840, 130, 150, 80, _ENGINE, "ONNX Runtime", ["CPU"]),
+        _frame(832, 10, 164, 208),
+        _box(840, 20, 148, 80, _ENGINE, "vLLM", ["and transformers"]),
+        _box(840, 130, 148, 80, _ENGINE, "ONNX Runtime", ["CPU"]),
         _box(605, 238, 205, 44, _ENGINE, "measured speed", []),
         _arrow((160, 60), (180, 60), (180, 105), (201, 105)),
         _arrow((160, 170), (180, 170), (180, 125), (201, 125)),
         _arrow((370, 115), (411, 115)),
         _arrow((580, 115), (621, 115)),
-        _arrow((790, 105), (815, 105), (815, 60), (836, 60)),
-        _arrow((790, 125), (815, 125), (815, 170), (836, 170)),
-        _arrow((915, 210), (915, 260), (814, 260)),
+        _arrow((790, 115), (828, 115)),
+        _arrow((914, 218), (914, 260), (814, 260)),
         _arrow((605, 260), (497, 260), (497, 189)),
     ]
     return "\n".join(

@@ -15,16 +15,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from lrserve.errors import InputError, LrserveError
 
 if TYPE_CHECKING:
     from lrserve.recipe import Recipe
 
+
+class _Verbs(TyperGroup):
+    """The verbs; typer suggests one for a typing error, this one also for its beginning."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        """Refuse the beginning of a verb with the verb's name, and look up anything else."""
+        meant = [verb for verb in self.commands if args[0] and verb.startswith(args[0])]
+        if meant and args[0] not in self.commands:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {' or '.join(meant)}?")
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="lrserve",
-    help="Make a language model cheaper to serve: low-rank factors, searched for the engine that serves them.",
+    cls=_Verbs,
+    help="Make a language model smaller and faster on vLLM and ONNX Runtime.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # it takes "[default: ...]" in a help text for markup, and drops it
@@ -66,39 +79,49 @@ def _common(
 def compress_and_export(
     model: Annotated[str | None, typer.Argument(help=f"{_MODEL}; may stand in the recipe instead.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Folder for the artifact.")] = ...,  # type: ignore[assignment]
+    calibration: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Text file (.jsonl or plain) or Hub dataset, of the kind that you serve.")
+    ] = None,
     ratio: Annotated[
-        str | None, typer.Option(metavar="SHARE", help="Best quality with this share of the linears' parameters removed.")
+        str | None,
+        typer.Option(metavar="SHARE", help="Remove this share of the linear layers' parameters; 0.2 is 20 %."),
     ] = None,
     min_speedup: Annotated[
-        str | None, typer.Option(metavar="FACTOR", help="Best quality at this measured speedup over dense.")
+        str | None, typer.Option(metavar="FACTOR", help="Best quality at this measured speedup over the dense model, such as 1.2.")
     ] = None,
     max_ppl_increase: Annotated[
-        str | None, typer.Option(metavar="SHARE", help="Best speed at this relative perplexity increase.")
+        str | None, typer.Option(metavar="SHARE", help="Best speed with at most so much more perplexity; 0.05 is 5 %.")
     ] = None,
     export: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Rendering to export, repeatable [default: vllm and onnx].")
+        list[str] | None, typer.Option(metavar="NAME", help="vllm (a checkpoint) or onnx (a graph), repeatable [default: both].")
     ] = None,
     recover: Annotated[
-        str | None, typer.Option(metavar="MINUTES", help="Distil the dense model into the factors [default: 0].")
+        str | None, typer.Option(metavar="MINUTES", help="Train the result against the dense model for so long [default: 0].")
     ] = None,
     target: Annotated[
-        str | None, typer.Option(metavar="ENGINE", help="vllm or onnx: measures the plans, and is to serve [default: vllm].")
+        str | None, typer.Option(metavar="ENGINE", help="Engine that measures the plans: vllm or onnx [default: vllm].")
     ] = None,
-    trials: Annotated[str | None, typer.Option(metavar="NUMBER", help="Trials of the search [default: 24].")] = None,
+    trials: Annotated[str | None, typer.Option(metavar="NUMBER", help="Plans that the search tries [default: 24].")] = None,
     choose: Annotated[
         str | None, typer.Option(metavar="TRIAL", help="Export this trial of a finished search (see its report.html).")
     ] = None,
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="Database in which several runs of the same inputs share the search.")
     ] = None,
-    calibration: Annotated[str | None, typer.Option(metavar="TEXT", help="Text file (.jsonl or plain) or Hub dataset.")] = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file with any setting; flags win over it.")] = None,
     seed: Annotated[str | None, typer.Option(metavar="NUMBER", help="Seed of calibration windows and search [default: 0].")] = None,
-    work: Annotated[Path | None, typer.Option(metavar="FOLDER", help="For intermediate results [default: OUT.work].")] = None,
+    work: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder for intermediate results [default: OUT.work].")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact made from other inputs.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the inputs and say what would be done.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the inputs, estimate time, memory and disk, and write nothing.")
+    ] = False,
 ) -> None:
-    """Compress a model, search its ranks, export the result and prove it."""
+    """Compress a model, and prove the result.
+
+    Give at most one of --ratio, --min-speedup and --max-ppl-increase. If a run is interrupted, repeat its command: it continues.
+    """
     from exporters.registry import exporter_points
     from lrserve.plugins.versions import require_compress
 
@@ -133,7 +156,10 @@ def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help=f"An artifact of lrserve, or a dense model: {_MODEL}.")],
 ) -> None:
-    """Serve with vLLM's OpenAI-compatible server; further flags go to vLLM unchanged, and so does all that follows --."""
+    """Serve a model with vLLM's OpenAI server.
+
+    Further flags go to vLLM unchanged, and so does all that follows --. The server listens on 127.0.0.1 without --host.
+    """
     if model.startswith("-") or (context.args and not context.args[0].startswith("-")):
         stray = model if model.startswith("-") else context.args[0]
         raise InputError(f"serve: unexpected {stray!r}; give one model first, then vLLM's flags: lrserve serve MODEL [FLAGS]")
@@ -166,9 +192,10 @@ def bench(
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Measure an artifact against its dense model, both behind vLLM's server; what follows -- goes to both servers.
+    """Measure an artifact against its dense model.
 
-    Without --prompt-tokens, --output-tokens and --concurrency the recipe's workloads are measured.
+    Both run behind vLLM's server, and what follows -- goes to both servers. Without --prompt-tokens, --output-tokens and
+    --concurrency the recipe's workloads are measured.
     """
     if context.args:
         raise InputError(
@@ -204,7 +231,7 @@ def inspect(
     model: Annotated[str, typer.Argument(help=f"An artifact of lrserve, or a dense model: {_MODEL}.")],
     as_json: _Json = False,
 ) -> None:
-    """Say what a model or an artifact consists of: groups, shapes, ranks and sizes."""
+    """Show the layers, ranks and sizes of a model."""
     from lrserve.pipeline.inspect import describe
     from lrserve.pipeline.inspect import inspect as run
 
@@ -216,7 +243,10 @@ def inspect(
 
 @app.command()
 def verify(out: Annotated[Path, typer.Argument(help="An artifact of lrserve.")], as_json: _Json = False) -> None:
-    """Check every file of an artifact against its manifest, and its tensors against its config."""
+    """Check the files and tensors of an artifact.
+
+    Every file is compared with the manifest, and the tensors with config.json.
+    """
     from lrserve.pipeline.inspect import check
     from lrserve.pipeline.inspect import verify as run
 

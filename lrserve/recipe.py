@@ -39,7 +39,8 @@ class Target(_Frozen):
     """
 
     ratio: Annotated[float, Field(gt=0, lt=1), "share"] | None = None
-    """Share of the parameters of the decoder's linear layers to remove. The search minimises perplexity."""
+    """Share of the parameters of the decoder's linear layers to remove. The search weighs perplexity against speed
+    (`search.speed_weight`)."""
     min_speedup: Annotated[float, Field(gt=0, allow_inf_nan=False), "times dense"] | None = None
     """Least output tokens per second, measured on the engine, over those of the dense model. The search minimises perplexity."""
     max_ppl_increase: Annotated[float, Field(gt=0, allow_inf_nan=False), "share"] | None = None

@@ -155,6 +155,8 @@ def test_a_wrong_flag_or_setting_is_answered_before_torch_is_imported(arguments:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["compress", "A"], "No such command 'compress'. Did you mean compress-and-export?"),
+        (["verfy", "A"], "No such command 'verfy'. Did you mean 'verify'?"),
         (["bench", "A", "B"], "bench: unexpected 'B'; it measures one artifact"),
         (["bench", "A", "B", "--", "--enforce-eager"], "bench: unexpected 'B'"),
         (["bench", "A", "--enforce-eager"], "No such option: --enforce-eager"),

@@ -203,8 +203,8 @@ def rule(goal: Goal) -> str:
     """Say which of the measured plans `choose` chooses, to stand after 'the choice is'."""
     target = goal.target
     if target.ratio:
-        weight = "" if goal.speed_weight == 1 else f"{goal.speed_weight:g} times "
-        return f"the lowest log perplexity over dense less {weight}the log of the speedup, the speedup taken of the fastest rounds"
+        weight = "" if goal.speed_weight == 1 else f"{goal.speed_weight:g} "
+        return f"the lowest log(perplexity / dense perplexity) - {weight}log(speedup), with the speedup of the fastest rounds"
     faster = ", of those whose spread lies above dense" if (target.min_speedup or 1.0) >= 1 else ""
     if target.min_speedup:
         return f"the lowest perplexity of those that reach {target.min_speedup:g}x{faster}"

@@ -22,12 +22,12 @@ def advice(metrics: Mapping[str, Any], out: Path) -> str:
     loss = math.log1p(quality["increase"])
     size = metrics["sizes"]["bytes"]["ratio"]
     lines = [
-        f"Gained: the same requests run {gain:.2f}x as fast as with the dense model ({low:.2f}x to "
-        f"{speed['speedup_highest']:.2f}x), and the weights are {size:.0%} smaller.",
-        f"Lost: the perplexity on held-out text goes from {quality['dense']:.2f} to {quality['compressed']:.2f} "
-        f"({quality['increase']:+.1%}).",
+        f"{'Gained' if low > 1 else 'Size and speed'}: the same requests run {gain:.2f}x as fast as with the dense model "
+        f"({low:.2f}x to {speed['speedup_highest']:.2f}x), and the weights are {size:.0%} smaller.",
+        f"{'Lost' if loss > 0 else 'Quality'}: the perplexity on held-out text goes from {quality['dense']:.2f} to "
+        f"{quality['compressed']:.2f} ({quality['increase']:+.1%}).",
         _verdict(gain, low, loss),
-        *_next_steps(metrics, gain, loss),
+        *_next_steps(metrics, gain, low, loss),
     ]
     if "vllm" in metrics["exports"]:
         lines += [f"Serve it:    lrserve serve {out}", f"Measure it:  lrserve bench {out}"]
@@ -39,23 +39,20 @@ def advice(metrics: Mapping[str, Any], out: Path) -> str:
 def _verdict(gain: float, low: float, loss: float) -> str:
     if low <= 1:
         return (
-            "Verdict: not worth it as it is. The rounds do not show that it is faster than the dense model: serve the dense model, "
-            "or int8 of it (docs/guide.md)."
+            "Verdict: not worth it for speed. The rounds do not show that it is faster than the dense model: serve the dense "
+            "model, or int8 of it (docs/guide.md)."
         )
     if loss > _WORTH * math.log(gain):
-        return (
-            "Verdict: the gain is not worth the loss for most uses. int8 of the dense model loses less at this speed "
-            "(docs/guide.md)."
-        )
+        return "Verdict: the gain is not worth the loss for most uses. int8 of the dense model usually loses less (docs/guide.md)."
     return "Verdict: worth trying on your own task before you serve it; perplexity does not see everything."
 
 
-def _next_steps(metrics: Mapping[str, Any], gain: float, loss: float) -> list[str]:
+def _next_steps(metrics: Mapping[str, Any], gain: float, low: float, loss: float) -> list[str]:
     steps = []
-    if "recover" not in metrics["improved"]:
-        steps.append("add --recover 10, which distils the dense model into this plan for ten minutes: same speed, less loss")
-    if metrics["target"] == "front" or loss > _WORTH * math.log(gain):
+    if loss > 0 and "recover" not in metrics["improved"]:
+        steps.append("add --recover 10, which trains this plan against the dense model for ten minutes: same speed, less loss")
+    if low > 1 and (metrics["target"] == "front" or loss > _WORTH * math.log(gain)):
         steps.append("ask for less, such as --max-ppl-increase 0.05")
     elif not metrics["target"].startswith("min-speedup"):
-        steps.append(f"name the speed you need, such as --min-speedup {max(1.05, round(gain, 1)):g}")
+        steps.append(f"name the speed that you need, such as --min-speedup {max(1.1, round(gain, 1)):g}; it says if no plan has it")
     return [f"Try next: {'; or '.join(steps)}. Finished stages are reused."] if steps else []

@@ -28,10 +28,10 @@ _STRUCTURES: Final[Mapping[Structure, str]] = {
     "narrow": "compressed: MLPs have fewer neurons, other linears are low-rank factors",
 }
 _INSTALL: Final = {
-    "vllm": """    pip install 'lrserve[vllm]'    # on a machine with a GPU
-    pip install 'lrserve[cpu]'     # on an x86-64 machine without one
+    "vllm": """    pip install '.[vllm]'    # on a machine with a GPU
+    pip install '.[cpu]'     # on an x86-64 machine without one
 """,
-    "onnx": """    pip install 'lrserve[onnx]'    # for ONNX Runtime; 'lrserve[onnx-gpu]' on a machine with a GPU
+    "onnx": """    pip install '.[onnx]'    # for ONNX Runtime; '.[onnx-gpu]' on a machine with a GPU
 """,
 }
 
@@ -168,11 +168,12 @@ def _front_matter(metrics: Mapping[str, Any]) -> str:
 
 def _serving(metrics: Mapping[str, Any]) -> str:
     exports = metrics["exports"]
-    text = "".join(_INSTALL[name] for name in exports if name in _INSTALL)
+    text = "Install lrserve in a clone of its repository:\n\n"
+    text += "".join(_INSTALL[name] for name in exports if name in _INSTALL)
     if "vllm" in exports:
-        text += """    lrserve serve PATH_TO_THIS_FOLDER
+        text += """    lrserve serve PATH_TO_THIS_FOLDER    # OpenAI API on 127.0.0.1:8000
 
-`vllm serve PATH_TO_THIS_FOLDER` does the same, and so does `AutoModelForCausalLM.from_pretrained(...)` in Python after
+`vllm serve PATH_TO_THIS_FOLDER` works too, and so does `AutoModelForCausalLM.from_pretrained(...)` in Python after
 `import lrserve`. `lrserve bench PATH_TO_THIS_FOLDER` measures it against the dense model on your machine. No
 `trust_remote_code` is needed.
 """

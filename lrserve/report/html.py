@@ -126,7 +126,7 @@ def _summary(metrics: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     left_out = metrics["sizes"]["linear_parameters"]["ratio"]
     words = (
         f"Chosen of {len(report['trials'])} trials, {len(report['measured'])} of them measured: {metrics['plan']['origin']}. "
-        f"It leaves out {left_out:.1%} of the parameters of the decoder's linears. On the report text, which nothing else reads, "
+        f"It leaves out {left_out:.1%} of the parameters of the decoder's linears. On the report text, which no other step reads, "
         f"its perplexity is {text['compressed']:.2f}, that of the dense model {text['dense']:.2f} ({text['increase']:+.1%}). "
         f"{card.validation(metrics)} On {speed['engine']} in {report['dtype']} it serves the same requests at "
         f"{speed['speedup']:.2f} times the speed of the dense model ({speed['speedup_lowest']:.2f} to "

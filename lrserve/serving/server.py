@@ -111,7 +111,7 @@ def check_engine() -> None:
     if "lrserve" not in plugins.names:
         raise EngineError(
             "vLLM would not find lrserve's plugin: lrserve is on the import path but not installed. "
-            "Run: pip install lrserve (or pip install -e . in its source folder)"
+            "Run pip install . in the clone of lrserve"
         )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "lrserve" not in allowed.split(","):

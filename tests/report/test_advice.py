@@ -54,3 +54,15 @@ def test_what_was_done_is_not_advised_again() -> None:
     assert "--recover" not in advice(metrics(1.2, 1.1, 0.3, improved={"recover": {}}), Path("demo"))
     assert "--min-speedup" not in advice(metrics(1.2, 1.1, 0.05, target="min-speedup 1.15"), Path("demo"))
     assert "--max-ppl-increase" in advice(metrics(1.2, 1.1, 0.3), Path("demo"))
+
+
+def test_a_slower_or_a_better_model_is_not_called_a_gain_or_a_loss() -> None:
+    slower = advice(metrics(0.9, 0.85, -0.01), Path("demo"))
+    assert "Gained" not in slower
+    assert "Lost" not in slower
+    assert "--recover" not in slower  # there is no loss to recover from
+    assert "--max-ppl-increase" not in slower  # a plan that removes less is not faster
+    assert "--min-speedup" in slower
+    faster = advice(metrics(1.2, 1.15, 0.3), Path("demo"))
+    assert "Gained: the same requests" in faster
+    assert "Lost: the perplexity" in faster

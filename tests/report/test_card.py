@@ -44,9 +44,9 @@ def test_the_card_says_when_and_where_it_was_made_and_the_exported_perplexity() 
 @pytest.mark.parametrize(
     ("exports", "wanted", "absent"),
     [
-        (["vllm"], ["pip install 'lrserve[vllm]'", "pip install 'lrserve[cpu]'", "lrserve serve PATH"], ["lrserve[onnx]"]),
-        (["onnx"], ["pip install 'lrserve[onnx]'", "onnx/model.onnx"], ["lrserve serve", "lrserve[vllm]"]),
-        (["vllm", "onnx"], ["pip install 'lrserve[vllm]'", "pip install 'lrserve[onnx]'", "vllm serve PATH"], []),
+        (["vllm"], ["pip install '.[vllm]'", "pip install '.[cpu]'", "lrserve serve PATH"], [".[onnx]"]),
+        (["onnx"], ["pip install '.[onnx]'", "onnx/model.onnx"], ["lrserve serve", ".[vllm]"]),
+        (["vllm", "onnx"], ["pip install '.[vllm]'", "pip install '.[onnx]'", "vllm serve PATH"], []),
     ],
 )
 def test_the_installation_brings_the_engine(exports: list[str], wanted: list[str], absent: list[str]) -> None:
