@@ -100,9 +100,9 @@ def dense_checkpoint(job: Job, runtime: Runtime, folder: WorkFolder) -> Path:
     stage = folder.stage("dense", {**job.model_inputs(), "engine": runtime.version})
     done = stage / "done.json"
     if not done.is_file():
-        job.say(f"dense model exported for {runtime.version}")
         runtime.exporter.export(job.source.load(torch.float32).cpu(), job.source.path, stage, job.dtype)
         write_json(done, {})
+        job.say(f"dense model: exported for {runtime.version}")
     return stage
 
 

@@ -27,7 +27,7 @@ def advice(metrics: Mapping[str, Any], out: Path) -> str:
         f"{'Lost' if loss > 0 else 'Quality'}: the perplexity on held-out text goes from {quality['dense']:.2f} to "
         f"{quality['compressed']:.2f} ({quality['increase']:+.1%}).",
         _verdict(gain, low, loss),
-        *_next_steps(metrics, gain, low, loss),
+        *_next_steps(metrics, gain, low, quality["increase"]),
     ]
     if "vllm" in metrics["exports"]:
         lines += [f"Serve it:    lrserve serve {out}", f"Measure it:  lrserve bench {out}"]
@@ -47,12 +47,14 @@ def _verdict(gain: float, low: float, loss: float) -> str:
     return "Verdict: worth trying on your own task before you serve it; perplexity does not see everything."
 
 
-def _next_steps(metrics: Mapping[str, Any], gain: float, low: float, loss: float) -> list[str]:
+def _next_steps(metrics: Mapping[str, Any], gain: float, low: float, increase: float) -> list[str]:
     steps = []
-    if loss > 0 and "recover" not in metrics["improved"]:
+    kind, _, asked = metrics["target"].partition(" ")
+    if increase > 0 and "recover" not in metrics["improved"]:
         steps.append("add --recover 10, which trains this plan against the dense model for ten minutes: same speed, less loss")
-    if low > 1 and (metrics["target"] == "front" or loss > _WORTH * math.log(gain)):
-        steps.append("ask for less, such as --max-ppl-increase 0.05")
-    elif not metrics["target"].startswith("min-speedup"):
+    if low > 1 and (kind == "front" or math.log1p(increase) > _WORTH * math.log(gain)):
+        halves = [value / 2 for value in (increase, float(asked) if kind == "max-ppl-increase" else 0.0) if value > 0]
+        steps.append(f"ask for less, such as --max-ppl-increase {min([0.05, *halves]):.2g}")
+    elif kind != "min-speedup":
         steps.append(f"name the speed that you need, such as --min-speedup {max(1.1, round(gain, 1)):g}; it says if no plan has it")
     return [f"Try next: {'; or '.join(steps)}. Finished stages are reused."] if steps else []

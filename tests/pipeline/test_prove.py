@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,11 @@ def test_a_graph_is_proven_and_the_dense_engine_started_once(
         start(engine)
 
     monkeypatch.setattr(OnnxEngine, "start", counted)
-    job, model = open_tiny(place), factorized_model("LlamaForCausalLM")
+    said: list[str] = []
+    job, model = replace(open_tiny(place), say=said.append), factorized_model("LlamaForCausalLM")
     proof = prove_graph(job, model, model, folder, tmp_path / "out")
     assert started == ["out", "dense"]
+    assert [line.partition(":")[0] for line in said] == ["dense model", "6/6 agreement"]
     found = proof.agreement["onnxruntime"]
     assert found["max_logprob_difference"] < 1e-4
     served = found["as_served"]

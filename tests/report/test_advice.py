@@ -49,6 +49,23 @@ def test_commands_are_those_of_what_was_exported() -> None:
     assert "--export vllm" in graph
 
 
+@pytest.mark.parametrize(
+    ("increase", "target", "limit"),
+    [
+        (0.30, "ratio 0.2", "0.05"),
+        (0.04, "ratio 0.2", "0.02"),
+        (0.30, "max-ppl-increase 0.03", "0.015"),
+        (0.30, "max-ppl-increase 0.5", "0.05"),
+        (0.06, "min-speedup 1.01", "0.03"),
+        (-0.01, "front", "0.05"),
+        (float("inf"), "max-ppl-increase 0.03", "0.015"),
+    ],
+)
+def test_less_is_less_than_what_was_asked_for_and_lost(increase: float, target: str, limit: str) -> None:
+    steps = advice(metrics(1.02, 1.01, increase, target=target), Path("demo"))
+    assert f"ask for less, such as --max-ppl-increase {limit}. " in steps
+
+
 def test_what_was_done_is_not_advised_again() -> None:
     assert "--recover 10" in advice(metrics(1.2, 1.1, 0.3), Path("demo"))
     assert "--recover" not in advice(metrics(1.2, 1.1, 0.3, improved={"recover": {}}), Path("demo"))

@@ -20,7 +20,7 @@ _DRAFT_PREFIX = "draft_model."  # vLLM builds the draft model of speculative dec
 
 
 class LrserveConfig(QuantizationConfig):
-    """Gives every listed group a method of vllm_layer.py, and every other layer vLLM's own unquantized method."""
+    """Gives every listed group a method of layers.py, and every other layer vLLM's own unquantized method."""
 
     def __init__(self, groups: Mapping[str, GroupSpec]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
