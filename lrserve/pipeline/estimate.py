@@ -52,7 +52,7 @@ class Forward:
     rows: Mapping[int, float]
 
     @property
-    def whole(self) -> float:
+    def total(self) -> float:
         """Seconds of a token, output layer included."""
         return self.decoder + self.head
 
@@ -152,11 +152,11 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     if settings.fisher:
         tokens = min(settings.fisher_tokens, calibration)
         kept = activations * job.layers // 2
-        costs.append(StageCost("2 gradients", _GRADIENTS * tokens * forward.whole, 2 * moments, weights + moments + kept))
+        costs.append(StageCost("2 gradients", _GRADIENTS * tokens * forward.total, 2 * moments, weights + moments + kept))
     costs.append(StageCost("3 factorize", _DECOMPOSE * cubes * _seconds_per_cube(), spectra, weights + 8 * 6 * largest**2))
     probes = len(job.units) * search.probe_tokens * (forward.decoder / 2 + forward.head)
     judged = search.trials * search.validation_tokens + 2 * min(search.validation_pool, job.windows["validation"].numel())
-    searched = probes + _TRIAL * judged * forward.whole
+    searched = probes + _TRIAL * judged * forward.total
     logits = 4 * search.probe_tokens * int(job.source.config().vocab_size)
     costs.append(StageCost("4 search", searched, 0, 2 * weights + activations + logits + engine))
     cells = len(shapes_to_measure(job.units, search.rank_step, recipe.structure)) * len(token_counts(recipe.workloads))
@@ -174,7 +174,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
         seconds, disk, memory = seconds + 60 * settings.recover_minutes, 3 * trained, 2 * weights + 4 * trained
     if seconds:
         costs.append(StageCost("5 improve", seconds, disk, memory))
-    proof = 2 * job.windows["report"].numel() * forward.whole
+    proof = 2 * job.windows["report"].numel() * forward.total
     proof += (_EAGER_START + start) * ("vllm" in recipe.export) + 2 * _ONNX_START * ("onnx" in recipe.export)
     artifact = weights * ("vllm" in recipe.export) + float32 * ("onnx" in recipe.export)
     costs.append(StageCost("6 export and prove", proof, artifact, 2 * float32 + _RUNTIME_BYTES + float32))
