@@ -33,7 +33,7 @@ from lrserve.recipe import Search
 _HEARTBEAT_SECONDS: Final = 60
 _GRACE_SECONDS: Final = 240
 _ATTEMPTS: Final = 3
-_LIVE: Final = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
+_LIVE: Final = (TrialState.COMPLETE, TrialState.RUNNING)
 _FEWEST_TRIALS = 8  # for importances
 _BEST = 0.25  # quantile of the trials that are told from the others: a tenth, as is usual, would be two of 24
 
@@ -257,11 +257,17 @@ def run_trial(
 
     `origin` is kept as the user attribute of a trial that is made from `parameters`.
     """
+    if parameters is not None:  # not enqueued: workers that share the study could both be given a trial that waits
+        with quietly():
+            sampler = optuna.samplers.PartialFixedSampler(dict(parameters), sampler)
     study.sampler = sampler
-    # a process that died between enqueueing and asking has left its trial waiting
-    if parameters is not None and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        study.enqueue_trial(dict(parameters), user_attrs={"origin": origin} if origin else None)
-    study.optimize(objective, n_trials=1)
+
+    def named(trial: optuna.Trial) -> float | Sequence[float]:
+        if origin:
+            trial.set_user_attr("origin", origin)
+        return objective(trial)
+
+    study.optimize(named, n_trials=1)
 
 
 def live(study: optuna.Study) -> int:

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from baselines import svd
 from exporters.onnx import OnnxExporter
 from exporters.vllm import VllmExporter
 from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.quality import Reference
-from lrserve.compression.calibrate import calibrate, read_statistics
+from lrserve.compression.calibrate import calibrate
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.groups import STRUCTURES, Structure, allocated
 from lrserve.compression.matmul import float32_matmuls
@@ -48,6 +47,7 @@ def job() -> Job:
         "calibration.sequences": 32,
         "calibration.length": 256,
         "engine.enforce_eager": True,
+        "report.new_tokens": 16,
     }
     return open_job(Recipe.load(demo_recipe(), settings), say=lambda line: None)
 
@@ -72,25 +72,21 @@ def stores(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Spec
     gradients = GradientStore(folder / "gradients")
     write_spectra(model, job.groups, features(statistics), folder / "features")
     write_spectra(model, job.groups, features(statistics, gradients.read), folder / "fisher")
-    write_spectra(model, job.groups, lambda group, W, beta: svd(W, read_statistics(statistics, group), beta), folder / "svd")
     units = allocated(job.groups, "narrow")
     write_spectra(model, units, features(statistics, gradients.read), folder / "narrow")
-    stores = {name: SpectrumStore(folder / name, job.groups) for name in ("features", "fisher", "svd")}
+    stores = {name: SpectrumStore(folder / name, job.groups) for name in ("features", "fisher")}
     return stores | {"narrow": SpectrumStore(folder / "narrow", units)}
 
 
-def test_two_sided_features_keep_more_than_features_and_those_far_more_than_the_svd(
-    job: Job, plan: RankPlan, stores: dict[str, SpectrumStore]
-) -> None:
+def test_two_sided_features_keep_more_than_features(job: Job, plan: RankPlan, stores: dict[str, SpectrumStore]) -> None:
     windows = job.windows["validation"][:4]
     reference = Reference(job.source.load(job.dtype), windows)
     assert 10 < math.exp(reference.nll) < 60
     excess = {}
-    for name in ("features", "fisher", "svd"):
+    for name in ("features", "fisher"):
         model = compress_model(job.source.load(job.dtype), plan.factorized(job.groups), "low_rank", stores[name], job.dtype)
         excess[name] = reference(model)["nll"] - reference.nll
     assert 0 < excess["fisher"] < excess["features"]  # by little: 4,096 tokens of gradients are few
-    assert excess["features"] < 0.5 * excess["svd"]
 
 
 def test_fewer_neurons_keep_more_than_two_factors_at_the_same_size(job: Job, stores: dict[str, SpectrumStore]) -> None:
@@ -144,12 +140,12 @@ def test_every_engine_agrees_on_real_weights(job: Job, stores: dict[str, Spectru
         assert served is not None
         dense = Pair(dense_reference(job, runtime, folder), served)
     for found in proof.agreement.values():
-        assert found["greedy_equal"] == found["greedy_tokens"] == 128
+        assert found["greedy_equal"] == found["greedy_tokens"] == 64
     figures = proof.agreement["vllm"]["as_served"]
     assert figures["dtype"] == "bfloat16"
     assert 0.02 < figures["dense"]["mean"] < 0.08
     assert figures["compressed"]["mean"] < 2 * figures["dense"]["mean"]  # far from the bound
-    assert figures["compressed"]["greedy_equal"] > 32
+    assert figures["compressed"]["greedy_equal"] > 16
     exact = proof.agreement["onnxruntime"]["as_served"]
     assert exact["dtype"] == "float32"
     assert exact["dense"]["largest"] < 1e-3

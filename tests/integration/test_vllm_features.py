@@ -216,12 +216,16 @@ def assert_agrees_compiled_and_eager(engine: FeatureEngine, case: Case, ranks: i
 WITH_DRAFTS = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 
 
-# The two whose layers differ most; of the other families the same was seen once, and one rank is in test_vllm.py.
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
-def test_two_ranks_compiled_and_eager(architecture: str, case_of: Callable[[str], Case], serving: Any) -> None:
-    case = case_of(architecture)
-    with serving(case.folder, enforce_eager=False, tensor_parallel_size=2) as engine:
-        assert_agrees_compiled_and_eager(engine, case, ranks=2)
+# The two whose layers differ most; one rank of every family is in test_vllm.py.
+def test_two_ranks_compiled_and_eager(llama: Case, serving: Any) -> None:
+    with serving(llama.folder, enforce_eager=False, tensor_parallel_size=2) as engine:
+        assert_agrees_compiled_and_eager(engine, llama, ranks=2)
+
+
+def test_two_ranks_with_sliding_windows(case_of: Callable[[str], Case], serving: Any) -> None:
+    case = case_of("Gemma3ForCausalLM")
+    with serving(case.folder, tensor_parallel_size=2) as engine:
+        assert_agree(case.reference[:3], engine.transcribe(PROMPTS, NEW_TOKENS))
 
 
 def test_compiled_and_eager_with_ngram_drafts(case_of: Callable[[str], Case], serving: Any) -> None:
