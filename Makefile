@@ -1,9 +1,8 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-# Three tests at once, each on one thread: engines wait while they start. More threads than cores would wait for each other, and
-# vLLM is not to choose the core.
-PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n 3 --dist loadscope --durations=10
+# Two tests at once, each on one thread: two threads each on two cores would wait for each other. vLLM is not to choose the core.
+PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n 2 --dist loadscope --durations=10
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 EXTRAS := compress,cpu,onnx,dev
 
@@ -26,8 +25,7 @@ setup: .venv/ready
 demo: setup
 	recipe=$$($(BIN)/python -m lrserve.inputs.demo) && $(BIN)/lrserve compress-and-export --recipe "$$recipe" -o demo
 
-test: lint
-	$(PYTEST)
+test: lint unit engine
 
 lint: setup
 	$(BIN)/ruff check .
