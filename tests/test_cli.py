@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import dense_model, factorized_model, write_artifact, write_dense
+from tiny import dense_model, factorized_model, write_artifact, write_dense, write_text
 from typer.testing import CliRunner
 
 import lrserve
@@ -31,10 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    rows = ({"text": f"Document {i}: " + "some words that repeat and some that do not, " * 8 + str(i * 7919)} for i in range(400))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl", 400, repetitions=8)
 
 
 def without_torch(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

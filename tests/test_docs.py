@@ -6,7 +6,6 @@ Commands in blocks are checked in three depths. Every command must be of a kind 
 
 from __future__ import annotations
 
-import json
 import re
 import runpy
 import shlex
@@ -20,7 +19,7 @@ import pytest
 import typer
 import yaml
 from pydantic import BaseModel
-from tiny import dense_model, factorized_model, tiny_tokenizer, write_artifact, write_dense
+from tiny import dense_model, factorized_model, tiny_tokenizer, write_artifact, write_dense, write_text
 from typer.testing import CliRunner
 
 from lrserve.cli import app
@@ -265,9 +264,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model as MODEL and a text as TEXT."""
     place = tmp_path_factory.mktemp("docs")
     write_dense(dense_model("LlamaForCausalLM"), place / "MODEL")
-    rows = ({"text": f"Document {i}: " + "some words that repeat and some that do not, " * 3 + str(i * 7919)} for i in range(200))
     (place / "TEXT").mkdir()
-    (place / "TEXT" / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(place / "TEXT" / "text.jsonl", 200)
     return place
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Final
 
@@ -152,3 +153,12 @@ def write_dense(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def write_text(path: Path, documents: int, *, repetitions: int = 3) -> Path:
+    """Write `documents` different texts as JSON lines; one is 45 bytes for each of the `repetitions`, and about 20 more."""
+    texts = (
+        f"Document {i}: " + "some words that repeat and some that do not, " * repetitions + str(i * 7919) for i in range(documents)
+    )
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path

@@ -21,7 +21,7 @@ import pytest
 import torch
 from openai import APIConnectionError, OpenAI
 from safetensors.torch import load_file, save_file
-from tiny import dense_model, write_dense
+from tiny import dense_model, write_dense, write_text
 from transformers import AutoModelForCausalLM
 
 from lrserve.engines.onnx import OnnxEngine
@@ -75,8 +75,7 @@ SMALL: dict[str, Any] = {
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("job")
     write_dense(dense_model("LlamaForCausalLM"), place / "model")
-    rows = ({"text": f"Document {i}: " + "some words that repeat and some that do not, " * 3 + str(i * 7919)} for i in range(200))
-    (place / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(place / "text.jsonl", 200)
     return place
 
 

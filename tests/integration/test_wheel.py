@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import dense_model, write_dense
+from tiny import dense_model, write_dense, write_text
 
 pytestmark = pytest.mark.engine
 
@@ -119,8 +119,7 @@ def test_the_command_and_the_entry_points_are_the_wheels(fresh: Path, place: Pat
 
 def test_a_small_job_ends_and_vllm_loads_the_result(fresh: Path, place: Path) -> None:
     write_dense(dense_model("LlamaForCausalLM"), place / "model")
-    rows = ({"text": f"Document {i}: " + "some words that repeat and some that do not, " * 3 + str(i * 7919)} for i in range(200))
-    (place / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(place / "text.jsonl", 200)
     settings = {"model": "model", "text": {"calibration": "text.jsonl"}, **SETTINGS}
     (place / "recipe.yaml").write_text(json.dumps(settings))  # JSON is YAML
     run(fresh, ["lrserve", "compress-and-export", "--recipe", "recipe.yaml", "--trials", "3", "-o", "out"], place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import FAMILIES_TESTED, dense_model, write_dense
+from tiny import FAMILIES_TESTED, dense_model, write_dense, write_text
 
 from lrserve.allocation.speed import token_counts
 from lrserve.pipeline.estimate import Forward, StageCost, by_stage, estimate, in_words, time_forward, workload_seconds
@@ -32,8 +31,7 @@ def open_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Job
     def make(architecture: str) -> Job:
         folder = tmp_path_factory.mktemp("estimate")
         write_dense(dense_model(architecture, layers=4), folder / "model")
-        rows = ({"text": f"Document {i}: " + "some words that repeat and some that do not, " * 4} for i in range(100))
-        (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_text(folder / "text.jsonl", 100)
         overrides = {"model": str(folder / "model"), "text.calibration": str(folder / "text.jsonl"), **SMALL}
         return open_job(Recipe.load(None, overrides), say=lambda line: None)
 

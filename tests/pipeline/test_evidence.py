@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import dense_model, factorized_model, write_artifact, write_dense
+from tiny import dense_model, factorized_model, write_artifact, write_dense, write_text
 
 from lrserve.allocation.goal import Evaluated, Goal
 from lrserve.allocation.plan import RankPlan
@@ -40,8 +40,7 @@ VALIDATION = 112.5
 
 
 def opened(place: Path, model: Path, structure: Structure, **target: float) -> Job:
-    rows = ({"text": f"Document {i}: " + "some words that repeat and some that do not, " * 3 + str(i * 7919)} for i in range(120))
-    (place / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(place / "text.jsonl", 120)
     recipe = Recipe.model_validate(
         {
             "model": str(model),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import dense_model, factorized_model, write_dense
+from tiny import dense_model, factorized_model, write_dense, write_text
 
 from exporters.base import Exporter
 from exporters.onnx import OnnxExporter
@@ -36,8 +35,7 @@ ENGINE = {"runtime": "onnx", "enforce_eager": True}
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("proof")
     write_dense(dense_model("LlamaForCausalLM"), place / "model")
-    rows = ({"text": f"Document {i}: " + "some words that repeat and some that do not, " * 3 + str(i * 7919)} for i in range(100))
-    (place / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(place / "text.jsonl", 100)
     return place
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import dense_model, write_dense
+from tiny import dense_model, write_dense, write_text
 
 from exporters.vllm import VllmExporter
 from lrserve.allocation.speed import Shape
@@ -113,8 +112,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("search")
     write_dense(dense_model("LlamaForCausalLM"), place / "model")
-    rows = ({"text": f"Document {i}: " + "some words that repeat and some that do not, " * 3 + str(i * 7919)} for i in range(200))
-    (place / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(place / "text.jsonl", 200)
     return place
 
 
