@@ -12,7 +12,6 @@ Run it with nothing else on the machine. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -25,7 +24,7 @@ from lrserve.compression.calibrate import calibrate
 from lrserve.pipeline.job import open_job
 from lrserve.recipe import Recipe
 from lrserve.report.card import table
-from publishing import add_results_option, command_line, publish
+from publishing import add_results_option, conclude
 
 
 def main() -> None:
@@ -63,10 +62,7 @@ def main() -> None:
         f"{table(['forward, s', 'forward and covariances, s', 'ratio'], [cells])}\n"
     )
     figures = {"tokens": windows.numel(), "forward_seconds": seconds[False], "collecting_seconds": seconds[True], "ratios": ratios}
-    print(markdown)
-    if arguments.results:
-        publish(arguments.results, command_line(), markdown, figures)
-    print(json.dumps(figures))
+    conclude(arguments.results, markdown, figures)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Run it with nothing else on the machine. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from lrserve.pipeline.job import open_job
 from lrserve.recipe import Recipe
 from lrserve.report.card import speedup_cell, table
 from lrserve.serving.server import memory_environment
-from publishing import add_results_option, command_line, publish
+from publishing import add_results_option, conclude
 
 
 @contextmanager
@@ -67,10 +66,7 @@ def main() -> None:
         f"{name} {statistics.median(run.seconds for run in pair.dense):.2f} s" for name, pair in found[0].workloads.items()
     )
     markdown = f"{engine_version()}, throughput over plain 1 ({seconds})\n\n{table(['', *workloads, 'all workloads'], lines)}\n"
-    print(markdown)
-    if arguments.results:
-        publish(arguments.results, command_line(), markdown, results)
-    print(json.dumps(results))
+    conclude(arguments.results, markdown, results)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import re
 import shlex
 import subprocess
@@ -58,6 +59,14 @@ def versions() -> dict[str, str]:
     named = {name: metadata.version(name) for name in ("lrserve", "torch", "transformers")}
     engines = (text.partition(" ")[::2] for text in (engine_version(), onnx_version()))
     return named | dict(engines)
+
+
+def conclude(name: str | None, markdown: str, data: Any) -> None:
+    """Print a script's table and, for programs, its figures as one line of JSON; `publish` both where --results names them."""
+    print(markdown)
+    if name:
+        publish(name, command_line(), markdown, data)
+    print(json.dumps(data))
 
 
 def publish(name: str, command: str, markdown: str, data: Any) -> None:

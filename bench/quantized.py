@@ -34,7 +34,7 @@ from lrserve.pipeline.job import Job, first_tokens, open_job
 from lrserve.recipe import Recipe
 from lrserve.report.card import table
 from lrserve.report.console import progress_bar
-from publishing import add_results_option, command_line, publish
+from publishing import add_results_option, conclude
 from readme import one_dense_model, perplexity
 from speed import Contender
 
@@ -103,10 +103,7 @@ def main() -> None:
     cells = [[f"{row['name']} {row['precision']}", f"{row['megabytes']:.0f}", f"{row['perplexity']:.2f}"] for row in results]
     header = ["", "MB read", "perplexity"]
     markdown = f"{engine_version()}, {windows.numel()} tokens of report text\n\n{table(header, cells)}\n"
-    print(markdown)
-    if arguments.results:
-        publish(arguments.results, command_line(), markdown, results)
-    print(json.dumps(results))
+    conclude(arguments.results, markdown, results)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from lrserve.recipe import Recipe, Workload
 from lrserve.report.card import table
 from lrserve.report.console import progress_bar
 from lrserve.storage.store import read_manifest
-from publishing import add_results_option, command_line, publish
+from publishing import add_results_option, conclude
 from speed import STOCK_CHECKPOINTS
 
 INT8_MAX = 127
@@ -198,10 +198,7 @@ def main() -> None:
         f"Perplexity of {windows.numel()} tokens of report text by each engine. Speedups over dense: median (spread) of {rounds} "
         f"rounds in turns. Requests: {requests}; all: the mix by the workloads' shares of time.\n"
     )
-    print(markdown)
-    if arguments.results:
-        publish(arguments.results, command_line(), markdown, rows)
-    print(json.dumps(rows))
+    conclude(arguments.results, markdown, rows)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,17 @@ def test_both_files_hold_the_table_and_its_origin(checkout: Path) -> None:
         assert origin in shown
 
 
+@pytest.mark.parametrize("name", [None, "cost"])
+def test_a_script_prints_its_figures_and_keeps_them_where_it_is_told(
+    checkout: Path, capsys: pytest.CaptureFixture[str], name: str | None
+) -> None:
+    publishing.conclude(name, "| a |", {"rows": [1]})
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "| a |"
+    assert json.loads(shown[-1]) == {"rows": [1]}
+    assert {path.name for path in (checkout / "bench" / "results").glob("cost*")} == ({"cost.json", "cost.md"} if name else set())
+
+
 @pytest.mark.parametrize("changed", ["lrserve/file.py", "lrserve/new.py", "exporters/file.py", "bench/new.py", "pyproject.toml"])
 def test_changed_code_is_dirty(checkout: Path, changed: str) -> None:
     (checkout / changed).write_text("2\n")
