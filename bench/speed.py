@@ -56,7 +56,7 @@ from lrserve.allocation.speed import Shape, shapes_of
 from lrserve.compression.groups import KINDS, STRUCTURES, Group, allocated, find_groups
 from lrserve.compression.lowrank import quantization_config, specs_of
 from lrserve.engines.vllm import Engine, engine_version, in_turns
-from lrserve.pipeline.measure import machine
+from lrserve.pipeline.measure import timing_conditions
 from lrserve.report.card import speedup_cell, table
 from lrserve.report.console import progress_bar
 from lrserve.storage.store import fingerprint, write_json
@@ -246,7 +246,7 @@ def model_config(name: str) -> LlamaConfig:
 def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int, eager: bool) -> Any:
     """Measure the contenders, one of which is `dense`, in turns, or read what an earlier run measured."""
     keys = {label: [contender.plan.key(), contender.precision] for label, contender in contenders.items()}
-    identity = [name, keys, rounds, eager, engine_version(), transformers_version, machine(), commit()]
+    identity = [name, keys, rounds, eager, engine_version(), transformers_version, timing_conditions(), commit()]
     path = work / f"{name}-{fingerprint(identity)[:16]}.json"
     if not path.is_file():
         with progress_bar(rounds * len(contenders), name) as progress, ExitStack() as stack:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import platform
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from lrserve.pipeline.baseline import keep_served
 from lrserve.pipeline.job import Job
 from lrserve.recipe import Workload
 from lrserve.report.console import progress_bar, reused
+from lrserve.report.machine import machine
 from lrserve.storage.store import fingerprint, write_json
 from lrserve.storage.work import WorkFolder
 
@@ -51,14 +51,9 @@ class Measured:
     comparison: MixComparison
 
 
-def machine() -> list[Any]:
-    """Identify what times depend on: processor or GPU, cores, threads asked for, and the settings of malloc."""
-    names = [platform.machine(), os.cpu_count(), *(os.environ.get(name) for name in _TIMING_VARIABLES)]
-    if torch.cuda.is_available():
-        return [*names, torch.cuda.get_device_name(), torch.cuda.device_count()]
-    cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
-    return [*names, next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())]
+def timing_conditions() -> dict[str, Any]:
+    """Identify what times depend on: the machine, the threads asked for, and the settings of malloc; JSON."""
+    return machine() | {name: os.environ.get(name) for name in _TIMING_VARIABLES}
 
 
 class DenseEngine:
@@ -119,7 +114,7 @@ def measure_layers(job: Job, runtime: Runtime, dense: DenseEngine, folder: WorkF
     identity = {
         **job.model_inputs(),
         "engine": runtime.version,
-        "machine": machine(),
+        "machine": timing_conditions(),
         "settings": job.recipe.engine.model_dump(mode="json", exclude={"repeats"}),
         "workloads": {name: workload.model_dump(mode="json", exclude={"share"}) for name, workload in workloads.items()},
         "rank_step": job.recipe.search.rank_step,
@@ -203,7 +198,7 @@ def measure_front(
     identity = {
         "spectra": store.folder.name,
         "engine": runtime.version,
-        "machine": machine(),
+        "machine": timing_conditions(),
         "settings": settings.model_dump(mode="json"),
         "workloads": {name: workload.model_dump(mode="json") for name, workload in workloads.items()},
         "seed": recipe.seed,

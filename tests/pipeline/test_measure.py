@@ -7,7 +7,7 @@ from typing import Any
 import optuna
 import pytest
 
-from lrserve.pipeline.measure import machine, published
+from lrserve.pipeline.measure import published, timing_conditions
 
 
 def table(seed: int) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def test_mysql_can_keep_the_table() -> None:
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "GLIBC_TUNABLES", "LD_PRELOAD"])
 def test_times_under_other_settings_are_not_reused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = machine()
-    assert before == machine()
+    before = timing_conditions()
+    assert before == timing_conditions()
     monkeypatch.setenv(name, "another")
-    assert before != machine()
+    assert before != timing_conditions()
