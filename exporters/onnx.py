@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from exporters.companions import copy_companions
@@ -17,9 +15,6 @@ from lrserve.plugins.versions import require_onnx
 
 FOLDER: Final = "onnx"
 MODEL_FILE: Final = "model.onnx"
-
-Tokens = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
 
 
 class OnnxExporter:

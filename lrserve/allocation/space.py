@@ -24,8 +24,8 @@ from typing import Any
 import optuna
 import torch
 
-from lrserve.allocation import losses as allocate
 from lrserve.allocation.goal import limit_of
+from lrserve.allocation.losses import GREEDY, Losses, least_loss
 from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.speed import SpeedModel
 from lrserve.compression.groups import Group, Structure
@@ -52,7 +52,7 @@ class SearchSpace:
         groups: Sequence[Group],
         target: Target,
         search: Search,
-        losses: Mapping[str, allocate.Losses],
+        losses: Mapping[str, Losses],
         speed: SpeedModel,
         structure: Structure = "identity_block",
     ) -> None:
@@ -100,7 +100,7 @@ class SearchSpace:
         losses = self._losses[self.bases[0]]
 
         def lost(speedup: float) -> float:
-            plan = allocate.least_loss(self.fit, losses, max(self._speed.budget(speedup), self.fit.smallest_cost))
+            plan = least_loss(self.fit, losses, max(self._speed.budget(speedup), self.fit.smallest_cost))
             return sum(float(losses[name][rank]) for name, rank in plan.ranks.items() if rank is not None)
 
         low, high = 1.0, self._speed.speedup(self.fit.fit({group.name: 1.0 for group in self._groups}, self.fit.smallest_cost))
@@ -157,6 +157,6 @@ class SearchSpace:
         if base == UNIFORM:
             return self.fit.fit(weights, budget)
         losses = {name: loss * weights[name] for name, loss in self._losses[base].items()}
-        if base != allocate.GREEDY and self._target.ratio:  # the other budgets count the time
+        if base != GREEDY and self._target.ratio:  # the other budgets count the time
             losses = {name: loss + self._time_losses[name] for name, loss in losses.items()}
-        return allocate.least_loss(self.fit, losses, budget)
+        return least_loss(self.fit, losses, budget)

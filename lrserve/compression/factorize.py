@@ -12,10 +12,9 @@ special case, and one decomposition serves every rank.
 
 Two-sided weighting (docs/methods.md, "Two-sided weighting") minimises E|Gamma (y - y')|^2 instead. With Gamma^2 = E[g g^T], the
 second moment of the loss gradient g with respect to y, half of that is the second-order estimate of the loss itself, in nats per
-token when the loss is
-the cross entropy of labels drawn from the model (then Gamma^2 is the block of the KL divergence's Fisher matrix, up to the
-Kronecker assumption that x and g are independent; K-FAC, arXiv 1503.05671, section 3). Either side of W will do, the narrower
-is cheaper:
+token when the loss is the cross entropy of labels drawn from the model (then Gamma^2 is the block of the KL divergence's Fisher
+matrix, up to the Kronecker assumption that x and g are independent; K-FAC, arXiv 1503.05671, section 3). Either side of W will do,
+the narrower is cheaper:
     output side  Gamma^2 (m, m):  P Lambda P^T = Gamma Cy Gamma;   B = Gamma^-1 P_r,     A = P_r^T Gamma W
     input side   K (n, n) = W^T Gamma^2 W, the second moment of the gradient with respect to x:
                  Q Lambda Q^T = K^1/2 C K^1/2;                     B = W K^-1/2 Q_r,     A = Q_r^T K^1/2

@@ -41,15 +41,13 @@ def server_command(model_dir: Path, extra_args: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", *program, *host, *extra_args]
 
 
-def server_environment(base: Mapping[str, str], *, cpu: bool, local: bool = True) -> dict[str, str]:
+def server_environment(base: Mapping[str, str], *, cpu: bool) -> dict[str, str]:
     """Add to the environment `base` what serving a folder wants where the user has not set it.
 
-    `local`: the model is a folder, so nothing has to be asked of the Hugging Face hub. `cpu`: vLLM's CPU build, which
-    without VLLM_CPU_KVCACHE_SPACE (GiB) takes nearly all of the memory.
+    Of a folder nothing has to be asked of the Hugging Face Hub. `cpu`: vLLM's CPU build, which without VLLM_CPU_KVCACHE_SPACE
+    (GiB) takes nearly all of the memory.
     """
-    environment = dict(base)
-    if local:
-        environment.setdefault("HF_HUB_OFFLINE", "1")
+    environment = {"HF_HUB_OFFLINE": "1", **base}
     if cpu:
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", DEFAULT_CPU_KV_CACHE_GIB)
     return environment
