@@ -20,9 +20,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from inputs import bench_recipe
-from lrserve.engines.vllm import engine_version
 from lrserve.engines.workloads import compare, open_engine
 from lrserve.pipeline.job import open_job
+from lrserve.plugins.versions import engine_version
 from lrserve.recipe import Recipe
 from lrserve.report.card import speedup_cell, table
 from lrserve.serving.server import memory_environment

@@ -29,8 +29,9 @@ import torch
 from exporters.vllm import VllmExporter
 from lrserve.allocation.plan import RankPlan
 from lrserve.compression.lowrank import quantization_config
-from lrserve.engines.vllm import Engine, engine_version
+from lrserve.engines.vllm import Engine
 from lrserve.pipeline.job import Job, first_tokens, open_job
+from lrserve.plugins.versions import engine_version
 from lrserve.recipe import Recipe
 from lrserve.report.card import table
 from lrserve.report.console import progress_bar

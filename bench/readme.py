@@ -38,10 +38,10 @@ from safetensors.torch import load_file, save_file
 
 from exporters.companions import copy_companions
 from lrserve.engines.protocol import EngineProcess
-from lrserve.engines.vllm import engine_version
 from lrserve.engines.workloads import compare, open_engine
 from lrserve.inputs.source import Source
 from lrserve.pipeline.job import Job, first_tokens, open_job
+from lrserve.plugins.versions import engine_version
 from lrserve.recipe import Recipe, Workload
 from lrserve.report.card import table
 from lrserve.report.console import progress_bar

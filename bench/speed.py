@@ -55,8 +55,10 @@ from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.speed import Shape, shapes_of
 from lrserve.compression.groups import KINDS, STRUCTURES, Group, allocated, find_groups
 from lrserve.compression.lowrank import quantization_config, specs_of
-from lrserve.engines.vllm import Engine, engine_version, in_turns
+from lrserve.engines.vllm import Engine
+from lrserve.engines.workloads import in_turns
 from lrserve.pipeline.measure import timing_conditions
+from lrserve.plugins.versions import engine_version
 from lrserve.report.card import speedup_cell, table
 from lrserve.report.console import progress_bar
 from lrserve.storage.store import fingerprint, write_json

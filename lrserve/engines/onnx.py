@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from lrserve.engines.protocol import EngineProcess
 from lrserve.plugins.versions import onnx_version, require_onnx
-
-if TYPE_CHECKING:
-    from lrserve.allocation.speed import Shape
-
-__all__ = ["OnnxEngine", "onnx_version"]
 
 WORKER_COMMAND: Final = (sys.executable, "-m", "lrserve.engines.onnx_worker")
 
@@ -32,10 +27,11 @@ class OnnxEngine(EngineProcess):
     Raises:
         EngineError: a package is missing, or ONNX Runtime failed; the message ends with the last lines of its log.
         ArtifactError: there is no exported graph in `model`.
-        InputError: a request of sequences longer than the model's context.
+        InputError: a request of sequences longer than the model's context, or of layers in another dtype than float32.
     """
 
     engine = "ONNX Runtime"
+    layer_dtype = "float32"
 
     def __init__(
         self,
@@ -61,15 +57,3 @@ class OnnxEngine(EngineProcess):
         """Start the process and wait until the graph is loaded."""
         require_onnx()
         self._start(WORKER_COMMAND, onnx_version())
-
-    def latency_table(
-        self, shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str = "float32", seconds: float | None = None
-    ) -> list[list[float]]:
-        """Time single linear layers as graphs of their own, in this engine's process and threads.
-
-        Returns microseconds [shape][token count]: lower quartiles, or means over so many `seconds` each.
-
-        Raises:
-            InputError: another dtype than float32.
-        """
-        return super().latency_table(shapes, tokens, dtype=dtype, seconds=seconds)

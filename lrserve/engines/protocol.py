@@ -66,6 +66,8 @@ class EngineProcess(ABC):
 
     engine: ClassVar[str]
     """Its name in messages."""
+    layer_dtype: ClassVar[str]
+    """Of the single layers that `latency_table` times, unless it is told."""
 
     def __init__(
         self,
@@ -162,7 +164,7 @@ class EngineProcess(ABC):
         return [Transcript.from_json(transcript) for transcript in reply["transcripts"]]
 
     def latency_table(
-        self, shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str, seconds: float | None = None
+        self, shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str | None = None, seconds: float | None = None
     ) -> list[list[float]]:
         """Time single linear layers with the kernels that serve them, in this engine's process and threads.
 
@@ -172,7 +174,7 @@ class EngineProcess(ABC):
             "latency_table",
             entries=[asdict(shape) for shape in shapes],
             tokens=list(map(int, tokens)),
-            dtype=dtype,
+            dtype=dtype or self.layer_dtype,
             seconds=seconds,
         )
         table: list[list[float]] = reply["microseconds"]

@@ -11,11 +11,11 @@ from typing import Protocol
 from exporters.base import Exporter
 from exporters.onnx import OnnxExporter
 from exporters.vllm import VllmExporter
-from lrserve.engines.onnx import OnnxEngine, onnx_version
+from lrserve.engines.onnx import OnnxEngine
 from lrserve.engines.protocol import EngineProcess
-from lrserve.engines.vllm import engine_version
 from lrserve.engines.workloads import open_engine
 from lrserve.errors import InputError
+from lrserve.plugins.versions import engine_version, onnx_version
 from lrserve.recipe import EngineSettings, Workload
 
 

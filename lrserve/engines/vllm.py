@@ -11,27 +11,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final
 
-from lrserve.engines.protocol import EngineProcess, Throughput
+from lrserve.engines.protocol import EngineProcess
 from lrserve.plugins.versions import engine_version, require_vllm
 
-if TYPE_CHECKING:
-    from lrserve.allocation.speed import Shape
-
-__all__ = ["Engine", "Throughput", "engine_version", "in_turns", "preflight"]
-
-T = TypeVar("T")
-Run = TypeVar("Run")
-
 WORKER_COMMAND: Final = (sys.executable, "-m", "lrserve.engines.vllm_worker")
-
-
-def preflight() -> None:
-    """Raise EngineError, with the pip command, if vLLM is missing or of an untested version."""
-    require_vllm()
 
 
 class Engine(EngineProcess):
@@ -62,6 +49,7 @@ class Engine(EngineProcess):
     """
 
     engine = "vLLM"
+    layer_dtype = "bfloat16"
 
     def __init__(
         self,
@@ -110,17 +98,8 @@ class Engine(EngineProcess):
 
     def start(self) -> None:
         """Start the process and wait until the model is loaded."""
-        preflight()
+        require_vllm()
         self._start(WORKER_COMMAND, engine_version())
-
-    def latency_table(
-        self, shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str = "bfloat16", seconds: float | None = None
-    ) -> list[list[float]]:
-        """Time single linear layers with the kernels that serve them, in this engine's process and threads.
-
-        Returns microseconds [shape][token count]: lower quartiles, or means over so many `seconds` each.
-        """
-        return super().latency_table(shapes, tokens, dtype=dtype, seconds=seconds)
 
 
 def worker_environment(model: str, threads: int | None) -> dict[str, str]:
@@ -134,31 +113,3 @@ def worker_environment(model: str, threads: int | None) -> dict[str, str]:
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     return environment
-
-
-def in_turns(
-    measured: Mapping[str, T],
-    measure: Callable[[T, int], Run],
-    repeats: int,
-    *,
-    seed: int,
-    progress: Callable[[str, int, Run], None] | None = None,
-) -> dict[str, list[Run]]:
-    """Measure several things in turns: A B C, B C A, C A B, ...; discarded runs come before, and are the caller's.
-
-    Interleaving and rotation spread the machine's slow minutes, and the cost of following a certain one, over all of them.
-    All get the same prompts, from the seed that `measure` is given; each round has its own, from `seed` + 1 on.
-    `progress` is told (name, round, result).
-
-    Returns the runs of each in the order of the rounds.
-    """
-    names = list(measured)
-    results: dict[str, list[Run]] = {name: [] for name in names}
-    for index in range(repeats):
-        shift = index % max(len(names), 1)
-        for name in names[shift:] + names[:shift]:
-            result = measure(measured[name], seed + 1 + index)
-            results[name].append(result)
-            if progress is not None:
-                progress(name, index, result)
-    return results

@@ -9,16 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from lrserve.allocation.speed import PREFILL_CHUNK
 from lrserve.engines.protocol import EngineProcess, Throughput
-from lrserve.engines.vllm import Engine, in_turns
+from lrserve.engines.vllm import Engine
 from lrserve.recipe import EngineSettings, Workload, shares
 
 GPU_MEMORY: Final = 0.9
 """Share of a GPU's memory that all engines on it take together."""
 _COVERAGE: Final = 0.9
+
+T = TypeVar("T")
+Run = TypeVar("Run")
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -191,6 +194,34 @@ def open_engine(
         load_format=load_format,
         log=log,
     )
+
+
+def in_turns(
+    measured: Mapping[str, T],
+    measure: Callable[[T, int], Run],
+    repeats: int,
+    *,
+    seed: int,
+    progress: Callable[[str, int, Run], None] | None = None,
+) -> dict[str, list[Run]]:
+    """Measure several things in turns: A B C, B C A, C A B, ...; discarded runs come before, and are the caller's.
+
+    Interleaving and rotation spread the machine's slow minutes, and the cost of following a certain one, over all of them.
+    All get the same prompts, from the seed that `measure` is given; each round has its own, from `seed` + 1 on.
+    `progress` is told (name, round, result).
+
+    Returns the runs of each in the order of the rounds.
+    """
+    names = list(measured)
+    results: dict[str, list[Run]] = {name: [] for name in names}
+    for index in range(repeats):
+        shift = index % max(len(names), 1)
+        for name in names[shift:] + names[:shift]:
+            result = measure(measured[name], seed + 1 + index)
+            results[name].append(result)
+            if progress is not None:
+                progress(name, index, result)
+    return results
 
 
 def compare(

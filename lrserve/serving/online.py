@@ -22,8 +22,7 @@ from typing import Any, Final
 import numpy as np
 
 from lrserve.engines.process import Scratch, end_session, log_tail, open_log
-from lrserve.engines.vllm import in_turns
-from lrserve.engines.workloads import Paired
+from lrserve.engines.workloads import Paired, in_turns
 from lrserve.errors import EngineError
 from lrserve.plugins.versions import on_cpu
 from lrserve.recipe import Workload

@@ -17,7 +17,9 @@ import pytest
 from lrserve.allocation.speed import Shape
 from lrserve.engines import vllm as engine_module
 from lrserve.engines import vllm_worker as worker
-from lrserve.engines.vllm import Engine, Throughput, in_turns, worker_environment
+from lrserve.engines.protocol import Throughput
+from lrserve.engines.vllm import Engine, worker_environment
+from lrserve.engines.workloads import in_turns
 from lrserve.errors import ArtifactError, EngineError, InputError
 
 FAKE = """
@@ -63,7 +65,7 @@ worker.main()
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "WORKER_COMMAND", (sys.executable, "-c", FAKE))
-    monkeypatch.setattr(engine_module, "preflight", lambda: None)
+    monkeypatch.setattr(engine_module, "require_vllm", lambda: None)
 
 
 def is_running(pid: int) -> bool:
@@ -181,7 +183,7 @@ def test_worker_does_not_outlive_a_killed_parent(model: str, tmp_path: Path) -> 
         "import sys\n"
         "from lrserve.engines import vllm as engine\n"
         f"engine.WORKER_COMMAND = (sys.executable, '-c', {FAKE!r})\n"
-        "engine.preflight = lambda: None\n"
+        "engine.require_vllm = lambda: None\n"
         f"e = engine.Engine({model!r})\n"
         "import threading; threading.Thread(target=e.start, daemon=True).start()\n"
         "import time\n"

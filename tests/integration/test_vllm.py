@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 import lrserve  # noqa: F401 - registers the quantizer
 from lrserve.allocation.speed import Shape
 from lrserve.engines.transcripts import Transcript, transcribe_model
-from lrserve.engines.vllm import Engine, in_turns
+from lrserve.engines.vllm import Engine
+from lrserve.engines.workloads import in_turns
 from lrserve.errors import ArtifactError, EngineError, InputError
 
 pytestmark = pytest.mark.engine
