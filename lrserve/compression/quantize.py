@@ -1,0 +1,82 @@
+"""Rounding weight matrices to few bits, in the layouts that engines have kernels for. Pure maths.
+
+Notation
+    W    (m, n)          weight;  g neighbouring inputs of a row share one scale, g = n where the scheme has one scale a row
+    q    (m, n)          what is stored of W: integers, or 8-bit floating point numbers
+    s    (m, n / g)      scales;  Q = q s, the weight that the engine multiplies by
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lrserve.compression.level import SCHEMES, Precision, Scheme
+
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded weight: `values` (m, n), int8 whatever the bits (float8_e4m3fn for fp8), and float32 `scales` (m, n / g)."""
+
+    precision: Precision
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def scheme(self) -> Scheme:
+        """How it was rounded."""
+        return SCHEMES[self.precision]
+
+    def dense(self) -> torch.Tensor:
+        """Return Q (m, n), float32."""
+        m, n = self.values.shape
+        groups = self.values.float().view(m, self.scales.shape[1], -1)
+        return (groups * self.scales[:, :, None]).view(m, n)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """B A beside a rounded weight: `values_A` (r, n) and `values_B` (m, r) int8, and one float32 scale (r,) for each rank.
+
+    B A = values_B diag(scales) values_A: the scales of both factors are one.
+    """
+
+    values_A: torch.Tensor
+    values_B: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return len(self.scales)
+
+    def dense(self) -> torch.Tensor:
+        """Return B A (m, n), float32."""
+        return self.values_B.float() @ (self.scales[:, None] * self.values_A.float())
+
+
+def rounded_to(W: torch.Tensor, scales: torch.Tensor, precision: Precision) -> Rounded:
+    """Round W (m, n) to nearest with given scales (m, n / g)."""
+    scheme = SCHEMES[precision]
+    m, n = W.shape
+    units = W.float().view(m, scales.shape[1], -1) / scales[:, :, None]
+    if scheme.floating:
+        values = units.clamp(-scheme.largest, scheme.largest).to(torch.float8_e4m3fn)
+    else:
+        values = units.round().clamp(-scheme.largest - 1, scheme.largest).to(torch.int8)
+    return Rounded(precision, values.view(m, n), scales)
+
+
+def round_to_nearest(W: torch.Tensor, precision: Precision, dtype: torch.dtype = torch.bfloat16) -> Rounded:
+    """Round W (m, n) with the largest entry of each row, or of each group of a row, as the largest value.
+
+    Scales of groups are rounded to `dtype` first, in which they are stored.
+    """
+    scheme = SCHEMES[precision]
+    m, n = W.shape
+    peaks = W.float().view(m, 1 if scheme.group is None else n // scheme.group, -1).abs().amax(-1).clamp_min(_TINY)
+    scales = peaks / scheme.largest
+    return rounded_to(W, scales if scheme.group is None else scales.to(dtype).float(), precision)
