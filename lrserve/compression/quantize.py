@@ -39,13 +39,13 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Residual:
-    """B A beside a rounded weight: `values_A` (r, n) and `values_B` (m, r) int8, and one float32 scale (r,) for each rank.
+    """What is added to a rounded weight: B diag(scales) A, with A (r, n) and B (m, r) int8 and float32 scales (r,).
 
-    B A = values_B diag(scales) values_A: the scales of both factors are one.
+    The scales of both factors are one: a scale for each rank.
     """
 
-    values_A: torch.Tensor
-    values_B: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
     scales: torch.Tensor
 
     @property
@@ -54,8 +54,8 @@ class Residual:
         return len(self.scales)
 
     def dense(self) -> torch.Tensor:
-        """Return B A (m, n), float32."""
-        return self.values_B.float() @ (self.scales[:, None] * self.values_A.float())
+        """Return the sum's weight (m, n), float32."""
+        return self.B.float() @ (self.scales[:, None] * self.A.float())
 
 
 def rounded_to(W: torch.Tensor, scales: torch.Tensor, precision: Precision) -> Rounded:
