@@ -21,7 +21,7 @@ from typing import Final
 import optuna
 
 from lrserve.allocation.losses import uniform
-from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.plan import BudgetFit, Offers, Plan
 from lrserve.allocation.study import gp_sampler, open_study, run_trial
 from lrserve.compression.groups import Group
 from lrserve.errors import InfeasibleTargetError, InputError
@@ -38,12 +38,12 @@ def bolaco(
     step: int,
     runs: int,
     trials: int,
-    evaluate: Callable[[RankPlan], float],
+    evaluate: Callable[[Plan], float],
     path: Path,
     *,
     seed: int,
     progress: Callable[[int, float], None] = lambda done, best: None,
-) -> RankPlan:
+) -> Plan:
     """Search shares by Bayesian optimisation and return the plan of the lowest value; runs or resumes until there are `trials`.
 
     The first trial is the authors' code's: half for q, k and o, the kept ratio for the others, before scaling.
@@ -65,7 +65,7 @@ def bolaco(
     """
     _check(groups, runs, trials)
     searched = [group for group in groups if group.kind in _SEARCHED]
-    fit = BudgetFit(searched, step, _STRUCTURE)
+    fit = BudgetFit(searched, Offers(step, _STRUCTURE))
     left = _left(groups, {group.name: None for group in groups if group.kind == "v"}, fit, budget)
     layers = max(group.layer for group in groups) + 1
     runs = min(runs, layers)
@@ -76,7 +76,7 @@ def bolaco(
     first = {name: _ATTENTION_SHARE if name.startswith(("qk", "o")) else kept for name in names}
     study = open_study("bolaco", path)
     done = [
-        (float(trial.value), RankPlan(trial.user_attrs["ranks"], _STRUCTURE))
+        (float(trial.value), Plan.of_ranks(trial.user_attrs["ranks"], _STRUCTURE))
         for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     ]
     seen = {plan.key(): value for value, plan in done}
@@ -87,7 +87,7 @@ def bolaco(
             plan = _complete(groups, fit.fit({name: shares[parameter[name]] for name in parameter}, left).ranks)
             value = seen[plan.key()] if plan.key() in seen else evaluate(plan)
             value = value if math.isfinite(value) else math.inf
-            trial.set_user_attr("ranks", dict(plan.ranks))
+            trial.set_user_attr("ranks", plan.ranks)
             done.append((value, plan))
             seen[plan.key()] = value
             return value
@@ -97,7 +97,7 @@ def bolaco(
     return min(done[:trials], key=lambda item: item[0])[1]
 
 
-def lord_plan(groups: Sequence[Group], budget: float, step: int) -> RankPlan:
+def lord_plan(groups: Sequence[Group], budget: float, step: int) -> Plan:
     """Return LoRD's allocation (arXiv 2309.14021) at a budget: v dense, q and k at half, o, gate, up and down alike for the rest.
 
     Args:
@@ -123,7 +123,7 @@ def lord_plan(groups: Sequence[Group], budget: float, step: int) -> RankPlan:
                     f"its {group.dense_parameters}; lower search.rank_step"
                 )
             fixed[group.name] = ranks[-1]
-    fit = BudgetFit([group for group in groups if group.name not in fixed], step, _STRUCTURE)
+    fit = BudgetFit([group for group in groups if group.name not in fixed], Offers(step, _STRUCTURE))
     return _complete(groups, {**fixed, **uniform(fit, _left(groups, fixed, fit, budget)).ranks})
 
 
@@ -146,6 +146,6 @@ def _left(groups: Sequence[Group], fixed: Mapping[str, int | None], fit: BudgetF
     return budget - taken
 
 
-def _complete(groups: Sequence[Group], ranks: Mapping[str, int | None]) -> RankPlan:
+def _complete(groups: Sequence[Group], ranks: Mapping[str, int | None]) -> Plan:
     """Return a plan for all groups, in their order; those without a rank are dense."""
-    return RankPlan({group.name: ranks.get(group.name) for group in groups}, _STRUCTURE)
+    return Plan.of_ranks({group.name: ranks.get(group.name) for group in groups}, _STRUCTURE)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.plan import BudgetFit, Plan
 from lrserve.errors import InfeasibleTargetError, InputError
 from lrserve.storage.store import write_json
 
@@ -35,16 +35,16 @@ _Levels = dict[str, int]
 
 def evolve(
     fit: BudgetFit,
-    start: RankPlan,
+    start: Plan,
     budget: float,
-    evaluate: Callable[[RankPlan], float],
+    evaluate: Callable[[Plan], float],
     state: Path,
     *,
     generations: int,
     offspring: int,
     seed: int,
     progress: Callable[[int, float], None] = lambda generation, best: None,
-) -> RankPlan:
+) -> Plan:
     """Improve a plan for a number of generations, or resume doing so, and return the best; it is never worse than the start.
 
     The state is written after each generation. The random numbers of a generation depend on the seed and its number alone, so an
@@ -74,7 +74,7 @@ def evolve(
         _write(state, inputs, done, start, best)
     else:
         done, best = resumed["generation"], math.inf if resumed["value"] is None else resumed["value"]
-        parent = space.levels_of(RankPlan(resumed["ranks"], fit.structure))
+        parent = space.levels_of(Plan.of_ranks(resumed["ranks"], fit.structure))
     progress(done, best)
     while done < generations:
         done += 1
@@ -99,11 +99,11 @@ class _Space:
     """The levels of every group, and the budget that a choice of them must meet."""
 
     def __init__(self, fit: BudgetFit, budget: float) -> None:
-        self._levels = {group.name: fit.levels(group.name) for group in fit.groups}
+        self._levels = {group.name: fit.unrounded(group.name) for group in fit.groups}
         self._structure = fit.structure
         self._limit = budget * (1 + _ROUNDING)
 
-    def levels_of(self, plan: RankPlan) -> _Levels:
+    def levels_of(self, plan: Plan) -> _Levels:
         """Return a plan's levels; raises as `evolve` says."""
         if plan.structure != self._structure:
             raise InputError(f"the plan to start from is of structure {plan.structure}, this search of {self._structure}")
@@ -118,9 +118,9 @@ class _Space:
             raise InfeasibleTargetError(f"the plan to start from costs {cost:g}, more than the budget of {self._limit:g}")
         return chosen
 
-    def plan(self, chosen: _Levels) -> RankPlan:
+    def plan(self, chosen: _Levels) -> Plan:
         """Return the plan of a choice of levels."""
-        return RankPlan({name: self._levels[name][level][1] for name, level in chosen.items()}, self._structure)
+        return Plan.of_ranks({name: self._levels[name][level][1] for name, level in chosen.items()}, self._structure)
 
     def _cost(self, chosen: _Levels) -> float:
         return sum(self._levels[name][level][0] for name, level in chosen.items())
@@ -162,7 +162,7 @@ def _few(most: int, rng: random.Random) -> int:
     return min(rng.randint(1, most), rng.randint(1, most))
 
 
-def _measured(evaluate: Callable[[RankPlan], float], plan: RankPlan) -> float:
+def _measured(evaluate: Callable[[Plan], float], plan: Plan) -> float:
     value = evaluate(plan)
     return value if math.isfinite(value) else math.inf
 
@@ -180,12 +180,12 @@ def _read(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     return state
 
 
-def _write(path: Path, inputs: Mapping[str, Any], generation: int, plan: RankPlan, value: float) -> None:
+def _write(path: Path, inputs: Mapping[str, Any], generation: int, plan: Plan, value: float) -> None:
     data = {
         "format_version": _FORMAT_VERSION,
         "inputs": inputs,
         "generation": generation,
         "value": value if math.isfinite(value) else None,
-        "ranks": dict(plan.ranks),
+        "ranks": plan.ranks,
     }
     write_json(path, data)

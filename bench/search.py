@@ -46,14 +46,15 @@ from evolution import evolve
 from inputs import bench_recipe
 from lrserve.allocation import losses as allocate
 from lrserve.allocation.goal import FRONT_LIMIT, Goal
-from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.plan import BudgetFit, Offers, Plan
 from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.speed import SpeedModel
 from lrserve.allocation.study import run_study
 from lrserve.compression.groups import Group, separate
 from lrserve.compression.lowrank import quantization_config, specs_of
 from lrserve.compression.matmul import float32_matmuls
-from lrserve.compression.spectra import MergedRanks, SpectrumStore, write_spectra
+from lrserve.compression.assemble import MergedLevels
+from lrserve.compression.spectra import SpectrumStore, write_spectra
 from lrserve.engines.runtimes import Runtime, runtime_of
 from lrserve.engines.vllm import Engine
 from lrserve.engines.workloads import MixComparison, compare, open_engine, read_comparison
@@ -87,7 +88,7 @@ REFERENCE = (FRONT_LIMIT, 1.0)  # nats above dense, throughput over dense: what 
 class Point:
     """A judged plan: loss in nats, predicted speedup (None: the table has no single linears), share of parameters removed."""
 
-    plan: RankPlan
+    plan: Plan
     loss: float
     predicted: float | None
     ratio: float
@@ -124,7 +125,7 @@ def hypervolume(points: Sequence[tuple[float, float]]) -> float:
 
 
 def evolve_each(
-    fit: BudgetFit, losses: allocate.Losses, trials: int, evaluate: Callable[[RankPlan], float], stage: Path, seed: int
+    fit: BudgetFit, losses: allocate.Errors, trials: int, evaluate: Callable[[Plan], float], stage: Path, seed: int
 ) -> None:
     """Switch levels from the plan of least loss at each of `RATIOS`, one offspring a generation; `trials` evaluations in all."""
     for ratio in RATIOS:
@@ -184,9 +185,9 @@ class Bench:
         return SpectrumStore(stage, self.singles)
 
     @cached_property
-    def merged(self) -> MergedRanks:
+    def merged(self) -> MergedLevels:
         """The model under lrserve's plans."""
-        return MergedRanks(self.model, self.job.units, self.store)
+        return MergedLevels(self.model, self.job.units, self.store)
 
     @cached_property
     def table(self) -> tuple[dict[str, Any], str]:
@@ -217,19 +218,19 @@ class Bench:
         path = stage / "points.json"
         if not path.is_file():
             points = self._bolaco(seed, stage) if method == "bolaco" else self._own(method, seed, stage)
-            rows = [{**asdict(p), "plan": {"ranks": dict(p.plan.ranks), "structure": p.plan.structure}} for p in points]
+            rows = [{**asdict(p), "plan": {"levels": p.plan.to_json(), "structure": p.plan.structure}} for p in points]
             write_json(path, rows)
         rows = json.loads(path.read_text(encoding="utf-8"))
-        return [Point(**{**row, "plan": RankPlan(**row["plan"])}) for row in rows]
+        return [Point(**{**row, "plan": Plan.from_json(**row["plan"])}) for row in rows]
 
-    def _point(self, plan: RankPlan, perplexity: float) -> Point:
+    def _point(self, plan: Plan, perplexity: float) -> Point:
         return Point(plan, self.goal.loss(perplexity), self.speed.speedup(plan), plan.ratio(self.job.units))
 
     def _own(self, method: str, seed: int, stage: Path) -> list[Point]:
         units, structure, settings = self.job.units, self.job.recipe.structure, self.job.recipe.search
         evaluate = judge(self.merged, self.validation)
         if method == "uniform":
-            fit, (low, high) = BudgetFit(units, settings.rank_step, structure), UNIFORM_RATIOS
+            fit, (low, high) = BudgetFit(units, self.job.offers), UNIFORM_RATIOS
             ratios = [low + (high - low) * i / (self.trials - 1) for i in range(self.trials)]
             plans = [allocate.uniform(fit, (1 - ratio) * fit.dense_cost) for ratio in ratios]
             return [self._point(plan, evaluate(plan, []).perplexity) for plan in plans]
@@ -244,22 +245,22 @@ class Bench:
     def _evolution(self, losses: allocate.Losses, seed: int, stage: Path) -> list[Point]:
         judged, points = judge(self.merged, self.validation), list[Point]()
 
-        def evaluate(plan: RankPlan) -> float:
+        def evaluate(plan: Plan) -> float:
             points.append(self._point(plan, judged(plan, []).perplexity))
             return points[-1].loss
 
-        fit = BudgetFit(self.job.units, self.job.recipe.search.rank_step, self.job.recipe.structure)
+        fit = BudgetFit(self.job.units, self.job.offers)
         evolve_each(fit, losses, self.trials, evaluate, stage, seed)
         return points
 
     def _bolaco(self, seed: int, stage: Path) -> list[Point]:
         self.merged.apply({})
-        merged = MergedRanks(self.model, self.singles, self.single_store)
+        merged = MergedLevels(self.model, self.singles, self.single_store)
         dense = sum(group.dense_parameters for group in self.singles)
         points: list[Point] = []
 
-        def evaluate(plan: RankPlan) -> float:
-            merged.apply(dict(plan.ranks))
+        def evaluate(plan: Plan) -> float:
+            merged.apply(plan.levels)
             perplexity = self.validation(self.model).perplexity
             points.append(Point(plan, self.goal.loss(perplexity), None, plan.ratio(self.singles)))
             return float(perplexity)
@@ -304,12 +305,12 @@ class Bench:
                 progress(done)
         return [read_comparison(path) for path in paths]
 
-    def _engine(self, name: str, plan: RankPlan | None, groups: Sequence[Group]) -> Engine:
+    def _engine(self, name: str, plan: Plan | None, groups: Sequence[Group]) -> Engine:
         recipe, config = self.job.recipe, self.job.source.config()
         folder = self.folder.root / name
         folder.mkdir(exist_ok=True)
         if plan is not None:
-            config.quantization_config = quantization_config(specs_of(plan.factorized(groups), plan.structure))
+            config.quantization_config = quantization_config(specs_of(plan.changed(groups), plan.structure))
         config.save_pretrained(folder)
         return open_engine(folder, recipe.workloads, recipe.engine, sharing=1 + TOGETHER, load_format="dummy")
 

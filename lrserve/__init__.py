@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from lrserve.allocation.plan import RankPlan
+    from lrserve.allocation.plan import Plan
     from lrserve.compression.lowrank import LowRankLinear
     from lrserve.errors import LrserveError
     from lrserve.pipeline.run import compress_and_export
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["LowRankLinear", "LrserveError", "RankPlan", "Recipe", "__version__", "compress_and_export"]
+__all__ = ["LowRankLinear", "LrserveError", "Plan", "Recipe", "__version__", "compress_and_export"]
 
 _HOMES = {
     "LowRankLinear": "lrserve.compression.lowrank",
     "LrserveError": "lrserve.errors",
-    "RankPlan": "lrserve.allocation.plan",
+    "Plan": "lrserve.allocation.plan",
     "Recipe": "lrserve.recipe",
     "compress_and_export": "lrserve.pipeline.run",
 }

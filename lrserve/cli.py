@@ -92,6 +92,9 @@ def compress_and_export(
     max_ppl_increase: Annotated[
         str | None, typer.Option(metavar="SHARE", help="Best speed with at most so much more perplexity; 0.05 is 5 %.")
     ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Keep at most this share of the linear layers' bytes; 0.4 is two fifths.")
+    ] = None,
     export: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="vllm (a checkpoint) or onnx (a graph), repeatable [default: both].")
     ] = None,
@@ -120,7 +123,8 @@ def compress_and_export(
 ) -> None:
     """Compress a model, and prove the result.
 
-    Give at most one of --ratio, --min-speedup and --max-ppl-increase. If a run is interrupted, repeat its command: it continues.
+    Give at most one of --ratio, --min-speedup, --max-bytes and --max-ppl-increase. If a run is interrupted, repeat its command: it
+    continues.
     """
     from exporters.registry import exporter_points
     from lrserve.plugins.versions import require_compress
@@ -130,6 +134,7 @@ def compress_and_export(
         "--ratio": ("target.ratio", ratio),
         "--min-speedup": ("target.min_speedup", min_speedup),
         "--max-ppl-increase": ("target.max_ppl_increase", max_ppl_increase),
+        "--max-bytes": ("target.max_bytes", max_bytes),
         "--export": ("export", export or None),
         "--recover": ("factorization.recover_minutes", recover),
         "--target": ("engine.runtime", target),

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lrserve.compression.groups import KINDS, Kind, Structure
+from lrserve.compression.level import Precision
 from lrserve.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class Target(_Frozen):
     (`search.speed_weight`)."""
     min_speedup: Annotated[float, Field(gt=0, allow_inf_nan=False), "times dense"] | None = None
     """Least output tokens per second, measured on the engine, over those of the dense model. The search minimises perplexity."""
+    max_bytes: Annotated[float, Field(gt=0, lt=1), "share"] | None = None
+    """Largest share of the bytes of the decoder's linear layers that may be left: 0.4 stores them in two fifths. The search weighs
+    perplexity against speed as for `ratio`."""
     max_ppl_increase: Annotated[float, Field(gt=0, allow_inf_nan=False), "share"] | None = None
     """Largest relative increase of the validation perplexity: 0.05 allows 5 %. The search maximises speed."""
 
@@ -51,13 +55,18 @@ class Target(_Frozen):
     def _at_most_one(cls, data: Any) -> Any:
         given = [name for name, value in data.items() if value is not None] if isinstance(data, dict) else []
         if len(given) > 1:
-            raise ValueError(f"give only one of ratio, min_speedup and max_ppl_increase, not {' and '.join(given)}")
+            raise ValueError(f"give only one of ratio, min_speedup, max_bytes and max_ppl_increase, not {' and '.join(given)}")
         return data
 
     @property
     def front(self) -> bool:
         """Whether nothing is fixed: two objectives."""
-        return not (self.ratio or self.min_speedup or self.max_ppl_increase)
+        return not (self.ratio or self.min_speedup or self.max_bytes or self.max_ppl_increase)
+
+    @property
+    def sized(self) -> bool:
+        """Whether a size is fixed, so that perplexity and speed are weighed against each other."""
+        return bool(self.ratio or self.max_bytes)
 
     def __str__(self) -> str:
         given = [f"{name} {value:g}" for name, value in self.model_dump().items() if value is not None]
@@ -98,6 +107,12 @@ class Factorization(_Frozen):
     """`narrow` removes neurons of the MLPs, which stay dense layers, and splits other layers into two factors where that pays.
     `low_rank` splits every layer into two factors. `identity_block` keeps a higher rank per parameter, and is slower to serve.
     """
+    weights: tuple[Precision, ...] = ("int8", "int4_g32", "fp8")
+    """What weights may be rounded to, if the engine can multiply by it here and it pays: `int8` (and `fp8`) round the inputs of a
+    layer too, `int4_g32` has 4 bits and one scale for 32 weights (also `_g64`, `_g128`). An empty list rounds nothing.
+    """
+    residuals: tuple[Annotated[int, Field(ge=1)], ...] = (8, 16, 32)
+    """Ranks of the factors that may be added to weights of 4 bits, to make up for their rounding."""
     fisher: tuple[Kind, ...] = KINDS
     """Kinds of layers whose errors are weighted by the gradient of the loss. An empty list saves the backward passes, and costs
     quality.

@@ -78,7 +78,7 @@ def test_importing_the_package_and_its_recipe_imports_no_engine() -> None:
 
 
 def test_the_public_api_is_pinned() -> None:
-    assert sorted(lrserve.__all__) == ["LowRankLinear", "LrserveError", "RankPlan", "Recipe", "__version__", "compress_and_export"]
+    assert sorted(lrserve.__all__) == ["LowRankLinear", "LrserveError", "Plan", "Recipe", "__version__", "compress_and_export"]
     for name in lrserve.__all__:
         assert getattr(lrserve, name) is not None
 

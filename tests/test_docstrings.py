@@ -40,5 +40,5 @@ def test_what_docstrings_name_exists() -> None:
 
 @pytest.mark.parametrize(("text", "found"), [("see plan.py", []), ("see gone.py", ["gone.py"]), ("`plan.gone`", ["plan.gone"])])
 def test_a_stale_name_is_found(text: str, found: list[str]) -> None:
-    modules = {"plan": "class RankPlan:", "recipe": "    choose: int", "search": ""}
-    assert stale(f"{text}, `plan.RankPlan`, `search.choose`", modules) == found
+    modules = {"plan": "class Plan:", "recipe": "    choose: int", "search": ""}
+    assert stale(f"{text}, `plan.Plan`, `search.choose`", modules) == found

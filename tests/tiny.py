@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrserve.compression.groups import FAMILIES, STRUCTURES, Stored, Structure, allocated, find_groups
+from lrserve.compression.groups import FAMILIES, STRUCTURES, Group, Stored, Structure, allocated, find_groups
+from lrserve.compression.level import Level
 from lrserve.compression.lowrank import (
     GroupSpec,
     IdentityBlock,
@@ -75,6 +77,11 @@ def dense_model(architecture: str, *, layers: int = 2) -> Any:
             std = 0.3
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=std)
     return model
+
+
+def levels_of(ranks: Iterable[tuple[Group, int]]) -> list[tuple[Group, Level]]:
+    """Return the levels of units that are not rounded."""
+    return [(unit, Level(rank)) for unit, rank in ranks]
 
 
 def factorized_model(architecture: str, *, layers: int = 2, structure: Structure | None = None, apart: bool = False) -> Any:

@@ -4,13 +4,14 @@ What the user fixed decides what the study minimises, with L = log(ppl / dense p
 dense and w `search.speed_weight`:
 
     target             objective               constraint
-    ratio              L - w log(s)
+    ratio, max_bytes   L - w log(s)
     min_speedup        L                       s is at least what was asked
     max_ppl_increase   -log(s)                 ppl is within the limit
     none: the front    L and -tokens/s, both   L is at most `FRONT_LIMIT`
 
 Trials know s from the table of single layers (`allocation/speed.py`). The front is then measured on the engine, plan by plan; each
-measurement corrects the predictions by which the next one is picked.
+measurement corrects the predictions by which the next one is picked. What users would serve instead, the dense model rounded to one
+precision everywhere, is measured besides and may be chosen like any other plan.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lrserve.allocation.plan import RankPlan
+from lrserve.allocation.plan import Plan
 from lrserve.errors import InfeasibleTargetError
 from lrserve.recipe import Target
 
 FRONT_LIMIT = 1.0
 """Nats above dense: nobody serves a model of 2.7 times the perplexity, and without a limit the study would look for the fastest."""
 
-Speedup = Callable[[RankPlan], float]
+Speedup = Callable[[Plan], float]
 """Predicts a plan's throughput over dense."""
 
 
@@ -37,16 +38,19 @@ class Evaluated:
     nll: mean negative log likelihood of each validation window, in nats, in the order of the windows; those of the first windows
         only where the trial was stopped early, and `perplexity` is an estimate then.
     tokens_per_second: as the table of single layers predicts it.
-    origin: the name of a base plan, or `trial N`.
+    origin: the name of a base plan, `trial N`, or of a plan that stands for what users would serve instead.
+    trial: its number in the study; None for a plan that is no trial.
+    fits: whether its size is what was asked for.
     """
 
-    plan: RankPlan
+    plan: Plan
     perplexity: float
     tokens_per_second: float
     origin: str
-    trial: int
+    trial: int | None
     nll: tuple[float, ...] = ()
     complete: bool = True
+    fits: bool = True
 
 
 def limit_of(target: Target) -> float:
@@ -69,7 +73,7 @@ class Goal:
             return {"log(ppl / dense ppl)": "minimize", "tokens per second": "maximize"}
         if self.target.max_ppl_increase:
             return {"-log(speedup)": "minimize"}
-        weight = f" - {self.speed_weight:g} log(speedup)" if self.target.ratio else ""
+        weight = f" - {self.speed_weight:g} log(speedup)" if self.target.sized else ""
         return {f"log(ppl / dense ppl){weight}": "minimize"}
 
     def loss(self, perplexity: float) -> float:
@@ -80,11 +84,11 @@ class Goal:
         """Return what is minimised, of a perplexity and a speedup over dense, predicted or measured; a front's is the loss."""
         if self.target.max_ppl_increase:
             return -math.log(speedup)
-        return self.loss(perplexity) - (self.speed_weight * math.log(speedup) if self.target.ratio else 0.0)
+        return self.loss(perplexity) - (self.speed_weight * math.log(speedup) if self.target.sized else 0.0)
 
     def constraints(self, perplexity: float, speedup: float) -> dict[str, float]:
         """Return what has to be zero or less, by name."""
-        if self.target.ratio:
+        if self.target.sized:
             return {}
         if self.target.min_speedup:
             return {"speedup": math.log(self.target.min_speedup / speedup)}
@@ -163,19 +167,19 @@ class MeasuredSpeed:
 
 
 def _reaches_target(found: MeasuredSpeed, goal: Goal) -> bool:
-    return not goal.target.min_speedup or found.speedup >= goal.target.min_speedup
+    return found.trial.fits and (not goal.target.min_speedup or found.speedup >= goal.target.min_speedup)
 
 
 def _beats_dense(found: MeasuredSpeed, goal: Goal) -> bool:
     """Whether a plan is faster than dense beyond the spread, where the target promises that it is faster."""
-    promised = not goal.target.ratio and (goal.target.min_speedup or 1.0) >= 1
+    promised = not goal.target.sized and (goal.target.min_speedup or 1.0) >= 1
     return not promised or found.at_least > 1
 
 
 def choose(measured: Sequence[MeasuredSpeed], goal: Goal) -> Evaluated:
     """Choose by *measured* speedups: the best objective that meets the target; of the front the knee.
 
-    Under a ratio target nothing is promised of the speed. Otherwise the plan is faster than dense beyond the spread.
+    Under a target that fixes a size nothing is promised of the speed. Otherwise the plan is faster than dense beyond the spread.
 
     Raises:
         InfeasibleTargetError: none reaches the speedup, or none is faster than dense.
@@ -202,7 +206,7 @@ def choose(measured: Sequence[MeasuredSpeed], goal: Goal) -> Evaluated:
 def rule(goal: Goal) -> str:
     """Say which of the measured plans `choose` chooses, to stand after 'the choice is'."""
     target = goal.target
-    if target.ratio:
+    if target.sized:
         weight = "" if goal.speed_weight == 1 else f"{goal.speed_weight:g} "
         return f"the lowest log(perplexity / dense perplexity) - {weight}log(speedup), with the speedup of the fastest rounds"
     faster = ", of those whose spread lies above dense" if (target.min_speedup or 1.0) >= 1 else ""
@@ -216,6 +220,8 @@ def rule(goal: Goal) -> str:
 def why_not(found: MeasuredSpeed, chosen: MeasuredSpeed, goal: Goal) -> str:
     """Say why `choose` chose another plan than the measured one `found`."""
     target = goal.target
+    if not found.trial.fits:
+        return "it is larger than what was asked for"
     if not _reaches_target(found, goal):
         return f"it misses the target: {found.speedup:.3f}x measured, {target.min_speedup:g}x asked for"
     if not _beats_dense(found, goal):
@@ -227,7 +233,7 @@ def why_not(found: MeasuredSpeed, chosen: MeasuredSpeed, goal: Goal) -> str:
     objectives = [goal.objective(plan.trial.perplexity, plan.speedup) for plan in both]
     if objectives[0] == objectives[1]:
         return "it is as good by the rule, and was measured later"
-    if target.ratio:
+    if target.sized:
         own, best = (
             f"{objective:+.3f} ({goal.loss(plan.trial.perplexity):+.3f} nats at {plan.speedup:.3f}x)"
             for objective, plan in zip(objectives, both, strict=True)

@@ -18,11 +18,13 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
-from lrserve.allocation.plan import RankPlan, rank_choices
-from lrserve.compression.groups import Group, Stored, Structure
+from lrserve.allocation.plan import Offers, Plan
+from lrserve.compression.groups import Group, Stored
+from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
 from lrserve.recipe import Workload, shares
 
 PREFILL_CHUNK: Final = 4096
@@ -36,7 +38,8 @@ _TRUST = 0.05**2  # squared relative change of time at which a measured plan cou
 class Shape:
     """A layer to time: n inputs, m outputs, and the rank of its factors (None: dense) and what they are stored as.
 
-    `ordered`: an identity block need not reorder its inputs.
+    `ordered`: an identity block need not reorder its inputs. `weights`: what its weights are rounded to. `residual`: rank of what
+    is added to a dense layer's.
     """
 
     n: int
@@ -44,38 +47,46 @@ class Shape:
     rank: int | None
     structure: Stored = "low_rank"
     ordered: bool = False
+    weights: Precision | None = None
+    residual: int = 0
 
 
-def shapes_of(group: Group, rank: int | None, structure: Structure) -> list[Shape]:
-    """List the layers that multiply for a group: its own, and those of an MLP that is allocated as one.
+def shapes_of(group: Group, level: Level, offers: Offers) -> list[Shape]:
+    """List the layers that multiply for a unit: its own, and those of an MLP that is allocated as one.
 
     An MLP with fewer neurons is dense layers of other sizes.
     """
+    rank, shape = level.rank, partial(Shape, weights=level.weights, residual=level.residual)
     if group.fed_by:
         kept = group.n if rank is None else rank
-        return [Shape(kept, group.m, None), Shape(group.fed_by.n, len(group.fed_by.members) * kept, None)]
+        return [shape(kept, group.m, None), shape(group.fed_by.n, len(group.fed_by.members) * kept, None)]
     if rank is None:
-        return [Shape(group.n, group.m, None)]
-    return [Shape(group.n, group.m, rank, group.stored_as(structure), group.ordered)]
+        return [shape(group.n, group.m, None)]
+    return [shape(group.n, group.m, rank, group.stored_as(offers.structure), group.ordered)]
 
 
-def measured_ranks(group: Group, step: int, structure: Structure) -> list[int]:
-    """Return every choice or, of large layers, some of them, evenly spread, the smallest and the largest among them.
+def measured_levels(group: Group, offers: Offers) -> list[Level]:
+    """Return the levels of a unit that are timed: of each precision every rank or, of large layers, some, evenly spread; and dense.
 
-    Times of large layers are smooth and take long to measure.
+    Times of large layers are smooth and take long to measure. Residuals are timed beside dense weights, and take as long beside
+    fewer.
     """
-    choices = rank_choices(group, step, structure)
-    stride = max(1, math.ceil(len(choices) / max(_FEWEST_RANKS, _TABLE_WEIGHTS // group.dense_parameters)))
-    return list(dict.fromkeys([*choices[::stride], *choices[-1:]]))
+    levels = offers.levels(group)
+    found: list[Level] = []
+    for weights in (*offers.precisions, None):
+        own = [level for level in levels if level.weights == weights]
+        ranks = [level for level in own if level.rank is not None and not level.residual]
+        most = _FEWEST_RANKS if weights else max(_FEWEST_RANKS, _TABLE_WEIGHTS // group.dense_parameters)
+        stride = max(1, math.ceil(len(ranks) / most))
+        found += dict.fromkeys([*ranks[::stride], *ranks[-1:]])
+        found += [level for level in own if level.rank is None]
+    return found
 
 
-def shapes_to_measure(groups: Sequence[Group], step: int, structure: Structure) -> list[Shape]:
-    """List each distinct layer of the dense model, and of its compressed groups at `measured_ranks`."""
-    shapes: dict[Shape, None] = {}
-    for group in groups:
-        for rank in [None, *measured_ranks(group, step, structure)]:
-            shapes |= dict.fromkeys(shapes_of(group, rank, structure))
-    return list(shapes)
+def shapes_to_measure(groups: Sequence[Group], offers: Offers) -> list[Shape]:
+    """List each distinct layer of the units at `measured_levels`."""
+    shapes = (shape for group in groups for level in measured_levels(group, offers) for shape in shapes_of(group, level, offers))
+    return list(dict.fromkeys(shapes))
 
 
 def calls(workload: Workload) -> Counter[int]:
@@ -99,21 +110,42 @@ def _ascending(times: list[float]) -> list[float]:
     return isotonic_regression(times).x.tolist() if times else []
 
 
+@dataclass(frozen=True)
+class _Curve:
+    """Microseconds of one precision by number of rows: at ascending ranks, at the dense structure, and what each residual adds."""
+
+    ranks: list[int]
+    by_rank: dict[int, list[float]]
+    dense: dict[int, float]
+    residuals: dict[int, dict[int, float]]
+
+    def microseconds(self, level: Level, rows: int) -> float:
+        extra = self.residuals[level.residual][rows] if level.residual else 0.0
+        rank, ranks, column = level.rank, self.ranks, self.by_rank[rows]
+        if rank is None:
+            return self.dense[rows] + extra
+        i = bisect_left(ranks, rank)
+        if i == len(ranks) or ranks[i] == rank or i == 0:
+            return column[min(i, len(ranks) - 1)] + extra
+        part = (rank - ranks[i - 1]) / (ranks[i] - ranks[i - 1])
+        return column[i - 1] + part * (column[i] - column[i - 1]) + extra
+
+
 class SpeedModel:
-    """Predicts the time of any plan of one structure, for a mix of workloads."""
+    """Predicts the time of any plan of the offered levels, for a mix of workloads."""
 
     def __init__(
         self,
         groups: Sequence[Group],
         workloads: Mapping[str, Workload],
         dense_seconds: Mapping[str, float],
-        latencies: Mapping[Shape, Mapping[int, float]],
-        step: int,
-        structure: Structure,
+        latencies: Mapping[Shape, Mapping[int, float] | None],
+        offers: Offers,
     ) -> None:
         """Take, per workload, the seconds of the measured dense run and, per shape and number of rows, microseconds of one call.
 
-        The table holds `shapes_to_measure` of the same groups, step and structure at `token_counts`.
+        The table holds `shapes_to_measure` of the same groups and offers at `token_counts`; None is a layer that the engine cannot
+        run. `offers` then has the precisions of which it can run every layer that was timed.
         """
         self.groups = list(groups)
         self._shares = shares(workloads)
@@ -127,22 +159,59 @@ class SpeedModel:
             self._shares[name] * workload.concurrency * workload.output_tokens / dense_seconds[name]
             for name, workload in workloads.items()
         )
-        self._structure: Structure = structure
-        self._curves: dict[tuple[bool, tuple[Shape, ...]], tuple[list[int], dict[int, list[float]], dict[int, float]]] = {}
-        counts = token_counts(workloads)
+        runnable = [p for p in offers.precisions if all(us is not None for shape, us in latencies.items() if shape.weights == p)]
+        self.offers = replace(offers, precisions=tuple(runnable))
+        self._curves: dict[tuple[bool, tuple[Shape, ...], Precision | None], _Curve] = {}
         for group in self.groups:
-            key = self._key(group)
-            if key in self._curves:
-                continue
+            for weights in (None, *runnable):
+                if (key := self._key(group, weights)) not in self._curves:
+                    self._curves[key] = self._curve(group, weights, latencies, token_counts(workloads))
 
-            def microseconds(rank: int | None, rows: int, group: Group = group) -> float:
-                return sum(latencies[shape][rows] for shape in shapes_of(group, rank, structure))
+    def _curve(
+        self,
+        group: Group,
+        weights: Precision | None,
+        latencies: Mapping[Shape, Mapping[int, float] | None],
+        counts: Sequence[int],
+    ) -> _Curve:
+        levels = [level for level in measured_levels(group, self.offers) if level.weights == weights]
+        factors = sorted((level for level in levels if level.rank is not None), key=lambda level: level.rank or 0)
 
-            ranks = measured_ranks(group, step, structure)
-            columns = {rows: _ascending([microseconds(rank, rows) for rank in ranks]) for rows in counts}
-            self._curves[key] = ranks, columns, {rows: microseconds(None, rows) for rows in counts}
+        def microseconds(level: Level, rows: int) -> float:
+            return sum((latencies[shape] or {})[rows] for shape in shapes_of(group, level, self.offers))
 
-    def corrected(self, measured: Sequence[tuple[RankPlan, Mapping[str, float]]]) -> SpeedModel:
+        whole = Level(weights=weights)
+        dense = {rows: microseconds(whole, rows) for rows in counts} if whole in levels else {}
+        return _Curve(
+            [level.rank for level in factors if level.rank is not None],
+            {rows: _ascending([microseconds(level, rows) for level in factors]) for rows in counts},
+            dense,
+            {
+                level.residual: {rows: max(microseconds(level, rows) - dense[rows], 0.0) for rows in counts}
+                for level in levels
+                if level.residual
+            },
+        )
+
+    def without_what_never_pays(self) -> SpeedModel:
+        """Return the model that offers no precision that has fewer bits than another one and is nowhere faster."""
+        left: list[Precision] = []
+        for weights in sorted(self.offers.precisions, key=lambda p: (-SCHEMES[p].bits, SCHEMES[p].group or math.inf)):
+            rivals = [p for p in left if SCHEMES[p].bits > SCHEMES[weights].bits]
+            if any(self._faster(group, weights, rivals) for group in self.groups):
+                left.append(weights)
+        model = copy.copy(self)
+        model.offers = replace(self.offers, precisions=tuple(p for p in self.offers.precisions if p in left))
+        return model
+
+    def _faster(self, group: Group, weights: Precision, rivals: Sequence[Precision]) -> bool:
+        """Whether a unit is faster in a precision than dense, and than in all rivals that it can have."""
+        levels = set(self.offers.levels(group))
+        whole = Level(weights=weights)
+        others = [DENSE, *(level for p in rivals if (level := Level(weights=p)) in levels)]
+        return whole in levels and self.cost(group, whole) < min(self.cost(group, level) for level in others)
+
+    def corrected(self, measured: Sequence[tuple[Plan, Mapping[str, float]]]) -> SpeedModel:
         """Return the uncorrected model of the same table with one factor for each workload on all predicted changes of time.
 
         The least-squares factor through what was measured, drawn towards 1: one plan that changes the time by 5 % counts as
@@ -162,48 +231,39 @@ class SpeedModel:
         model._factors = factors
         return model
 
-    def _key(self, group: Group) -> tuple[bool, tuple[Shape, ...]]:
-        return group.ordered, tuple(shapes_of(group, None, self._structure))
+    def _key(self, group: Group, weights: Precision | None) -> tuple[bool, tuple[Shape, ...], Precision | None]:
+        return group.ordered, tuple(shapes_of(group, DENSE, self.offers)), weights
 
-    def _microseconds(self, group: Group, rank: int | None, rows: int) -> float:
-        ranks, columns, dense = self._curves[self._key(group)]
-        if rank is None:
-            return dense[rows]
-        column, i = columns[rows], bisect_left(ranks, rank)
-        if i == len(ranks) or ranks[i] == rank or i == 0:
-            return column[min(i, len(ranks) - 1)]
-        part = (rank - ranks[i - 1]) / (ranks[i] - ranks[i - 1])
-        return column[i - 1] + part * (column[i] - column[i - 1])
-
-    def _time(self, name: str, group: Group, rank: int | None) -> float:
-        table = sum(weight * self._microseconds(group, rank, rows) for rows, weight in self._weights[name].items())
+    def _time(self, name: str, group: Group, level: Level) -> float:
+        curve = self._curves[self._key(group, level.weights)]
+        table = sum(weight * curve.microseconds(level, rows) for rows, weight in self._weights[name].items())
         return self._factors[name] * table
 
-    def cost(self, group: Group, rank: int | None) -> float:
-        """Predict the group's part of the mix's relative time; a `Cost` for `BudgetFit`."""
-        return sum(share * self._time(name, group, rank) for name, share in self._shares.items())
+    def cost(self, group: Group, level: Level) -> float:
+        """Predict the unit's part of the mix's relative time; a `Cost` for `BudgetFit`."""
+        return sum(share * self._time(name, group, level) for name, share in self._shares.items())
 
-    def relative_times(self, plan: RankPlan) -> dict[str, float]:
+    def relative_times(self, plan: Plan) -> dict[str, float]:
         """Predict, for each workload, the plan's time over the dense model's."""
-        changed = [(group, rank) for group in self.groups if (rank := plan.ranks[group.name]) is not None]
+        changed = plan.changed(self.groups)
         return {
-            name: max(1 + sum(self._time(name, group, rank) - self._time(name, group, None) for group, rank in changed), 1e-9)
+            name: max(1 + sum(self._time(name, group, level) - self._time(name, group, DENSE) for group, level in changed), 1e-9)
             for name in self._shares
         }
 
-    def speedups(self, plan: RankPlan) -> dict[str, float]:
+    def speedups(self, plan: Plan) -> dict[str, float]:
         """Predict, for each workload, the throughput over the dense model's."""
         return {name: 1 / time for name, time in self.relative_times(plan).items()}
 
-    def speedup(self, plan: RankPlan) -> float:
+    def speedup(self, plan: Plan) -> float:
         """Predict the throughput of the mix over the dense model's."""
         times = self.relative_times(plan)
         return 1 / sum(share * times[name] for name, share in self._shares.items())
 
-    def tokens_per_second(self, plan: RankPlan) -> float:
+    def tokens_per_second(self, plan: Plan) -> float:
         """Predict output tokens per second of the mix."""
         return self.dense_tokens_per_second * self.speedup(plan)
 
     def budget(self, speedup: float) -> float:
         """Return the relative time that all groups together may take for a predicted speedup; may be negative."""
-        return sum(self.cost(group, None) for group in self.groups) - (1 - 1 / speedup)
+        return sum(self.cost(group, DENSE) for group in self.groups) - (1 - 1 / speedup)

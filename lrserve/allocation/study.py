@@ -23,7 +23,7 @@ import optuna
 from optuna.trial import TrialState
 
 from lrserve.allocation.goal import Evaluated, Goal
-from lrserve.allocation.plan import RankPlan
+from lrserve.allocation.plan import Plan
 from lrserve.allocation.quality import Judgement
 from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.speed import SpeedModel
@@ -40,7 +40,7 @@ _BEST = 0.25  # quantile of the trials that are told from the others: a tenth, a
 STUDY = "lrserve"
 """Name of the study in a file of its own."""
 
-Evaluate = Callable[[RankPlan, Sequence[Sequence[float]]], Judgement]
+Evaluate = Callable[[Plan, Sequence[Sequence[float]]], Judgement]
 """Judges a plan on the validation text; may stop early where it is surely worse than one of those rivals' window losses."""
 
 
@@ -103,7 +103,7 @@ def _objective(
             rivals = [t for t in done if t.complete and (goal.target.min_speedup or t.tokens_per_second >= throughput)]
             found = evaluate(plan, [rival.nll for rival in rivals])
         attributes: dict[str, Any] = {
-            "ranks": dict(plan.ranks),
+            "levels": plan.to_json(),
             "structure": plan.structure,
             "perplexity": found.perplexity,
             "nll": list(found.nll),
@@ -137,7 +137,7 @@ def finished(study: optuna.Study) -> list[Evaluated]:
     """Return the finished trials, in order."""
     return [
         Evaluated(
-            plan=RankPlan(ranks=trial.user_attrs["ranks"], structure=trial.user_attrs["structure"]),
+            plan=Plan.from_json(trial.user_attrs["levels"], trial.user_attrs["structure"]),
             perplexity=trial.user_attrs["perplexity"],
             tokens_per_second=trial.user_attrs["tokens_per_second"],
             origin=trial.user_attrs.get("origin", f"trial {trial.number}"),

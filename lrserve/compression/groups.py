@@ -11,6 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeGuard, get_args
 
+from lrserve.compression.level import SCHEMES, Level, Precision
 from lrserve.errors import UnsupportedModelError
 
 if TYPE_CHECKING:  # recipes name kinds and structures, and are read without torch
@@ -141,6 +142,29 @@ class Group:
         if stored == "narrow_out":
             return self.biases // self.out_features[0] * rank
         return self.m + (self.fed_by.bias_entries(rank, "narrow_out") if self.fed_by else 0)
+
+    def matrices(self, rank: int | None, stored: Stored) -> list[tuple[int, int]]:
+        """List the shapes of the weight matrices that are stored for this group, those of `fed_by` last."""
+        kept, feeding = (self.n if rank is None else rank), []
+        if self.fed_by:
+            feeding = [(len(self.fed_by.members) * kept, self.fed_by.n)]
+        if stored == "narrow_in" or rank is None:
+            return [(self.m, kept), *feeding]
+        return [(rank, self.n - (rank if stored == "identity_block" else 0)), (self.m, rank)]
+
+    def can_round(self, rank: int | None, weights: Precision, stored: Stored) -> bool:
+        """Whether those matrices can be rounded so: factors to 8 bits only, and groups of inputs must fit."""
+        scheme = SCHEMES[weights]
+        whole = rank is None or stored == "narrow_in"
+        return (whole or scheme.bits == 8) and all(scheme.fits(n) for _, n in self.matrices(rank, stored))
+
+    def stored_bytes(self, level: Level, stored: Stored, itemsize: int) -> int:
+        """Count the bytes of this group's tensors at a level; values that are not rounded have `itemsize` bytes."""
+        if level.weights is None:
+            return self.parameters(level.rank, stored) * itemsize
+        scheme, r = SCHEMES[level.weights], level.residual
+        rounded = sum(scheme.stored_bytes(m, n) + r * (m + n + 4) for m, n in self.matrices(level.rank, stored))
+        return rounded + self.bias_entries(level.rank, stored) * itemsize
 
     @property
     def ordered(self) -> bool:

@@ -11,11 +11,9 @@ import torch
 from safetensors import safe_open
 
 from lrserve.compression.calibrate import read_statistics
-from lrserve.compression.factorize import Factors, FactorSource, GradientOf, Spectrum, factorize
-from lrserve.compression.groups import Group, Structure
-from lrserve.compression.lowrank import install_low_rank, keep_outputs, load_factors, load_feeding, reorder_outputs, specs_of
+from lrserve.compression.factorize import Factors, GradientOf, Spectrum, factorize
+from lrserve.compression.groups import Group
 from lrserve.compression.narrow import narrow
-from lrserve.compression.structure import structured
 from lrserve.errors import CalibrationError
 from lrserve.storage.store import write_tensors
 
@@ -120,88 +118,3 @@ class SpectrumStore:
         if self._errors is None:
             self._errors = {name: self.spectrum(name).errors() for name in self.groups}
         return self._errors
-
-
-@torch.no_grad()
-def compress_model(
-    model: Any,
-    ranks: Sequence[tuple[Group, int]],
-    structure: Structure,
-    source: FactorSource,
-    dtype: torch.dtype,
-) -> Any:
-    """Put compressed layers in the place of a dense model's linears and return the model.
-
-    Every parameter, dense ones included, is rounded to `dtype`, in which it will be stored; the model keeps its own, wider dtype.
-    """
-    specs, orders = specs_of(ranks, structure), []
-    install_low_rank(model, specs)
-    for group, rank in ranks:
-        factors = structured(source.cut(group.name, rank), group.stored_as(structure))
-        load_factors(model, group, factors, dtype)
-        if specs[group.name].ordered and factors.order is not None:
-            orders.append((group, factors.order))
-        if group.fed_by and factors.order is not None:
-            keep_outputs(model, group.fed_by, factors.order)
-            if factors.feeding is not None:
-                load_feeding(model, group.fed_by, factors.feeding, dtype)
-    for group, order in orders:  # now that the factors of the layers before are in place
-        reorder_outputs(model, group, order)
-    return round_parameters(model, dtype)
-
-
-@torch.no_grad()
-def round_parameters(model: Any, dtype: torch.dtype) -> Any:
-    """Round every parameter to `dtype` and return the model, whose own, wider dtype stays."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
-    return model
-
-
-class MergedRanks:
-    """A dense model whose weights are rewritten in place to B A + b, for evaluating many plans without rebuilding it.
-
-    Only the groups whose rank changed are rewritten; the dense weights are kept aside. Differs from the factors that are
-    exported by the rounding of B A to the model's dtype.
-    """
-
-    def __init__(self, model: Any, groups: Sequence[Group], store: SpectrumStore) -> None:
-        self.model = model
-        self._groups = {group.name: group for group in groups}
-        self._store = store
-        self._ranks: dict[str, int | None] = {group.name: None for group in groups}
-        self._dense = {
-            member: (linear.weight, linear.bias)
-            for group in groups
-            for member in group.members
-            for linear in [model.get_submodule(member)]
-        }
-
-    def to(self, device: torch.device | str) -> None:
-        """Make every group dense and move the model: off a GPU whose memory an engine is about to take, and back."""
-        self.apply({})
-        self.model.to(device)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    @torch.no_grad()
-    def apply(self, ranks: dict[str, int | None]) -> None:
-        """Set the ranks of the named groups; groups that are not named become dense."""
-        for name, group in self._groups.items():
-            rank = ranks.get(name)
-            if rank == self._ranks[name]:
-                continue
-            linears = [self.model.get_submodule(member) for member in group.members]
-            if rank is None:
-                for member, linear in zip(group.members, linears, strict=True):
-                    linear.weight, linear.bias = self._dense[member]
-            else:
-                factors = self._store.cut(name, rank)
-                device, dtype = linears[0].weight.device, linears[0].weight.dtype
-                weight = (factors.B.to(device) @ factors.A.to(device)).to(dtype)
-                bias = factors.b.to(device=device, dtype=dtype)
-                rows = list(group.out_features)
-                for linear, w, b in zip(linears, torch.split(weight, rows), torch.split(bias, rows), strict=True):
-                    linear.weight = torch.nn.Parameter(w, requires_grad=False)
-                    linear.bias = torch.nn.Parameter(b, requires_grad=False)
-            self._ranks[name] = rank

@@ -154,14 +154,15 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
         kept = activations * job.layers // 2
         costs.append(StageCost("2 gradients", _GRADIENTS * tokens * forward.total, 2 * moments, weights + moments + kept))
     costs.append(StageCost("3 factorize", _DECOMPOSE * cubes * _seconds_per_cube(), spectra, weights + 8 * 6 * largest**2))
-    probes = len(job.units) * search.probe_tokens * (forward.decoder / 2 + forward.head)
+    precisions = 1 + len(recipe.factorization.weights)  # at most
+    probes = precisions * len(job.units) * search.probe_tokens * (forward.decoder / 2 + forward.head)
     judged = search.trials * search.validation_tokens + 2 * min(search.validation_pool, job.windows["validation"].numel())
     searched = probes + _TRIAL * judged * forward.total
     logits = 4 * search.probe_tokens * int(job.source.config().vocab_size)
     costs.append(StageCost("4 search", searched, 0, 2 * weights + activations + logits + engine))
-    cells = len(shapes_to_measure(job.units, search.rank_step, recipe.structure)) * len(token_counts(recipe.workloads))
+    cells = len(shapes_to_measure(job.units, job.offers)) * len(token_counts(recipe.workloads))
     costs.append(StageCost("4 latency", start + 3 * run + _LAYER_SECONDS * cells, 0, 2 * weights + engine))
-    measured = search.measured_plans * (start + 2 * (1 + recipe.engine.repeats) * run)
+    measured = (search.measured_plans + 2) * (start + 2 * (1 + recipe.engine.repeats) * run)
     dense_graph = float32 * ("onnx" in recipe.export)  # which the proof compares with
     costs.append(StageCost("4 measure", measured, weights + dense_graph, 2 * weights + float32 + 2 * engine))
     seconds, disk, memory = 0.0, 0, 0

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import resource
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,12 @@ def collect_metrics(
             "origin": tuned.chosen.candidate.origin,
             "structure": plan.structure,
             "groups": len(job.units),
-            "factorized": len(plan.factorized(job.units)),
+            "factorized": sum(level.rank is not None for level in plan.levels.values()),
+            "rounded": dict(Counter(level.weights for level in plan.levels.values() if level.weights is not None)),
+            "residuals": sum(level.residual > 0 for level in plan.levels.values()),
         },
         "improved": improved,
-        "sizes": sizes(job.source.skeleton(), specs_of(plan.factorized(job.units), plan.structure), job.dtype.itemsize),
+        "sizes": sizes(job.source.skeleton(), specs_of(plan.changed(job.units), plan.structure), job.dtype.itemsize),
         "perplexity": {
             "validation": {
                 "dense": tuned.goal.dense_perplexity,
@@ -68,7 +71,10 @@ def collect_metrics(
         "measured_plans": [
             {
                 "origin": m.candidate.origin,
+                "usual": m.candidate.trial is None,
+                "chosen": m is tuned.chosen,
                 "validation_perplexity": m.candidate.perplexity,
+                "linear_bytes": m.candidate.plan.byte_share(job.units, job.dtype.itemsize),
                 "predicted_speedup": m.predicted_speedup,
                 "corrected_speedup": m.corrected,
                 "predicted": dict(m.predicted),
@@ -118,9 +124,10 @@ def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
     kinds: dict[str, list[dict[str, Any]]] = {}
     plan = tuned.chosen.candidate.plan
     for unit in job.units:
-        rank = plan.ranks[unit.name]
-        kept = unit.parameters(rank, unit.stored_as(plan.structure)) / unit.dense_parameters
-        kinds.setdefault(unit.kind, []).append({"layer": unit.layer, "rank": rank, "dense_rank": unit.full_rank, "kept": kept})
+        level, stored = plan.levels[unit.name], unit.stored_as(plan.structure)
+        cell: dict[str, Any] = {"layer": unit.layer, "rank": level.rank, "dense_rank": unit.full_rank}
+        cell |= {"kept": unit.parameters(level.rank, stored) / unit.dense_parameters}
+        kinds.setdefault(unit.kind, []).append({**cell, "weights": level.weights, "residual": level.residual})
     seconds = time_spent(study)
     share = shares(recipe.workloads)
     return {
@@ -140,6 +147,7 @@ def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
                 "perplexity": trial.perplexity,
                 "speedup": tuned.speed.speedup(trial.plan),
                 "ratio": trial.plan.ratio(job.units),
+                "bytes": trial.plan.byte_share(job.units, job.dtype.itemsize),
                 "complete": trial.complete,
                 "front": any(trial is best for best in front),
             }

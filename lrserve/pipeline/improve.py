@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lrserve.allocation.plan import RankPlan
+from lrserve.allocation.plan import Plan
 from lrserve.compression.factorize import FactorSource, GradientOf
 from lrserve.compression.gradients import GradientStore
 from lrserve.compression.propagate import propagation
 from lrserve.compression.recover import recover
 from lrserve.compression.refine import adam
+from lrserve.compression.rounding import Rounding
 from lrserve.compression.sequential import Step, walk
 from lrserve.compression.spectra import SpectrumStore
 from lrserve.compression.training import TrainedFactors
@@ -30,14 +31,15 @@ def gradient_reader(job: Job, gradients: GradientStore | None) -> GradientOf:
 
 
 def improve_factors(
-    job: Job, plan: RankPlan, store: SpectrumStore, gradient: GradientOf, folder: WorkFolder
+    job: Job, plan: Plan, store: SpectrumStore, gradient: GradientOf, folder: WorkFolder
 ) -> tuple[FactorSource, dict[str, Any]]:
     """Stage 5, first half: do what the recipe asks to the chosen plan's factors; their ranks stay.
 
     Returns:
         The factors, and what was done to them: the settings, and of a recovery its steps and divergences. Empty for nothing.
     """
-    settings, ranks = job.recipe.factorization, plan.factorized(job.units)
+    settings = job.recipe.factorization
+    ranks = [(unit, level.rank) for unit, level in plan.changed(job.units) if level.rank is not None]
     factors: FactorSource = store
     done: dict[str, Any] = {}
     propagate = settings.propagate
@@ -86,11 +88,11 @@ def improve_factors(
     return factors, done
 
 
-def validate_improved(job: Job, tuned: Tuned, factors: FactorSource) -> float | None:
+def validate_improved(job: Job, tuned: Tuned, factors: FactorSource, rounding: Rounding) -> float | None:
     """Return the validation perplexity of improved factors; None where it is above that of the factors that were searched."""
     candidate = tuned.chosen.candidate
     searched = candidate.perplexity
-    found = tuned.validation(job.served_model(candidate.plan, factors)).perplexity
+    found = tuned.validation(job.served_model(candidate.plan, factors, rounding)).perplexity
     better = found <= searched
     kept = "" if better else "; worse, so the searched factors are kept"
     job.say(f"5/6 improved: validation perplexity {searched:.2f} to {found:.2f}{kept}")

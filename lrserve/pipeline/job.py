@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from lrserve.allocation.plan import RankPlan
+from lrserve.allocation.plan import Offers, Plan
+from lrserve.compression.assemble import compress_model
 from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group, allocated, family_of, find_groups
-from lrserve.compression.spectra import compress_model
+from lrserve.compression.rounding import Rounding
 from lrserve.inputs.source import Source, open_source
 from lrserve.inputs.text import Documents, load_texts, shortage, token_windows
 from lrserve.plugins.versions import require_sound_torchvision
@@ -46,6 +47,12 @@ class Job:
         return allocated(self.groups, self.recipe.structure)
 
     @property
+    def offers(self) -> Offers:
+        """The levels that the recipe allows; what the engine cannot run is not known yet."""
+        settings = self.recipe.factorization
+        return Offers(self.recipe.search.rank_step, settings.structure, settings.weights, settings.residuals)
+
+    @property
     def layers(self) -> int:
         """Number of decoder blocks."""
         return max(group.layer for group in self.groups) + 1
@@ -74,15 +81,21 @@ class Job:
         """Cut all of the calibration text into windows: training goes through more of it than the covariances need."""
         return token_windows(self.source.tokenizer(), self.calibration_text, self.recipe.calibration.length)
 
-    def compressed_model(self, plan: RankPlan, factors: FactorSource) -> Any:
-        """Build the compressed model in float32 on the CPU, every value rounded to the dtype that it is stored in."""
-        model = self.source.load(torch.float32).cpu()
-        return compress_model(model, plan.factorized(allocated(self.groups, plan.structure)), plan.structure, factors, self.dtype)
+    def compressed_model(self, plan: Plan, factors: FactorSource, rounding: Rounding | None = None) -> Any:
+        """Build the compressed model in float32 on the CPU, every value rounded to what it is stored in."""
+        return self._compressed(self.source.load(torch.float32).cpu(), plan, factors, rounding)
 
-    def served_model(self, plan: RankPlan, factors: FactorSource, groups: Sequence[Group] | None = None) -> Any:
-        """Build the compressed model as it is served, in its own dtype; `groups` are the plan's, if other than the fused ones."""
-        ranks = plan.factorized(allocated(self.groups, plan.structure) if groups is None else groups)
-        return compress_model(self.source.load(self.dtype), ranks, plan.structure, factors, self.dtype)
+    def served_model(
+        self, plan: Plan, factors: FactorSource, rounding: Rounding | None = None, units: Sequence[Group] | None = None
+    ) -> Any:
+        """Build the compressed model as it is served, in its own dtype; `units` are the plan's, if they are no fused groups."""
+        return self._compressed(self.source.load(self.dtype), plan, factors, rounding, units)
+
+    def _compressed(
+        self, model: Any, plan: Plan, factors: FactorSource, rounding: Rounding | None, units: Sequence[Group] | None = None
+    ) -> Any:
+        changed = plan.changed(allocated(self.groups, plan.structure) if units is None else units)
+        return compress_model(model, changed, plan.structure, factors, self.dtype, rounding)
 
 
 def first_tokens(windows: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch
 
 from lrserve.allocation.goal import Evaluated, Goal, next_candidate
 from lrserve.allocation.speed import Shape, SpeedModel, shapes_to_measure, token_counts
+from lrserve.compression.rounding import Rounding
 from lrserve.compression.spectra import SpectrumStore
 from lrserve.engines.protocol import EngineProcess
 from lrserve.engines.runtimes import Runtime
@@ -102,14 +103,14 @@ def dense_checkpoint(job: Job, runtime: Runtime, folder: WorkFolder) -> Path:
 
 
 def measure_layers(job: Job, runtime: Runtime, dense: DenseEngine, folder: WorkFolder) -> tuple[dict[str, Any], str]:
-    """Measure, in the dense model's engine, its runs and the latency of single layers, dense and at `measured_ranks`.
+    """Measure, in the dense model's engine, its runs and the latency of single layers at `measured_levels`.
 
     Returns:
-        `dense_seconds` by workload, `tokens` (numbers of rows), and `rows`: shapes with `us`, microseconds for each number of rows;
-        JSON. And the name of the stage that holds it.
+        `dense_seconds` by workload, `tokens` (numbers of rows), and `rows`: shapes with `us`, microseconds for each number of rows,
+        or null for a layer that the engine cannot run; JSON. And the name of the stage that holds it.
     """
     workloads = job.recipe.workloads
-    shapes = shapes_to_measure(job.units, job.recipe.search.rank_step, job.recipe.structure)
+    shapes = shapes_to_measure(job.units, job.offers)
     tokens = token_counts(workloads)
     identity = {
         **job.model_inputs(),
@@ -144,7 +145,7 @@ def measure_layers(job: Job, runtime: Runtime, dense: DenseEngine, folder: WorkF
             for number in range(2, _DENSE_RUNS):  # on the other side of the table: the machine's speed drifts
                 run(number)
             keep_served(job, runtime, engine, folder)
-        rows = [{**asdict(shape), "us": [round(cell, 2) for cell in us]} for shape, us in zip(shapes, table, strict=True)]
+        rows = [{**asdict(shape), "us": us and [round(cell, 2) for cell in us]} for shape, us in zip(shapes, table, strict=True)]
         write_json(path, {"dense_seconds": {name: min(s) for name, s in seconds.items()}, "tokens": tokens, "rows": rows})
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     rates = ", ".join(
@@ -171,11 +172,13 @@ def published(study: Any, table: dict[str, Any]) -> dict[str, Any]:
 def speed_model(job: Job, table: Mapping[str, Any]) -> SpeedModel:
     """Make the speed model from what `measure_layers` returned."""
     latencies = {
-        Shape(**{name: value for name, value in row.items() if name != "us"}): dict(zip(table["tokens"], row["us"], strict=True))
+        Shape(**{name: value for name, value in row.items() if name != "us"}): (
+            dict(zip(table["tokens"], row["us"], strict=True)) if row["us"] else None
+        )
         for row in table["rows"]
     }
     recipe = job.recipe
-    return SpeedModel(job.units, recipe.workloads, table["dense_seconds"], latencies, recipe.search.rank_step, recipe.structure)
+    return SpeedModel(job.units, recipe.workloads, table["dense_seconds"], latencies, job.offers)
 
 
 def measure_front(
@@ -187,9 +190,11 @@ def measure_front(
     trials: Sequence[Evaluated],
     goal: Goal,
     speed: SpeedModel,
+    rounding: Rounding,
+    first: Sequence[Evaluated],
     only: Evaluated | None = None,
 ) -> list[Measured]:
-    """Export the most promising plans of the front, or `only` one, and measure each in turns with the dense model.
+    """Export the plans `first`, and the most promising ones of the front or `only` one, and measure each in turns with dense.
 
     What was measured corrects the predictions by which the next plan is picked.
     """
@@ -207,11 +212,12 @@ def measure_front(
     checkpoint = folder.root / "candidate"
     measured: list[Measured] = []
     runs = count(1)
-    plans = recipe.search.measured_plans if only is None else 1
+    plans = len(first) + (recipe.search.measured_plans if only is None else 1)
     with progress_bar(plans * len(workloads) * 2 * settings.repeats, "4/6 measure") as progress:
         while len(measured) < plans:
             now = speed.corrected([(m.candidate.plan, m.comparison.relative_times) for m in measured])
-            candidate = only or next_candidate(trials, [m.candidate for m in measured], goal, now.speedup)
+            known = [m.candidate for m in measured]
+            candidate = first[len(known)] if len(known) < len(first) else only or next_candidate(trials, known, goal, now.speedup)
             if candidate is None:
                 break
             path = stage / f"{fingerprint(candidate.plan.key())[:16]}.json"
@@ -219,7 +225,9 @@ def measure_front(
             if not before:
                 shutil.rmtree(checkpoint, ignore_errors=True)
                 checkpoint.mkdir()
-                runtime.exporter.export(job.compressed_model(candidate.plan, store), job.source.path, checkpoint, job.dtype)
+                runtime.exporter.export(
+                    job.compressed_model(candidate.plan, store, rounding), job.source.path, checkpoint, job.dtype
+                )
                 with runtime.open(checkpoint, workloads, sharing=2) as engine:
                     [comparison] = compare(
                         dense.running(),

@@ -10,9 +10,10 @@ from typing import Any, Final
 import torch
 
 from exporters.base import Exporter, SelfProving
-from lrserve.allocation.plan import RankPlan
+from lrserve.allocation.plan import Plan
 from lrserve.allocation.quality import perplexity
 from lrserve.compression.factorize import FactorSource
+from lrserve.compression.rounding import Rounding
 from lrserve.engines.runtimes import Runtime, loader_of
 from lrserve.engines.transcripts import Transcript, transcribe_checkpoint, transcribe_model
 from lrserve.inputs.source import Source
@@ -130,7 +131,7 @@ def _samples(job: Job, dense: Pair, compressed: Pair) -> list[dict[str, str]]:
     ]
 
 
-def report_perplexity(job: Job, plan: RankPlan, factors: FactorSource, staging: Path) -> dict[str, Any]:
+def report_perplexity(job: Job, plan: Plan, factors: FactorSource, rounding: Rounding, staging: Path) -> dict[str, Any]:
     """Perplexity on the report text: the dense model, and the exported checkpoint as transformers loads it."""
     windows = job.windows["report"]
     with progress_bar(2 * len(windows), "6/6 perplexity") as progress:
@@ -138,7 +139,7 @@ def report_perplexity(job: Job, plan: RankPlan, factors: FactorSource, staging: 
         if (staging / "config.json").is_file():
             model = Source(name="export", path=staging).load(job.dtype)
         else:  # no checkpoint was asked for
-            model = job.served_model(plan, factors)
+            model = job.served_model(plan, factors, rounding)
         compressed = perplexity(model, windows, lambda done: progress(len(windows) + done))
     increase = compressed / dense - 1
     job.say(f"6/6 perplexity on the report text: dense {dense:.2f}, compressed {compressed:.2f} ({increase:+.1%})")

@@ -13,11 +13,12 @@ import torch
 from exporters.base import Exporter, SelfProving
 from exporters.registry import exporter_points
 from lrserve.allocation.losses import uniform
-from lrserve.allocation.plan import BudgetFit
+from lrserve.allocation.plan import BudgetFit, byte_cost
 from lrserve.allocation.study import connect
-from lrserve.compression.calibrate import calibrate
+from lrserve.compression.calibrate import calibrate, read_statistics
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.matmul import float32_matmuls
+from lrserve.compression.rounding import Rounding
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.engines.runtimes import loader_of, runtime_of
 from lrserve.errors import ArtifactError
@@ -90,9 +91,10 @@ def compress_and_export(
         return finished
     if storage is not None:
         connect(storage)  # a mistake in the URL should not cost a calibration
-    if recipe.target.ratio:
-        fit = BudgetFit(job.units, recipe.search.rank_step, recipe.structure)
-        fit.require((1 - recipe.target.ratio) * fit.dense_cost)
+    if recipe.target.sized:
+        size = byte_cost(recipe.structure, job.dtype.itemsize) if recipe.target.max_bytes else None
+        fit = BudgetFit(job.units, job.offers, size)
+        fit.require((recipe.target.max_bytes or 1 - (recipe.target.ratio or 0.0)) * fit.dense_cost)
     costs = estimate(job, time_forward(job))
     check_place(out, costs[-1].disk)
     check_place(work, sum(cost.disk for cost in costs[:-1]))
@@ -106,23 +108,26 @@ def compress_and_export(
         statistics = calibrate_blocks(job, model, folder)
         gradients = backpropagate(job, model, folder)
         store = factorize_groups(job, model, statistics, gradients, folder)
-        tuned = tune(job, model, store, folder, storage)
+        rounding = Rounding(
+            lambda group: read_statistics(statistics, group).second_moment(), gradient_reader(job, gradients), job.dtype
+        )
+        tuned = tune(job, model, store, rounding, folder, storage)
         del model
         plan = tuned.chosen.candidate.plan
         factors, improved = improve_factors(job, plan, store, gradient_reader(job, gradients), folder)
         validation = tuned.chosen.candidate.perplexity
-        if improved and (found := validate_improved(job, tuned, factors)) is not None:
+        if improved and (found := validate_improved(job, tuned, factors, rounding)) is not None:
             validation = found
         else:
             factors, improved = store, {}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # engines are to come
         with staged(out, replace=overwrite) as staging:
-            model = job.compressed_model(plan, factors)
+            model = job.compressed_model(plan, factors, rounding)
             _export(job, model, exporters, staging)
             proof = prove_agreement(job, model, exporters, staging, folder)
             del model
-            report = report_perplexity(job, plan, factors, staging)
+            report = report_perplexity(job, plan, factors, rounding, staging)
             metrics = collect_metrics(job, tuned, improved, validation, proof, report)
             write_evidence(job, tuned, metrics, staging)
     _say_summary(metrics, out, say)
@@ -165,7 +170,7 @@ def _finished(out: Path, provenance: Mapping[str, Any], overwrite: bool) -> dict
 def _say_intent(job: Job, costs: Sequence[StageCost], say: Say) -> None:
     recipe = job.recipe
     if recipe.target.ratio:
-        fit = BudgetFit(job.units, recipe.search.rank_step, recipe.structure)
+        fit = BudgetFit(job.units, job.offers)
         plan = uniform(fit, (1 - recipe.target.ratio) * fit.dense_cost)
         ranks = {unit.kind: plan.ranks[unit.name] for unit in reversed(job.units)}
         shown = ", ".join(f"{kind} {rank or 'dense'}" for kind, rank in reversed(ranks.items()))

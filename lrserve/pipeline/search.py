@@ -1,4 +1,4 @@
-"""Stage 4, the rank search: probe the groups, time single layers on the engine, run the study, measure its front end to end."""
+"""Stage 4, the search: time single layers on the engine, probe the units, run the study, measure its front end to end."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lrserve.allocation import losses
 from lrserve.allocation.goal import Evaluated, Goal, MeasuredSpeed, choose, pareto_front
-from lrserve.allocation.plan import BudgetFit, RankPlan
-from lrserve.allocation.quality import Divergence, Judgement, Validation, negative_log_likelihood, representative
+from lrserve.allocation.plan import BudgetFit, Offers, Plan
+from lrserve.allocation.quality import Judgement, Validation, negative_log_likelihood, representative
 from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.speed import SpeedModel
 from lrserve.allocation.study import Evaluate, copy_study, open_study, run_study, study_of, time_spent
-from lrserve.compression.groups import Structure
-from lrserve.compression.spectra import MergedRanks, SpectrumStore
+from lrserve.compression.assemble import MergedLevels
+from lrserve.compression.groups import Group
+from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
+from lrserve.compression.rounding import Rounding
+from lrserve.compression.spectra import SpectrumStore
 from lrserve.engines.runtimes import runtime_of
 from lrserve.errors import InputError
 from lrserve.pipeline.job import Job, first_tokens, tensor_sha256
 from lrserve.pipeline.measure import DenseEngine, Measured, dense_checkpoint, measure_front, measure_layers, published, speed_model
+from lrserve.pipeline.probe import probed_losses
 from lrserve.report.console import progress_bar, reused
 from lrserve.storage.store import write_json
 from lrserve.storage.work import WorkFolder
 
-_STUDY_VERSION = 3  # raised when the same suggestions make other plans, or trials keep other figures
-_PROBE_SHARE = 0.5  # share of its dense parameters that a group keeps while it is probed
+_STUDY_VERSION = 4  # raised when the same suggestions make other plans, or trials keep other figures
 _REFERENCE_RATIO = 0.2  # of the uniform plan whose losses tell validation windows apart, where the target has no ratio
 
 
@@ -51,13 +52,14 @@ class Tuned:
         return self.validation.standard_error(self.chosen.candidate.nll)
 
 
-def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder, storage: str | None = None) -> Tuned:
-    """Choose a rank plan for the recipe's target.
+def tune(job: Job, model: Any, store: SpectrumStore, rounding: Rounding, folder: WorkFolder, storage: str | None = None) -> Tuned:
+    """Choose a plan for the recipe's target.
 
     Args:
         job: the opened inputs.
         model: the dense model in the job's dtype; its weights are rewritten by the trials.
         store: its spectra.
+        rounding: rounds its weights.
         folder: the work folder; what an earlier run finished is reused.
         storage: URL of a database in which workers with the same inputs share the study.
 
@@ -66,37 +68,84 @@ def tune(job: Job, model: Any, store: SpectrumStore, folder: WorkFolder, storage
         InputError: the database cannot be used, or `search.choose` is no finished trial.
         EngineError: the engine failed.
     """
-    merged = MergedRanks(model, job.units, store)
+    merged = MergedLevels(model, job.units, store, rounding)
     device = next(model.parameters()).device
-    losses, probe = probed_losses(job, merged, store, folder)
-    validation, validated = choose_windows(job, merged, store, folder)
     merged.to("cpu")  # an engine takes the GPU
     runtime = runtime_of(job.recipe.engine)
     settings, target = job.recipe.search, job.recipe.target
-    goal = Goal(target, settings.speed_weight, validation.dense_perplexity)
     checkpoint = dense_checkpoint(job, runtime, folder)
     with DenseEngine(runtime, checkpoint, job.recipe.requests, folder.root / "dense-engine.log") as dense:
         table, latency = measure_layers(job, runtime, dense, folder)
         dense.leave_gpu()
         merged.to(device)
-        inputs = {"probe": probe, "latency": latency, "validation": validated}
-        stage, place = _study_place(job, folder, inputs, storage)
+        validation, validated = choose_windows(job, merged, store, folder)
+        goal = Goal(target, settings.speed_weight, validation.dense_perplexity)
+        stage, place = _study_place(
+            job, folder, {"latency": latency, "validation": validated, "spectra": store.folder.name}, storage
+        )
         if isinstance(place, tuple):
             table = published(open_study(place[1], place[0], goal.metrics), table)
-        speed = speed_model(job, table)
-        space = SearchSpace(job.units, target, settings, losses, speed, job.recipe.structure)
+        runnable = speed_model(job, table)
+        speed = runnable if target.max_bytes else runnable.without_what_never_pays()
+        _say_offers(job, runnable.offers, speed.offers)
+        losses = probed_losses(job, merged, store, speed.offers, folder)
+        space = SearchSpace(job.units, target, settings, losses, speed, speed.offers, job.dtype.itemsize)
         trials = _search(job, merged, space, goal, speed, validation, place)
-        merged.to("cpu")
         picked = _picked(trials, settings.choose)
-        measured = measure_front(job, store, folder, runtime, dense, trials, goal, speed, picked)
+        usual = [] if picked else _usual(job, runnable.offers, merged, validation, speed)
+        merged.to("cpu")
+        measured = measure_front(job, store, folder, runtime, dense, trials, goal, speed, rounding, usual, picked)
     best = picked or choose([measured_speed(m, goal) for m in measured], goal)
     chosen = next(m for m in measured if m.candidate is best)
-    job.say(f"4/6 chosen: {best.origin}, ratio {best.plan.ratio(job.units):.3f}, {chosen.comparison.speedup:.2f}x of dense")
+    share = best.plan.byte_share(job.units, job.dtype.itemsize)
+    job.say(f"4/6 chosen: {best.origin}, {share:.0%} of the linears' bytes, {chosen.comparison.speedup:.2f}x of dense")
     path = stage / "study.sqlite3"
     if isinstance(place, tuple):
         path.unlink(missing_ok=True)
         copy_study(place, path)
     return Tuned(chosen, measured, trials, goal, speed, validation, path)
+
+
+def _say_offers(job: Job, runnable: Offers, offered: Offers) -> None:
+    """Say which precisions the search may use, and why not the others."""
+    asked = job.recipe.factorization.weights
+    if not asked:
+        return
+    cannot = [p for p in asked if p not in runnable.precisions]
+    slower = [p for p in runnable.precisions if p not in offered.precisions]
+    notes = [f"the engine cannot run {', '.join(cannot)} here"] * bool(cannot)
+    notes += [f"{', '.join(slower)} is never faster"] * bool(slower)
+    job.say(f"4/6 levels: weights of {', '.join([job.recipe.engine.dtype, *offered.precisions])}" + "; ".join(["", *notes]))
+
+
+def _usual(job: Job, offers: Offers, merged: MergedLevels, validation: Validation, speed: SpeedModel) -> list[Evaluated]:
+    """Judge what users would serve instead: the dense model in 8 and in 4 bits, everywhere."""
+    evaluate = judge(merged, validation)
+    found = []
+    for bits in (8, 4):
+        precision = next((p for p in offers.precisions if SCHEMES[p].bits == bits), None)
+        if precision is None:
+            continue
+        plan = everywhere(job.units, precision, offers)
+        judgement = evaluate(plan, [])
+        fits = _fits(job, plan)
+        origin = f"{precision} everywhere"
+        found.append(Evaluated(plan, judgement.perplexity, speed.tokens_per_second(plan), origin, None, judgement.nll, fits=fits))
+    return found
+
+
+def everywhere(units: Sequence[Group], precision: Precision, offers: Offers) -> Plan:
+    """Return the plan that rounds every unit that can be rounded, and removes nothing."""
+    level = Level(weights=precision)
+    return Plan({unit.name: level if level in offers.levels(unit) else DENSE for unit in units}, offers.structure)
+
+
+def _fits(job: Job, plan: Plan) -> bool:
+    """Whether a plan is as small as the target asks for."""
+    target = job.recipe.target
+    if target.max_bytes:
+        return plan.byte_share(job.units, job.dtype.itemsize) <= target.max_bytes
+    return not target.ratio or plan.ratio(job.units) >= target.ratio
 
 
 def _picked(trials: Sequence[Evaluated], number: int | None) -> Evaluated | None:
@@ -116,62 +165,13 @@ def _picked(trials: Sequence[Evaluated], number: int | None) -> Evaluated | None
 
 
 def measured_speed(measured: Measured, goal: Goal) -> MeasuredSpeed:
-    """Return what `choose` compares; for a ratio the speedup of the fastest rounds, which ranks plans best."""
+    """Return what `choose` compares; under a target that fixes a size the speedup of the fastest rounds, which ranks plans best."""
     comparison = measured.comparison
-    speedup = comparison.undisturbed_speedup if goal.target.ratio else comparison.speedup
+    speedup = comparison.undisturbed_speedup if goal.target.sized else comparison.speedup
     return MeasuredSpeed(measured.candidate, speedup, comparison.spread[0])
 
 
-def probed_losses(job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFolder) -> tuple[dict[str, losses.Losses], str]:
-    """Return `losses.estimates`, and the name of the stage that holds the probes."""
-    probes, stage = probe_groups(job, merged, store, folder, job.recipe.structure)
-    weighted = {group.name for group in job.units if group.kind in job.recipe.factorization.fisher}
-    return losses.estimates(store.errors(), probes, weighted), stage
-
-
-def _probe_windows(job: Job) -> torch.Tensor:
-    return first_tokens(job.windows["validation"], job.recipe.search.probe_tokens)
-
-
-def probe_groups(
-    job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFolder, structure: Structure
-) -> tuple[dict[str, tuple[int | None, float]], str]:
-    """Measure what each group alone does to the output when it keeps half of its parameters.
-
-    Returns:
-        By group name its rank then and the KL divergence in nats; and the name of the stage that holds them.
-    """
-    settings = job.recipe.search
-    windows = _probe_windows(job)
-    identity = {
-        "spectra": store.folder.name,
-        "windows": tensor_sha256(windows),
-        "rank_step": settings.rank_step,
-        "structure": structure,
-        "share": _PROBE_SHARE,
-    }
-    stage = folder.stage("probe", identity)
-    path = stage / "probes.json"
-    found: dict[str, tuple[int | None, float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    before = len(found)
-    if before < len(job.units):
-        merged.apply({})
-        divergence = Divergence(merged.model, windows)
-        with progress_bar(len(job.units), "4/6 probe") as progress:
-            for index, group in enumerate(job.units):
-                if group.name not in found:
-                    fit = BudgetFit([group], settings.rank_step, structure)
-                    budget = max(_PROBE_SHARE * fit.dense_cost, fit.smallest_cost)
-                    rank = fit.fit({group.name: 1.0}, budget).ranks[group.name]
-                    merged.apply({group.name: rank})
-                    found[group.name] = rank, divergence(merged.model, group.layer)
-                    write_json(path, found)
-                progress(index + 1)
-    job.say(f"4/6 probe: divergence of {len(job.units)} groups one by one{reused(before, len(job.units))}")
-    return found, stage.name
-
-
-def choose_windows(job: Job, merged: MergedRanks, store: SpectrumStore, folder: WorkFolder) -> tuple[Validation, str]:
+def choose_windows(job: Job, merged: MergedLevels, store: SpectrumStore, folder: WorkFolder) -> tuple[Validation, str]:
     """Choose the windows that trials are judged on, and the name of the stage that holds their numbers.
 
     Those stand for the pool by what the dense model and one compressed one make of them: the mean difference in loss between the
@@ -180,10 +180,10 @@ def choose_windows(job: Job, merged: MergedRanks, store: SpectrumStore, folder: 
     settings = job.recipe.search
     pool = first_tokens(job.windows["validation"], settings.validation_pool)
     amount = max(1, settings.validation_tokens // settings.validation_length)
-    fit = BudgetFit(job.units, settings.rank_step, job.recipe.structure)
+    fit = BudgetFit(job.units, Offers(settings.rank_step, job.recipe.structure))
     budget = max((1 - (job.recipe.target.ratio or _REFERENCE_RATIO)) * fit.dense_cost, fit.smallest_cost)
     reference = losses.uniform(fit, budget)
-    identity = {"spectra": store.folder.name, "pool": tensor_sha256(pool), "windows": amount, "reference": dict(reference.ranks)}
+    identity = {"spectra": store.folder.name, "pool": tensor_sha256(pool), "windows": amount, "reference": reference.to_json()}
     stage = folder.stage("validation", identity)
     path = stage / "windows.json"
     before = path.is_file()
@@ -193,7 +193,7 @@ def choose_windows(job: Job, merged: MergedRanks, store: SpectrumStore, folder: 
             dense = negative_log_likelihood(merged.model, pool, progress)
             chosen = list(range(len(pool)))
             if amount < len(pool):
-                merged.apply(dict(reference.ranks))
+                merged.apply(reference.levels)
                 compressed = negative_log_likelihood(merged.model, pool, lambda done: progress(len(pool) + done))
                 chosen = representative((compressed - dense).tolist(), amount)
         write_json(path, {"windows": chosen, "dense": dense[chosen].tolist()})
@@ -222,12 +222,12 @@ def _study_place(
     return stage, stage / "study.sqlite3" if storage is None else (storage, f"lrserve-{stage.name}")
 
 
-def judge(merged: MergedRanks, validation: Validation) -> Evaluate:
-    """Return what puts a plan into the model and judges it; only groups whose rank changed are rewritten."""
+def judge(merged: MergedLevels, validation: Validation) -> Evaluate:
+    """Return what puts a plan into the model and judges it; only units whose level changed are rewritten."""
 
-    def evaluate(plan: RankPlan, rivals: Sequence[Sequence[float]]) -> Judgement:
+    def evaluate(plan: Plan, rivals: Sequence[Sequence[float]]) -> Judgement:
         began = time.perf_counter()
-        merged.apply(dict(plan.ranks))
+        merged.apply(plan.levels)
         applied = time.perf_counter()
         found = validation(merged.model, rivals)
         return replace(found, seconds={"weights": applied - began, "forward": time.perf_counter() - applied})
@@ -237,7 +237,7 @@ def judge(merged: MergedRanks, validation: Validation) -> Evaluate:
 
 def _search(
     job: Job,
-    merged: MergedRanks,
+    merged: MergedLevels,
     space: SearchSpace,
     goal: Goal,
     speed: SpeedModel,

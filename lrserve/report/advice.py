@@ -26,6 +26,7 @@ def advice(metrics: Mapping[str, Any], out: Path) -> str:
         f"({low:.2f}x to {speed['speedup_highest']:.2f}x), and the weights are {size:.0%} smaller.",
         f"{'Lost' if loss > 0 else 'Quality'}: the perplexity on held-out text goes from {quality['dense']:.2f} to "
         f"{quality['compressed']:.2f} ({quality['increase']:+.1%}).",
+        *_usual(metrics),
         _verdict(gain, low, loss),
         *_next_steps(metrics, gain, low, quality["increase"]),
     ]
@@ -36,14 +37,22 @@ def advice(metrics: Mapping[str, Any], out: Path) -> str:
     return "\n".join(lines)
 
 
+def _usual(metrics: Mapping[str, Any]) -> list[str]:
+    """Say so where rounding alone is the best answer."""
+    chosen = next((plan for plan in metrics["measured_plans"] if plan["chosen"]), None)
+    if chosen is None or not chosen["usual"]:
+        return []
+    return [f"The best answer to this target is {chosen['origin']}: nothing that could be removed or kept besides pays here."]
+
+
 def _verdict(gain: float, low: float, loss: float) -> str:
     if low <= 1:
         return (
             "Verdict: not worth it for speed. The rounds do not show that it is faster than the dense model: serve the dense "
-            "model, or int8 of it (docs/guide.md)."
+            "model (docs/guide.md)."
         )
     if loss > _WORTH * math.log(gain):
-        return "Verdict: the gain is not worth the loss for most uses. int8 of the dense model usually loses less (docs/guide.md)."
+        return "Verdict: the gain is not worth the loss for most uses; ask for less (docs/guide.md)."
     return "Verdict: worth trying on your own task before you serve it; perplexity does not see everything."
 
 

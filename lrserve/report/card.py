@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from lrserve.report.machine import day, describe
 Rows = list[list[str]]
 
 SUMMARY_HEADER: Final = ("", "dense", "compressed", "change")
+MEASURED_HEADER: Final = ("measured plans", "perplexity, validation text", "nats", "bytes of the linears", "all workloads")
 AGREEMENT_HEADER: Final = (
     "engine",
     "float32: largest difference, nats",
@@ -25,7 +27,7 @@ AGREEMENT_HEADER: Final = (
 _STRUCTURES: Final[Mapping[Structure, str]] = {
     "identity_block": "low-rank factors (identity blocks)",
     "low_rank": "low-rank factors",
-    "narrow": "compressed: MLPs have fewer neurons, other linears are low-rank factors",
+    "narrow": "smaller (MLPs have fewer neurons, other linears are low-rank factors)",
 }
 _INSTALL: Final = {
     "vllm": """    pip install '.[vllm]'    # on a machine with a GPU
@@ -98,8 +100,31 @@ def size_rows(metrics: Mapping[str, Any]) -> Rows:
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
-    """Render metrics.json as the table that ends a run: dense against compressed."""
-    return table(SUMMARY_HEADER, [*quality_rows(metrics), *speed_rows(metrics), *size_rows(metrics)])
+    """Render metrics.json as the tables that end a run: dense against compressed, and what else was measured."""
+    own = table(SUMMARY_HEADER, [*quality_rows(metrics), *speed_rows(metrics), *size_rows(metrics)])
+    return f"{own}\n\n{table(MEASURED_HEADER, measured_rows(metrics))}"
+
+
+def measured_rows(metrics: Mapping[str, Any]) -> Rows:
+    """Return the dense model and every measured plan, with the factors of the search: what could be served instead."""
+    dense = metrics["perplexity"]["validation"]["dense"]
+    rows = [["dense", f"{dense:.2f}", "", "100%", "1x"]]
+    for plan in metrics["measured_plans"]:
+        loss = math.log(plan["validation_perplexity"] / dense) if math.isfinite(plan["validation_perplexity"]) else math.inf
+        name = f"{plan['origin']}{' (chosen)' if plan['chosen'] else ''}"
+        rows.append(
+            [name, f"{plan['validation_perplexity']:.2f}", f"{loss:+.3f}", f"{plan['linear_bytes']:.0%}", speedup_cell(plan)]
+        )
+    return rows
+
+
+def made_of(metrics: Mapping[str, Any]) -> str:
+    """Say what was done to the groups of linears."""
+    plan = metrics["plan"]
+    done = [f"{plan['factorized']} are {_STRUCTURES[plan['structure']]}"] * bool(plan["factorized"])
+    done += [f"{count} have weights in {weights.partition('_')[0]}" for weights, count in plan["rounded"].items()]
+    done += [f"{plan['residuals']} have a low-rank residual beside them"] * bool(plan["residuals"])
+    return " and ".join(done) or "none is changed"
 
 
 def agreement_rows(metrics: Mapping[str, Any]) -> Rows:
@@ -188,7 +213,6 @@ def model_card(metrics: Mapping[str, Any]) -> str:
     report = metrics["perplexity"]["report"]
     improved = metrics.get("improved", {})
     after = f" After the search the factors were improved: {', '.join(improved)}." if improved else ""
-    made = _STRUCTURES[plan["structure"]]
     compiled = "" if metrics["runtime"] == "onnx" else f" {'without' if metrics['enforce_eager'] else 'with'} torch.compile"
     return f"""---
 {_front_matter(metrics)}---
@@ -196,8 +220,7 @@ def model_card(metrics: Mapping[str, Any]) -> str:
 # {model["name"].rpartition("/")[2]}-lrserve
 
 {model["name"]} ({model["architecture"]}), compressed by lrserve to the target {metrics["target"]}:
-of its {plan["groups"]} groups of linears {plan["factorized"]} are {made};
-the others are as they were.{after}
+of its {plan["groups"]} groups of linears {made_of(metrics)}.{after}
 
 {summary(metrics)}
 
@@ -212,6 +235,6 @@ Throughput: {speed["engine"]}{compiled}, requests at once x (prompt + output tok
 ## Serve
 
 {_serving(metrics)}
-The recipe, the rank plan, the Optuna study and every figure are in `lrserve/`. `lrserve verify` checks the files.
+The recipe, the plan, the Optuna study and every figure are in `lrserve/`. `lrserve verify` checks the files.
 The base model's licence applies to these weights.
 """

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
+from lrserve.compression.level import SCHEMES
 from lrserve.report import card, figures
 from lrserve.storage.store import atomic_path
 
@@ -152,7 +153,8 @@ def _choice(report: Mapping[str, Any]) -> str:
 
     def named(plan: Mapping[str, Any]) -> str:
         speed = f"{plan['speedup']:.3f}x, {plan['lowest']:.3f} to {plan['highest']:.3f}"
-        return f"<b>{escape(plan['origin'])}</b> (#{plan['number']}; perplexity {_perplexity(plan)}, {speed})"
+        number = "" if plan["number"] is None else f"#{plan['number']}; "
+        return f"<b>{escape(plan['origin'])}</b> ({number}perplexity {_perplexity(plan)}, {speed})"
 
     chosen = next(m for m in report["measured"] if m["chosen"])
     lines = [f"<li>{named(plan)}: {escape(plan['why_not'])}.</li>" for plan in report["measured"] if not plan["chosen"]]
@@ -173,7 +175,7 @@ def _samples(metrics: Mapping[str, Any]) -> str:
 
 def _heat_map(plan: Mapping[str, Any], structure: str) -> str:
     layers = plan["layers"]
-    lowest = min((cell["kept"] for row in plan["kinds"].values() for cell in row if cell["rank"] is not None), default=1.0)
+    lowest = min((cell["kept"] for row in plan["kinds"].values() for cell in row), default=1.0)
     lines = ["<th>layer</th>" + "".join(f'<th class="layer">{layer}</th>' for layer in range(layers))]
     for kind, row in plan["kinds"].items():
         cells = {cell["layer"]: _heat_cell(kind, cell, lowest) for cell in row}
@@ -184,25 +186,31 @@ def _heat_map(plan: Mapping[str, Any], structure: str) -> str:
     number = "rank, or the neurons of a narrow MLP" if structure == "narrow" else "rank"
     scale = f'{lowest:.0%} <span class="key" style="background: linear-gradient(90deg, rgb{_DEEP}, rgb{_PALE})"></span> 100%'
     return (
-        f"<p>Share of the parameters that is left of each group of linears; the number is its {number}.</p>{_scroll(table)}"
-        f'<p>{scale} <span class="key dense"></span> dense</p>'
+        f"<p>Share of the parameters that is left of each group of linears; the number is its {number}, 8 and 4 are the bits of "
+        f"rounded weights, and + stands for a residual beside them.</p>{_scroll(table)}"
+        f'<p>{scale} <span class="key dense"></span> as in the dense model</p>'
     )
 
 
 def _heat_cell(kind: str, cell: Mapping[str, Any], lowest: float) -> str:
-    name = f"{kind}, layer {cell['layer']}"
-    if cell["rank"] is None:
+    name, weights, residual = f"{kind}, layer {cell['layer']}", cell["weights"], cell["residual"]
+    if cell["rank"] is None and weights is None:
         return f'<td class="dense" title="{escape(name)}: dense"></td>'
     height = min((cell["kept"] - lowest) / (1 - lowest), 1.0) if lowest < 1 else 1.0
     color = tuple(round(a + (b - a) * height) for a, b in zip(_DEEP, _PALE, strict=True))
-    title = escape(f"{name}: {cell['rank']} of {cell['dense_rank']}, {cell['kept']:.0%} of the parameters")
-    return f'<td{" class=deep" if height < 0.5 else ""} style="background: rgb{color}" title="{title}">{cell["rank"]}</td>'
+    said = [f"{cell['rank'] or cell['dense_rank']} of {cell['dense_rank']}, {cell['kept']:.0%} of the parameters"]
+    said += [f"weights in {weights}"] * bool(weights) + [f"residual of rank {residual}"] * bool(residual)
+    shown = [str(cell["rank"])] * bool(cell["rank"])
+    shown += [f"{SCHEMES[weights].bits}{'+' if residual else ''}"] * bool(weights)
+    title = escape(f"{name}: {'; '.join(said)}")
+    return f'<td{" class=deep" if height < 0.5 else ""} style="background: rgb{color}" title="{title}">{"<br>".join(shown)}</td>'
 
 
 def _measured(report: Mapping[str, Any]) -> str:
     rows, strong = [], []
     for plan in report["measured"]:
-        name = f"{'★ ' if plan['chosen'] else ''}{plan['origin']} (#{plan['number']})"
+        name = f"{'★ ' if plan['chosen'] else ''}{plan['origin']}"
+        name += "" if plan["number"] is None else f" (#{plan['number']})"
         for workload, found in {"all": plan, **plan["workloads"]}.items():
             predictions = [found["predicted"], found.get("corrected")]
             rows.append(
@@ -231,8 +239,8 @@ def _importances(importances: Mapping[str, Mapping[str, float]]) -> str:
     lines.insert(0, "<th></th><th>perplexity</th><th>speed</th>")
     table = '<table class="bars">' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
     return (
-        "<p>PED-ANOVA importances of what a trial suggests: the base allocator, and the multipliers of a kind of linear in a run "
-        f"of layers. Each column sums to 100%.</p>{_scroll(table)}"
+        "<p>PED-ANOVA importances of what a trial suggests: the base allocator and, for a kind of linear in a run of layers, the "
+        f"multiplier and what may be done to its weights. Each column sums to 100%.</p>{_scroll(table)}"
     )
 
 
@@ -255,7 +263,7 @@ def _search(search: Mapping[str, Any]) -> str:
 
 
 def _trials(report: Mapping[str, Any]) -> str:
-    measured = {m["number"]: m["chosen"] for m in report["measured"]}
+    measured = {m["number"]: m["chosen"] for m in report["measured"] if m["number"] is not None}
     trials = sorted(report["trials"], key=lambda t: (not t["front"], not t["complete"], t["perplexity"]))
     rows = []
     for trial in trials:
@@ -264,6 +272,6 @@ def _trials(report: Mapping[str, Any]) -> str:
         notes += (["chosen"] if measured[number] else ["measured"]) if number in measured else []
         cost = figures.increase(trial["perplexity"], report["dense"]["perplexity"])
         row = [f"{number}", trial["origin"], _perplexity(trial), f"{cost:+.3f}"]
-        rows.append([*row, f"{trial['speedup']:.3f}", f"{trial['ratio']:.1%}", ", ".join(notes)])
-    header = ["trial", "origin", "perplexity", "nats over dense", "predicted speedup", "parameters left out", ""]
+        rows.append([*row, f"{trial['speedup']:.3f}", f"{trial['ratio']:.1%}", f"{trial['bytes']:.0%}", ", ".join(notes)])
+    header = ["trial", "origin", "perplexity", "nats over dense", "predicted speedup", "parameters left out", "bytes", ""]
     return _table(header, rows, [t["front"] for t in trials])

@@ -8,13 +8,13 @@ import pytest
 from allocation.searching import GROUPS, goal
 
 from lrserve.allocation.goal import Evaluated, MeasuredSpeed, choose, knee, next_candidate, pareto_front, rule, why_not
-from lrserve.allocation.plan import RankPlan
+from lrserve.allocation.plan import Plan
 from lrserve.errors import InfeasibleTargetError
 from lrserve.recipe import Target
 
 
 def evaluated(perplexity: float, speed: float, *, complete: bool = True) -> Evaluated:
-    plan = RankPlan({group.name: None for group in GROUPS} | {"id": int(100 * perplexity)})
+    plan = Plan.of_ranks({group.name: None for group in GROUPS} | {"id": int(100 * perplexity)})
     return Evaluated(plan, perplexity, speed, f"plan {perplexity:g}", 0, complete=complete)
 
 
@@ -23,7 +23,7 @@ TRIALS = [D, C, B, A]
 SPEEDS = {e.plan.key(): e.tokens_per_second for e in TRIALS}
 
 
-def speedup(plan: RankPlan) -> float:
+def speedup(plan: Plan) -> float:
     return SPEEDS[plan.key()]
 
 

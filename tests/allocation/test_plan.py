@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FACTORED
 
-from lrserve.allocation.losses import estimates, fisher, greedy, least_loss, loss_aware, probed, uniform
-from lrserve.allocation.plan import BudgetFit, RankPlan, rank_choices
+from lrserve.allocation.losses import RoundingLoss, by_level, estimates, fisher, least_loss, loss_aware, probed, relative, uniform
+from lrserve.allocation.plan import BudgetFit, Offers, Plan, byte_cost, rank_choices
 from lrserve.compression.groups import Group, Structure, allocated, separate
+from lrserve.compression.level import Level
 from lrserve.errors import InfeasibleTargetError, InputError
 
 
@@ -21,7 +22,7 @@ def group(name: str, m: int, n: int) -> Group:
 
 
 GROUPS = [group("a", 96, 64), group("b", 64, 64), group("c", 64, 160), group("tiny", 4, 4)]
-FITS: dict[Structure, BudgetFit] = {structure: BudgetFit(GROUPS, 8, structure) for structure in FACTORED}
+FITS: dict[Structure, BudgetFit] = {structure: BudgetFit(GROUPS, Offers(8, structure)) for structure in FACTORED}
 FIT = FITS["low_rank"]
 
 
@@ -50,7 +51,7 @@ def test_a_fit_stays_in_the_budget_and_uses_it(shares: list[float], keep: float,
 
 def test_uniform_gives_equal_shares() -> None:
     groups = [group(str(i), 128, 128) for i in range(6)]
-    fit = BudgetFit(groups, 1)
+    fit = BudgetFit(groups, Offers(1))
     plan = uniform(fit, 0.5 * fit.dense_cost)
     ranks = [rank or 0 for rank in plan.ranks.values()]
     assert max(ranks) - min(ranks) <= 1  # what rounding left over goes to some
@@ -70,7 +71,7 @@ def test_an_mlp_that_loses_neurons_is_one_unit() -> None:
     assert units[1].full_rank == 96
     assert rank_choices(units[1], 16, "narrow") == [16, 32, 48, 64, 80]
     assert rank_choices(units[0], 16, "narrow") == rank_choices(groups[0], 16, "low_rank")
-    plan = uniform(BudgetFit(units, 1, "narrow"), 0.5 * sum(unit.dense_parameters for unit in units))
+    plan = uniform(BudgetFit(units, Offers(1, "narrow")), 0.5 * sum(unit.dense_parameters for unit in units))
     assert plan.ratio(units) == pytest.approx(0.5, abs=0.01)
     assert plan.key()[0] == ("structure", "narrow")
 
@@ -81,7 +82,7 @@ def test_a_group_too_small_to_save_stays_dense() -> None:
 
 
 def test_an_impossible_budget_says_so() -> None:
-    with pytest.raises(InfeasibleTargetError, match="smallest ranks need"):
+    with pytest.raises(InfeasibleTargetError, match="smallest levels need"):
         FIT.fit({g.name: 1.0 for g in GROUPS}, 0.01 * FIT.dense_cost)
 
 
@@ -109,7 +110,7 @@ def brute_force(losses: dict[str, list[float]], groups: list[Group], fit: Budget
 def test_the_lagrangian_comes_close_to_the_exhaustive_optimum(seed: int, keep: float, structure: Structure) -> None:
     generator = torch.Generator().manual_seed(seed)
     groups = GROUPS[:3]
-    fit = BudgetFit(groups, 8, structure)
+    fit = BudgetFit(groups, Offers(8, structure))
     errors = {}
     for g in groups:
         values = torch.rand(g.full_rank, generator=generator, dtype=torch.float64).sort(descending=True).values ** 3
@@ -128,7 +129,7 @@ def test_the_lagrangian_comes_close_to_the_exhaustive_optimum(seed: int, keep: f
 
 def test_a_sensitive_group_gets_more() -> None:
     groups = [group("a", 128, 128), group("b", 128, 128)]
-    fit = BudgetFit(groups, 8)
+    fit = BudgetFit(groups, Offers(8))
     tails = torch.linspace(1, 0, 129, dtype=torch.float64) ** 2
     plan = least_loss(fit, {"a": tails * 10.0, "b": tails * 0.1}, 0.6 * fit.dense_cost)
     assert plan.parameters(groups[:1]) > plan.parameters(groups[1:])
@@ -136,8 +137,8 @@ def test_a_sensitive_group_gets_more() -> None:
 
 def test_losses_of_the_allocators() -> None:
     errors = {"a": torch.tensor([4.0, 1.0, 0.0]), "b": torch.zeros(3)}
-    assert greedy(errors)["a"].tolist() == [1.0, 0.25, 0.0]
-    assert greedy(errors)["b"].tolist() == [0.0, 0.0, 0.0]
+    assert relative(errors)["a"].tolist() == [1.0, 0.25, 0.0]
+    assert relative(errors)["b"].tolist() == [0.0, 0.0, 0.0]
     assert fisher(errors)["a"].tolist() == [2.0, 0.5, 0.0]
     mixed = fisher(errors, {"b": torch.tensor([7.0, 1.0, 0.0])})
     assert (mixed["a"].tolist(), mixed["b"].tolist()) == ([2.0, 0.5, 0.0], [7.0, 1.0, 0.0])
@@ -145,9 +146,9 @@ def test_losses_of_the_allocators() -> None:
     assert losses["a"][1] == pytest.approx(0.3)  # through what was measured
     assert losses["a"][0] == pytest.approx(1.2)
     every = estimates(errors, {"a": (1, 0.3), "b": (1, 0.0)}, {"a"})
-    assert list(every) == ["loss_aware", "probed", "fisher", "greedy"]
+    assert list(every) == ["loss_aware", "probed", "fisher"]
     assert every["fisher"]["b"].tolist() == every["probed"]["b"].tolist()
-    assert list(estimates(errors, {"a": (1, 0.3), "b": (1, 0.0)}, ())) == ["probed", "greedy"]
+    assert list(estimates(errors, {"a": (1, 0.3), "b": (1, 0.0)}, ())) == ["probed"]
     mean = loss_aware(losses, fisher(errors))
     assert mean["a"].tolist() == pytest.approx([(1.2 * 2.0) ** 0.5, (0.3 * 0.5) ** 0.5, 0.0])
 
@@ -172,12 +173,57 @@ def test_fused_groups_come_apart_with_their_own_biases() -> None:
 
 def test_plan_files_round_trip_and_others_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    plan = RankPlan(ranks={"a": 8, "b": None}, structure="low_rank")
+    plan = Plan({"a": Level(8, "int8"), "b": Level(), "c": Level(None, "int4_g32", 16)}, structure="low_rank")
     plan.write(path)
-    assert RankPlan.read(path) == plan
-    head = '{"format_version": %d, "structure": "%s", "ranks": {%s}}'
-    wrong = ((1, "low_rank", ""), (2, "low_rank", '"a": -1'), (2, "new", ""))
+    assert Plan.read(path) == plan
+    path.write_text('{"format_version": 2, "structure": "narrow", "ranks": {"a": 8, "b": null}}')
+    assert Plan.read(path) == Plan.of_ranks({"a": 8, "b": None}, "narrow")
+    head = '{"format_version": %d, "structure": "%s", "ranks": {%s}, "levels": {"a": %s}}'
+    wrong = [(1, "low_rank", "", "{}"), (2, "low_rank", '"a": -1', "{}"), (2, "new", "", "{}")]
+    levels = ('{"rank": 0.5}', '{"rank": true}', '{"weights": "int2"}', '{"residual": 8}', '{"new": 1}', "[]", "7")
+    wrong += [(3, "narrow", "", level) for level in levels]
     for content in ("[]", "nonsense", *(head % values for values in wrong)):
         path.write_text(content)
-        with pytest.raises(InputError, match="not a rank plan"):
-            RankPlan.read(path)
+        with pytest.raises(InputError, match="not a plan"):
+            Plan.read(path)
+
+
+def test_bytes_and_precision_share_one_budget() -> None:
+    groups = [group("a", 128, 128), group("b", 128, 128)]
+    offers = Offers(8, "low_rank", ("int8", "int4_g32"), (8,))
+    fit = BudgetFit(groups, offers, byte_cost("low_rank", 2))
+    dense, int8 = 2 * 128 * 128, 128 * 128 + 4 * 128
+    int4 = 128 * 128 // 2 + 2 * 128 * 4
+    costs = {level: cost for cost, level in fit.levels("a")}
+    assert costs[Level()] == dense
+    assert costs[Level(weights="int8")] == int8
+    assert costs[Level(weights="int4_g32", residual=8)] == int4 + 8 * 256 + 4 * 8
+    assert not any(level.rank and level.weights == "int4_g32" for level in costs)  # factors have 8 bits or all of them
+    assert costs[Level(16, "int8")] == 16 * 256 + 4 * (128 + 16) + 2 * 128
+    tails = torch.linspace(1, 0, 129, dtype=torch.float64) ** 2
+    rounding = {
+        name: {"int8": RoundingLoss(0.001 * scale), "int4_g32": RoundingLoss(0.1 * scale, {8: 0.25})}
+        for name, scale in (("a", 1.0), ("b", 10.0))
+    }
+    losses = by_level(groups, {g.name: list(costs) for g in groups}, {"a": tails, "b": tails}, rounding)
+    assert losses["b"][Level(weights="int4_g32", residual=8)] == pytest.approx(0.25)
+    plan = fit.cheapest_loss(losses, int8 + int4 + 8 * 256 + 4 * 8)
+    assert plan.levels == {"a": Level(weights="int4_g32", residual=8), "b": Level(weights="int8")}
+    assert plan.byte_share(groups, 2) == fit.cost(plan) / (2 * dense)
+    only8 = fit.cheapest_loss(losses, 2 * dense, lambda name, level: level.weights == "int8")
+    assert {level.weights for level in only8.levels.values()} == {"int8"}
+    assert fit.cheapest_loss(losses, 2 * dense).changed(groups) == []
+    assert fit.fit({"a": 1.0, "b": 1.0}, 2 * int8, {"a": "int8", "b": "int8"}).levels == dict.fromkeys("ab", Level(weights="int8"))
+
+
+def test_of_an_mlp_with_fewer_neurons_only_what_is_left_is_rounded() -> None:
+    gate_up = Group("mlp.gate_up", "gate_up", 0, ("mlp.gate", "mlp.up"), out_features=(96, 96), in_features=32)
+    down = Group("mlp.down", "down", 0, ("mlp.down",), out_features=(32,), in_features=96)
+    [mlp] = allocated([gate_up, down], "narrow")
+    levels = Offers(16, "narrow", ("int8", "int4_g32"), (8,)).levels(mlp)
+    assert {level.rank for level in levels if level.weights == "int4_g32"} == {32, 64, None}  # whole groups of inputs
+    rounding = {mlp.name: {"int8": RoundingLoss(0.3), "int4_g32": RoundingLoss(1.2, {8: 0.5})}}
+    losses = by_level([mlp], {mlp.name: levels}, {mlp.name: torch.zeros(97)}, rounding)[mlp.name]
+    assert losses[Level(32, "int8")] == pytest.approx(0.1)
+    assert losses[Level(32, "int4_g32", 8)] == pytest.approx(0.2)
+    assert mlp.stored_bytes(Level(32, "int8"), "narrow_in", 2) == (32 * 32 + 4 * 32) + (64 * 32 + 4 * 64) + 2 * 32

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import optuna
 import pytest
-from allocation.searching import GROUPS, LATENCIES, LOSSES, SPEED, TAILS, WORKLOADS, space
+from allocation.searching import GROUPS, LATENCIES, LOSSES, OFFERS, SPEED, TAILS, WORKLOADS, space
 
-from lrserve.allocation import losses as allocate
 from lrserve.allocation.goal import limit_of
+from lrserve.allocation.losses import by_level
 from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.speed import Shape, SpeedModel
 from lrserve.compression.groups import Group
@@ -25,15 +25,13 @@ def test_factors_that_are_slower_than_dense_have_to_be_worth_it(weight: float) -
     for rank in range(16, 256, 16):
         latencies |= {Shape(256, 256, rank): {1: 200.0}, Shape(320, 256, rank): {1: 50.0}}
     workloads = {"only": Workload(prompt_tokens=1, output_tokens=100, concurrency=1)}
-    speed = SpeedModel(groups, workloads, {"only": 0.1}, latencies, 16, "low_rank")
-    losses = {base: {"slow": 0.001 * TAILS, "fast": 0.002 * TAILS} for base in ("loss_aware", "greedy")}
+    speed = SpeedModel(groups, workloads, {"only": 0.1}, latencies, OFFERS)
+    levels = {group.name: OFFERS.levels(group) for group in groups}
+    losses = {"loss_aware": by_level(groups, levels, {"slow": 0.001 * TAILS, "fast": 0.002 * TAILS}, {})}
     search = Search(speed_weight=weight)
     trial = optuna.trial.FixedTrial({"base": "loss_aware", **{f"o.{run}": 1.0 for run in range(3)}})
-    plan = SearchSpace(groups, Target(ratio=0.2), search, losses, speed, "low_rank").suggest(trial)
+    plan = SearchSpace(groups, Target(ratio=0.2), search, losses, speed, OFFERS).suggest(trial)
     assert (plan.ranks["slow"] is None) == (weight > 0)
-    trial = optuna.trial.FixedTrial({"base": "greedy", **{f"o.{run}": 1.0 for run in range(3)}})
-    plan = SearchSpace(groups, Target(ratio=0.2), search, losses, speed, "low_rank").suggest(trial)
-    assert plan.ranks["slow"] is not None  # its losses are in no unit that seconds could be added to
 
 
 @pytest.mark.parametrize("target", [Target(), Target(max_ppl_increase=0.5)])
@@ -43,11 +41,11 @@ def test_without_a_budget_the_best_guess_is_tried_at_several_speedups(target: Ta
     for name, plan in plans.items():
         asked = float(name.split()[1].removesuffix("x"))
         assert asked - 0.001 <= SPEED.speedup(plan) < asked * 1.05
-    assert {name.split()[0] for name in first} == {"loss_aware", "greedy", "uniform"}
+    assert {name.split()[0] for name in first} == {"loss_aware", "probed", "uniform"}
     assert sum(name.startswith("loss_aware") for name in first) == (6 if target.front else 3)
     fastest = max(first.values(), key=lambda row: row["speedup"])["speedup"] ** (1 if target.front else 4 / 3)
-    best = allocate.least_loss(space(target).fit, LOSSES["loss_aware"], SPEED.budget(fastest))
-    lost = sum(float(LOSSES["loss_aware"][name][rank]) for name, rank in best.ranks.items() if rank is not None)
+    best = space(target).fit.cheapest_loss(LOSSES["loss_aware"], SPEED.budget(fastest))
+    lost = sum(LOSSES["loss_aware"][name][level] for name, level in best.levels.items())
     assert lost == pytest.approx(1.25 * limit_of(target), rel=0.2)
 
 
@@ -62,13 +60,13 @@ def test_every_plan_meets_the_budget() -> None:
 
 def test_a_model_that_compression_only_slows_down_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     latencies = {shape: dict.fromkeys(row, 50.0 if shape.rank is None else 60.0) for shape, row in LATENCIES.items()}
-    slow = SpeedModel(GROUPS, WORKLOADS, {"chat": 0.5, "decode": 0.1}, latencies, 16, "low_rank")
+    slow = SpeedModel(GROUPS, WORKLOADS, {"chat": 0.5, "decode": 0.1}, latencies, OFFERS)
     with pytest.raises(InfeasibleTargetError, match="compression makes this model slower here"):
-        SearchSpace(GROUPS, Target(), Search(), LOSSES, slow, "low_rank")
+        SearchSpace(GROUPS, Target(), Search(), LOSSES, slow, OFFERS)
 
 
 def test_infeasible_targets_are_refused_at_once() -> None:
     with pytest.raises(InfeasibleTargetError, match="out of reach"):
         space(Target(min_speedup=50))
-    with pytest.raises(InfeasibleTargetError, match="smallest ranks"):
+    with pytest.raises(InfeasibleTargetError, match="smallest levels"):
         space(Target(ratio=0.99))

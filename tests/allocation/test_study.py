@@ -18,7 +18,7 @@ import torch
 from allocation.searching import GROUPS, SETTINGS, SPEED, evaluate, goal, perplexity, space
 
 from lrserve.allocation.goal import Evaluated
-from lrserve.allocation.plan import RankPlan
+from lrserve.allocation.plan import Plan
 from lrserve.allocation.quality import Judgement, Validation, representative
 from lrserve.allocation.study import STUDY, Evaluate, copy_study, finished, importances, open_study, run_study, time_spent
 from lrserve.errors import InputError
@@ -39,7 +39,7 @@ def load(path: Path) -> optuna.Study:
 def test_what_ends_a_trial_is_said_by_its_exception_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    def ends(plan: RankPlan, rivals: Sequence[Sequence[float]]) -> Judgement:
+    def ends(plan: Plan, rivals: Sequence[Sequence[float]]) -> Judgement:
         raise error
 
     log = logging.getLogger("optuna")
@@ -53,7 +53,7 @@ def test_what_ends_a_trial_is_said_by_its_exception_alone(
 @pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
 def test_every_trial_meets_the_ratio_and_the_base_plans_come_first(tmp_path: Path, sampler: str) -> None:
     trials = run(Target(ratio=0.3), tmp_path / "s.sqlite3", search=SETTINGS.model_copy(update={"sampler": sampler}))
-    assert [trial.origin for trial in trials[:3]] == ["loss_aware", "greedy", "uniform"]
+    assert [trial.origin for trial in trials[:3]] == ["loss_aware", "probed", "uniform"]
     assert len(trials) == 9
     for trial in trials:
         assert 0.3 <= trial.plan.ratio(GROUPS) < 0.36
@@ -89,7 +89,7 @@ def test_a_killed_study_resumes_to_the_same_trials(tmp_path: Path) -> None:
     whole = run(target, tmp_path / "whole.sqlite3", seed=3)
     calls = 0
 
-    def dies(plan: RankPlan, rivals: Sequence[Sequence[float]]) -> Judgement:
+    def dies(plan: Plan, rivals: Sequence[Sequence[float]]) -> Judgement:
         nonlocal calls
         calls += 1
         if calls in (2, 6):
@@ -107,7 +107,7 @@ def test_a_killed_study_resumes_to_the_same_trials(tmp_path: Path) -> None:
     assert states.count("COMPLETE") == 9
 
 
-def slowly(plan: RankPlan, rivals: Sequence[Sequence[float]]) -> Judgement:
+def slowly(plan: Plan, rivals: Sequence[Sequence[float]]) -> Judgement:
     time.sleep(0.2)
     return evaluate(plan, rivals)
 
@@ -177,7 +177,7 @@ def test_workers_share_one_study(tmp_path: Path) -> None:
 
 
 def forever(place: tuple[str, str]) -> None:
-    def judge(plan: RankPlan, rivals: Sequence[Sequence[float]]) -> Judgement:
+    def judge(plan: Plan, rivals: Sequence[Sequence[float]]) -> Judgement:
         time.sleep(600)
         raise AssertionError
 
@@ -197,7 +197,7 @@ def test_the_trial_of_a_worker_that_is_gone_is_done_by_another(tmp_path: Path, m
     monkeypatch.setattr("lrserve.allocation.study._HEARTBEAT_SECONDS", 1)
     time.sleep(2)
     trials = run(Target(ratio=0.3), place)
-    assert [trial.origin for trial in trials[:3]] == ["loss_aware", "greedy", "uniform"]
+    assert [trial.origin for trial in trials[:3]] == ["loss_aware", "probed", "uniform"]
     assert [trial.trial for trial in trials] == list(range(1, 10))
 
 
@@ -218,9 +218,9 @@ def test_a_database_that_cannot_be_used_is_named(url: str) -> None:
 
 
 def test_a_trial_is_compared_with_plans_that_are_at_least_as_fast(tmp_path: Path) -> None:
-    seen: list[tuple[RankPlan, list[float]]] = []
+    seen: list[tuple[Plan, list[float]]] = []
 
-    def judge(plan: RankPlan, rivals: Sequence[Sequence[float]]) -> Judgement:
+    def judge(plan: Plan, rivals: Sequence[Sequence[float]]) -> Judgement:
         seen.append((plan, [sum(rival) for rival in rivals]))
         return evaluate(plan)
 

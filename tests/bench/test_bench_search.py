@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.plan import BudgetFit, Offers, Plan
 from lrserve.compression.groups import Group
 from search import RATIOS, evolve_each, hypervolume
 
@@ -16,11 +16,11 @@ GROUPS = [
 
 
 def test_evolution_evaluates_as_many_plans_as_there_are_trials(tmp_path: Path) -> None:
-    fit = BudgetFit(GROUPS, 8, "low_rank")
+    fit = BudgetFit(GROUPS, Offers(8, "low_rank"))
     losses = {g.name: torch.linspace(1.0, 0.0, g.full_rank + 1, dtype=torch.float64) * (1 + g.layer) for g in GROUPS}
-    tried: list[RankPlan] = []
+    tried: list[Plan] = []
 
-    def evaluate(plan: RankPlan) -> float:
+    def evaluate(plan: Plan) -> float:
         tried.append(plan)
         return sum((1 + g.layer) * (1 - (plan.ranks[g.name] or g.full_rank) / g.full_rank) for g in GROUPS)
 

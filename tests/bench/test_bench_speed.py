@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lrserve.allocation.plan import RankPlan
+from lrserve.allocation.plan import Plan
 from lrserve.compression.groups import allocated, find_groups
 from speed import LOADS, MODELS, PREFILL, PREFILL_LOAD, Contender, model_config, render, rows_of
 
@@ -20,8 +20,8 @@ READ, MULTIPLIED = 50e9, 500e9  # bytes and operations a second
 def contenders() -> dict[str, Contender]:
     with torch.device("meta"):
         groups = find_groups(AutoModelForCausalLM.from_config(model_config("smollm2")))
-    nothing = RankPlan(dict.fromkeys((group.name for group in groups), None), "low_rank")
-    narrow = RankPlan({u.name: 768 if u.fed_by else None for u in allocated(groups, "narrow")}, "narrow")
+    nothing = Plan.of_ranks(dict.fromkeys((group.name for group in groups), None), "low_rank")
+    narrow = Plan.of_ranks({u.name: 768 if u.fed_by else None for u in allocated(groups, "narrow")}, "narrow")
     config = model_config("smollm2")
     return {
         "dense": Contender(config, groups, nothing),

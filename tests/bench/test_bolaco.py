@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bolaco import bolaco, lord_plan
-from lrserve.allocation.plan import RankPlan
+from lrserve.allocation.plan import Plan
 from lrserve.compression.groups import Group, separate
 from lrserve.errors import InfeasibleTargetError, InputError
 
@@ -29,21 +29,21 @@ GROUPS = [single for single, _ in separate(FUSED)]
 DENSE = sum(group.dense_parameters for group in GROUPS)
 
 
-def evaluate(plan: RankPlan) -> float:
+def evaluate(plan: Plan) -> float:
     """A stand-in for the divergence: what a linear lost weighs by its depth."""
-    return sum((1 + g.layer) * (1 - rank / g.full_rank) ** 2 for g, rank in plan.factorized(GROUPS))
+    return sum((1 + g.layer) * (1 - (level.rank or 0) / g.full_rank) ** 2 for g, level in plan.changed(GROUPS))
 
 
-def searched(path: Path, runs: int = 1, trials: int = 12, **options: object) -> RankPlan:
+def searched(path: Path, runs: int = 1, trials: int = 12, **options: object) -> Plan:
     settings: dict[str, object] = {"evaluate": evaluate, "seed": 0, **options}
     return bolaco(GROUPS, 0.7 * DENSE, 8, runs, trials, path=path, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("runs", [1, 4])
 def test_every_trial_keeps_v_dense_and_meets_the_budget(runs: int, tmp_path: Path) -> None:
-    tried: list[RankPlan] = []
+    tried: list[Plan] = []
 
-    def recorded(plan: RankPlan) -> float:
+    def recorded(plan: Plan) -> float:
         tried.append(plan)
         return evaluate(plan)
 
@@ -62,7 +62,7 @@ def test_every_trial_keeps_v_dense_and_meets_the_budget(runs: int, tmp_path: Pat
     assert set(study.trials[0].params) == {f"{kind}.{run}" for kind in ("qk", "o", "gate", "up", "down") for run in range(runs)}
 
 
-def check_shares(plan: RankPlan, runs: int) -> None:
+def check_shares(plan: Plan, runs: int) -> None:
     """q and k keep the same ratio, and so do the layers of a run, but for one rank step of rounding."""
     kept: dict[str, list[float]] = {}
     for group in GROUPS:
@@ -81,12 +81,12 @@ def test_the_search_finds_more_than_chance(tmp_path: Path) -> None:
 
 
 def test_a_killed_study_resumes_to_the_same_trials(tmp_path: Path) -> None:
-    whole: list[RankPlan] = []
-    cut: list[RankPlan] = []
+    whole: list[Plan] = []
+    cut: list[Plan] = []
     searched(tmp_path / "whole.sqlite3", evaluate=lambda plan: whole.append(plan) or evaluate(plan), seed=3)
     dies = {0, 5, 11}
 
-    def fragile(plan: RankPlan) -> float:
+    def fragile(plan: Plan) -> float:
         if len(cut) in dies:
             dies.remove(len(cut))
             raise KeyboardInterrupt
@@ -104,7 +104,7 @@ def test_a_killed_study_resumes_to_the_same_trials(tmp_path: Path) -> None:
 
 def test_what_is_not_finite_never_wins(tmp_path: Path) -> None:
     values = iter([float("nan"), float("inf"), 3.0, float("nan"), 2.0])
-    tried: list[RankPlan] = []
+    tried: list[Plan] = []
     plan = searched(tmp_path / "s.sqlite3", trials=5, evaluate=lambda p: tried.append(p) or next(values))
     assert plan == tried[4]
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from evolution import evolve
 from lrserve.allocation.losses import uniform
-from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.plan import BudgetFit, Offers, Plan
 from lrserve.compression.groups import Group, Structure
+from lrserve.compression.level import Level
 from lrserve.errors import InfeasibleTargetError, InputError
 
 SHAPES = [(160, 96), (96, 96), (384, 96), (96, 192)] * 3 + [(4, 4)]
@@ -21,18 +22,18 @@ GROUPS = [
     Group(name=f"g{i}", kind="o", layer=i // 4, members=(f"g{i}",), out_features=(m,), in_features=n)
     for i, (m, n) in enumerate(SHAPES)
 ]
-FIT = BudgetFit(GROUPS, 8)
+FIT = BudgetFit(GROUPS, Offers(8))
 BUDGET = 0.7 * FIT.dense_cost
 
 
-def seconds(group: Group, rank: int | None) -> float:
+def seconds(group: Group, level: Level) -> float:
     """A cost that is no integer."""
-    return group.parameters(rank, "identity_block") * 1.1e-7 + 1e-5
+    return group.parameters(level.rank, "identity_block") * 1.1e-7 + 1e-5
 
 
-def evaluate(plan: RankPlan) -> float:
+def evaluate(plan: Plan) -> float:
     """A stand-in for the divergence: what a group lost weighs by its depth."""
-    return sum((1 + g.layer) ** 2 * (1 - rank / g.full_rank) ** 2 for g, rank in plan.factorized(GROUPS))
+    return sum((1 + g.layer) ** 2 * (1 - (level.rank or 0) / g.full_rank) ** 2 for g, level in plan.changed(GROUPS))
 
 
 @settings(max_examples=25, deadline=None)
@@ -47,16 +48,16 @@ def evaluate(plan: RankPlan) -> float:
 def test_budget_kept_never_worse_and_the_same_when_interrupted(
     keep: float, seed: int, offspring: int, structure: Structure, speed: bool, stop: int
 ) -> None:
-    fit = BudgetFit(GROUPS, 8, structure, seconds if speed else None)
+    fit = BudgetFit(GROUPS, Offers(8, structure), seconds if speed else None)
     budget = keep * fit.dense_cost
     start = uniform(fit, budget)
-    tried: list[RankPlan] = []
+    tried: list[Plan] = []
 
-    def recorded(plan: RankPlan) -> float:
+    def recorded(plan: Plan) -> float:
         tried.append(plan)
         return evaluate(plan)
 
-    def dies(plan: RankPlan) -> float:
+    def dies(plan: Plan) -> float:
         nonlocal stop
         stop -= 1
         if stop == -1:
@@ -77,7 +78,7 @@ def test_budget_kept_never_worse_and_the_same_when_interrupted(
         assert {p.name for p in Path(folder).iterdir()} == {"state.json", "cut.json"}
     for trial in tried:
         assert trial.structure == structure
-        cost = sum(seconds(g, trial.ranks[g.name]) if speed else g.parameters(trial.ranks[g.name], structure) for g in GROUPS)
+        cost = sum(seconds(g, trial.levels[g.name]) if speed else g.parameters(trial.ranks[g.name], structure) for g in GROUPS)
         assert cost <= budget * (1 + 1e-11)  # the budget itself is rounded; in parameters this is less than one
     assert len(tried) <= 1 + 5 * offspring
     assert len(lowest) == 6
@@ -108,10 +109,10 @@ def test_more_generations_go_on_where_fewer_ended(tmp_path: Path) -> None:
 
 def test_what_is_not_finite_never_wins(tmp_path: Path) -> None:
     start = uniform(FIT, BUDGET)
-    tried: list[RankPlan] = []
+    tried: list[Plan] = []
 
-    def searched(generations: int, values: list[float]) -> RankPlan:
-        def scripted(plan: RankPlan) -> float:
+    def searched(generations: int, values: list[float]) -> Plan:
+        def scripted(plan: Plan) -> float:
             tried.append(plan)
             return values.pop(0)
 
@@ -136,9 +137,9 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InfeasibleTargetError, match="more than the budget"):
         evolve(FIT, start, 0.5 * BUDGET, evaluate, path, **options)
     with pytest.raises(InputError, match="rank 7 is not among"):
-        evolve(FIT, RankPlan({**start.ranks, "g0": 7}), BUDGET, evaluate, path, **options)
+        evolve(FIT, Plan.of_ranks({**start.ranks, "g0": 7}), BUDGET, evaluate, path, **options)
     with pytest.raises(InputError, match="structure"):
-        evolve(FIT, RankPlan(start.ranks, "low_rank"), BUDGET, evaluate, path, **options)
+        evolve(FIT, Plan.of_ranks(start.ranks, "low_rank"), BUDGET, evaluate, path, **options)
     evolve(FIT, start, BUDGET, evaluate, path, **options)
     with pytest.raises(InputError, match="remove it to start over"):
         evolve(FIT, start, BUDGET, evaluate, path, **{**options, "seed": 1})

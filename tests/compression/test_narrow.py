@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VOCABULARY, dense_model
+from tiny import VOCABULARY, dense_model, levels_of
 
 from lrserve.allocation.quality import Divergence
 from lrserve.compression.calibrate import calibrate
@@ -22,7 +22,9 @@ from lrserve.compression.propagate import propagation
 from lrserve.compression.recover import recover
 from lrserve.compression.refine import adam
 from lrserve.compression.sequential import Step, walk
-from lrserve.compression.spectra import SpectrumStore, compress_model, features, write_spectra
+from lrserve.compression.assemble import compress_model
+from lrserve.compression.level import Level
+from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.compression.structure import structured
 from lrserve.compression.training import TrainedFactors, install_trainable
 from lrserve.errors import CalibrationError
@@ -165,9 +167,9 @@ def test_improvements_leave_the_neurons_where_they_are(tmp_path: Path, monkeypat
         "recovered": recover(dense, student, ranks, store, windows, tmp_path / "recover", seconds=20.0, seed=0).factors,
     }
     divergence = Divergence(dense_model("LlamaForCausalLM"), windows)
-    before = divergence(compress_model(dense_model("LlamaForCausalLM"), ranks, "narrow", store, torch.float32))
+    before = divergence(compress_model(dense_model("LlamaForCausalLM"), levels_of(ranks), "narrow", store, torch.float32))
     for how, source in found.items():
-        after = divergence(compress_model(dense_model("LlamaForCausalLM"), ranks, "narrow", source, torch.float32))
+        after = divergence(compress_model(dense_model("LlamaForCausalLM"), levels_of(ranks), "narrow", source, torch.float32))
         assert 0 < after < 0.6 * before, how
         for unit, rank in ranks:
             if unit.fed_by and how != "propagated":  # which chooses anew, for other inputs
@@ -184,7 +186,7 @@ def test_improvements_leave_the_neurons_where_they_are(tmp_path: Path, monkeypat
                 neurons = factors.order.long()
                 dense_rows = [model.get_submodule(member).weight[neurons] for member in unit.fed_by.members]
                 assert not torch.equal(factors.feeding, torch.cat(dense_rows)), how  # the rows that are left learn too
-    exported = compress_model(dense_model("LlamaForCausalLM"), ranks, "narrow", found["trained"], torch.float32)
+    exported = compress_model(dense_model("LlamaForCausalLM"), levels_of(ranks), "narrow", found["trained"], torch.float32)
     training = dense_model("LlamaForCausalLM")
     install_trainable(training, ranks, found["trained"])
     logits = [m(input_ids=windows, use_cache=False).logits for m in (exported, training)]
@@ -201,7 +203,7 @@ def test_trained_rows_are_rounded_and_have_to_be_finite() -> None:
     def exported(feeding: torch.Tensor, dtype: torch.dtype) -> Any:
         source = TrainedFactors({unit.name: Factors(A=A, B=B, b=torch.zeros(unit.m), feeding=feeding)})
         kept = TrainedFactors.from_tensors(source.tensors())
-        return compress_model(dense_model("LlamaForCausalLM", layers=1), [(unit, 3)], "narrow", kept, dtype)
+        return compress_model(dense_model("LlamaForCausalLM", layers=1), [(unit, Level(3))], "narrow", kept, dtype)
 
     found = exported(rows, torch.bfloat16)
     gate, up = (found.get_submodule(member).weight for member in unit.fed_by.members)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import lrserve.pipeline
-from lrserve.allocation.plan import RankPlan
+from lrserve.allocation.plan import Plan
+from lrserve.compression.level import Level
 from lrserve.pipeline import improve
 from lrserve.pipeline.stages import MODULES, provenance
 from lrserve.storage.work import WorkFolder
@@ -96,7 +97,7 @@ def improved(tmp_path: Path) -> list[str]:
         source=SimpleNamespace(load=lambda dtype: None),
         say=lambda line: None,
     )
-    plan: Any = SimpleNamespace(structure="low_rank", factorized=lambda units: [(None, 1)], key=RankPlan({"g": 1}, "low_rank").key)
+    plan: Any = SimpleNamespace(structure="low_rank", changed=lambda units: [(None, Level(1))], key=Plan.of_ranks({"g": 1}, "low_rank").key)
     store: Any = SimpleNamespace(folder=Path("spectra-0"))
     improve.improve_factors(job, plan, store, lambda group: None, WorkFolder(tmp_path, lambda line: None, MODULES))
     return sorted(path.name for path in tmp_path.iterdir())

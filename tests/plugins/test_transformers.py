@@ -290,7 +290,7 @@ def test_public_names_are_imported_when_they_are_used() -> None:
 
 
 def test_public_api() -> None:
-    names = ["LowRankLinear", "LrserveError", "RankPlan", "Recipe", "__version__", "compress_and_export"]
+    names = ["LowRankLinear", "LrserveError", "Plan", "Recipe", "__version__", "compress_and_export"]
     assert sorted(lrserve.__all__) == names
     assert set(names) <= set(dir(lrserve))
     assert lrserve.LowRankLinear is LowRankLinear

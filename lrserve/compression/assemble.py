@@ -1,0 +1,266 @@
+"""Putting a plan into a model: as the layers that are exported, or merged into dense weights to judge many plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrserve.compression.factorize import Factors, FactorSource
+from lrserve.compression.groups import Group, Structure
+from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
+from lrserve.compression.lowrank import (
+    install_low_rank,
+    keep_outputs,
+    load_factors,
+    load_feeding,
+    reorder_outputs,
+    specs_of,
+)
+from lrserve.compression.quantize import round_to_nearest, rounded_inputs
+from lrserve.compression.rounding import RoundedWeight, Rounding, rounds_inputs
+from lrserve.compression.smoothing import input_scales
+from lrserve.compression.spectra import SpectrumStore, stacked_weight
+from lrserve.compression.structure import structured
+
+
+@torch.no_grad()
+def compress_model(
+    model: Any,
+    changed: Sequence[tuple[Group, Level]],
+    structure: Structure,
+    source: FactorSource,
+    dtype: torch.dtype,
+    rounding: Rounding | None = None,
+) -> Any:
+    """Put compressed layers in the place of a dense model's linears and return the model.
+
+    Every parameter, dense ones included, is rounded to `dtype`, in which it will be stored; the model keeps its own, wider dtype.
+    Then weights are rounded to fewer bits where their level says so: after the structure is in place, and before they are repaired.
+
+    Args:
+        model: the dense model.
+        changed: the units that a plan changes, and their levels.
+        structure: of the plan.
+        source: gives the factors of the units that have a rank.
+        dtype: of what is not rounded to fewer bits.
+        rounding: rounds weights; needed where a level says so.
+    """
+    ranks = [(unit, level.rank) for unit, level in changed if level.rank is not None]
+    specs, orders, kept = specs_of(ranks, structure), [], {}
+    install_low_rank(model, specs)
+    for unit, rank in ranks:
+        factors = structured(source.cut(unit.name, rank), unit.stored_as(structure))
+        load_factors(model, unit, factors, dtype)
+        if specs[unit.name].ordered and factors.order is not None:
+            orders.append((unit, factors.order))
+        if unit.fed_by and factors.order is not None:
+            kept[unit.name] = factors.order.long()
+            keep_outputs(model, unit.fed_by, factors.order)
+            if factors.feeding is not None:
+                load_feeding(model, unit.fed_by, factors.feeding, dtype)
+    for unit, order in orders:  # now that the factors of the layers before are in place
+        reorder_outputs(model, unit, order)
+    round_parameters(model, dtype)
+    if rounding is not None:
+        _round_weights(model, changed, rounding, kept)
+    return model
+
+
+@torch.no_grad()
+def round_parameters(model: Any, dtype: torch.dtype) -> Any:
+    """Round every parameter to `dtype` and return the model, whose own, wider dtype stays."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    return model
+
+
+class MergedLevels:
+    """A dense model whose weights are rewritten in place to what a plan stands for, to judge many plans without rebuilding it.
+
+    Only the units whose level changed are rewritten; the dense weights are kept aside. Inputs are rounded as the engine does it.
+    Differs from the layers that are exported by the rounding of merged weights to the model's dtype and, for factors of 8 bits, by
+    what rounding the inputs of the second one costs.
+    """
+
+    def __init__(self, model: Any, units: Sequence[Group], store: SpectrumStore, rounding: Rounding | None = None) -> None:
+        self.model = model
+        self._units = {unit.name: unit for unit in units}
+        self._store, self._rounding = store, rounding
+        self._levels = dict.fromkeys(self._units, DENSE)
+        self._hooks: dict[str, list[Any]] = {name: [] for name in self._units}
+        self._rounded: dict[tuple[str, Precision], tuple[RoundedWeight, torch.Tensor | None]] = {}
+        """Of whole groups, without residuals: their weights, and the scales of their inputs."""
+        groups = [group for unit in units for group in parts(unit)]
+        self._dense = {group.name: stacked_weight(model, group) for group in groups}
+        self._own = {
+            member: (linear.weight, linear.bias)
+            for group in groups
+            for member in group.members
+            for linear in [model.get_submodule(member)]
+        }
+
+    def to(self, device: torch.device | str) -> None:
+        """Make every unit dense and move the model: off a GPU whose memory an engine is about to take, and back."""
+        self.apply({})
+        self.model.to(device)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def apply(self, levels: Mapping[str, Level]) -> None:
+        """Set the levels of the named units; those that are not named become dense."""
+        for name, unit in self._units.items():
+            level = levels.get(name, DENSE)
+            if level == self._levels[name]:
+                continue
+            self._restore(unit)
+            if level != DENSE:
+                factors = None if level.rank is None else self._store.cut(name, level.rank)
+                if level.weights is None:
+                    assert factors is not None
+                    self._set(unit, factors.B @ factors.A, factors.b)
+                else:
+                    self._round(unit, level, factors)
+            self._levels[name] = level
+
+    def left(self, unit: Group, precision: Precision, residuals: Sequence[int]) -> dict[int, float]:
+        """Return the share of the error of rounding a unit that is left beside residuals of these ranks."""
+        assert self._rounding is not None
+        total = dict.fromkeys((0, *residuals), 0.0)
+        for group in parts(unit):
+            W, _ = self._dense[group.name]
+            found, _ = self._whole(group, precision)
+            errors = self._rounding.residual(group, W.float().cpu(), found.weight).errors()
+            for rank in total:
+                total[rank] += float(errors[min(rank, len(errors) - 1)])
+        return {rank: total[rank] / total[0] if total[0] > 0 else 0.0 for rank in residuals}
+
+    def _round(self, unit: Group, level: Level, factors: Factors | None) -> None:
+        if factors is not None and not unit.fed_by:
+            self._round_factors(unit, level, factors)
+            return
+        kept = None if factors is None else structured(factors, "narrow_in")
+        order = None if kept is None or kept.order is None else kept.order.long()
+        if unit.fed_by:
+            rows = None if order is None else rows_of(unit.fed_by, order)
+            self._set_rounded(unit.fed_by, level, self._dense[unit.fed_by.name][0], rows=rows)
+        if kept is None:
+            self._set_rounded(unit, level, self._dense[unit.name][0])
+        else:
+            self._set_rounded(unit, level, kept.B, order, bias=kept.b)
+
+    def _set_rounded(
+        self,
+        group: Group,
+        level: Level,
+        W: torch.Tensor,
+        inputs: torch.Tensor | None = None,
+        *,
+        rows: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        """Write a group's rounded weight into the model: that of the `inputs` that are left, right in the `rows` that are used."""
+        assert self._rounding is not None
+        assert level.weights is not None
+        W = W.float().cpu()
+        if inputs is None:
+            found, scales = self._whole(group, level.weights)
+        else:
+            found, scales = self._fresh(group, W, level.weights, inputs)
+        merged = found.dense() if scales is None else found.dense() / scales
+        if level.residual:
+            used = slice(None) if rows is None else rows
+            part = RoundedWeight(found.weight.rows(used))
+            merged[used] += self._rounding.residual(group, W[used], part.weight, inputs=inputs).cut(level.residual).dense()
+        if inputs is not None:
+            merged = torch.zeros(group.m, group.n).index_copy_(1, inputs, merged)
+        self._set(group, merged, bias)
+        if rounds_inputs(level):
+            self._hook(group, level.weights, scales, inputs)
+
+    def _whole(self, group: Group, weights: Precision) -> tuple[RoundedWeight, torch.Tensor | None]:
+        key = group.name, weights
+        if key not in self._rounded:
+            self._rounded[key] = self._fresh(group, self._dense[group.name][0].float().cpu(), weights, None)
+        return self._rounded[key]
+
+    def _fresh(
+        self, group: Group, W: torch.Tensor, weights: Precision, inputs: torch.Tensor | None
+    ) -> tuple[RoundedWeight, torch.Tensor | None]:
+        assert self._rounding is not None
+        if not SCHEMES[weights].rounds_inputs:
+            return RoundedWeight(self._rounding.weight(group, W, weights, inputs=inputs)), None
+        scales = input_scales(self.model.config, group, W, self._rounding.moment(group, inputs), inputs)
+        return RoundedWeight(self._rounding.weight(group, W * scales, weights, inputs=inputs, scales=scales)), scales
+
+    def _round_factors(self, unit: Group, level: Level, factors: Factors) -> None:
+        assert level.weights is not None
+        assert self._rounding is not None
+        stored = structured(factors, "low_rank")
+        A, B = stored.A.float(), stored.B.float()
+        scales = input_scales(self.model.config, unit, A, self._rounding.moment(unit))
+        rounded = [round_to_nearest(factor, level.weights).dense() for factor in (A * scales, B)]
+        self._set(unit, rounded[1] @ (rounded[0] / scales), stored.b)
+        self._hook(unit, level.weights, scales, None)
+
+    def _set(self, group: Group, W: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Write a stacked weight (m, n) and, where it is given, a bias (m,) into a group's linears."""
+        rows = list(group.out_features)
+        linears = [self.model.get_submodule(member) for member in group.members]
+        device, dtype = linears[0].weight.device, linears[0].weight.dtype
+        for linear, w in zip(linears, torch.split(W.to(device=device, dtype=dtype), rows), strict=True):
+            linear.weight = nn.Parameter(w, requires_grad=False)
+        if bias is not None:
+            for linear, b in zip(linears, torch.split(bias.to(device=device, dtype=dtype), rows), strict=True):
+                linear.bias = nn.Parameter(b, requires_grad=False)
+
+    def _hook(self, group: Group, weights: Precision, scales: torch.Tensor | None, inputs: torch.Tensor | None) -> None:
+        """Let a group's linears round their inputs, those that are left of them, in units of `scales`."""
+        device = self.model.get_submodule(group.members[0]).weight.device
+        units = torch.ones(group.n)
+        if scales is not None:
+            units = scales.float() if inputs is None else units.index_copy(0, inputs, scales.float())
+        left = torch.ones(group.n) if inputs is None else torch.zeros(group.n).index_fill_(0, inputs, 1.0)
+        hook = _rounds(weights, units.to(device), left.to(device))
+        self._hooks[self._unit_of(group)] += [
+            self.model.get_submodule(member).register_forward_pre_hook(hook) for member in group.members
+        ]
+
+    def _unit_of(self, group: Group) -> str:
+        return next(name for name, unit in self._units.items() if group.name in (name, unit.fed_by and unit.fed_by.name))
+
+    def _restore(self, unit: Group) -> None:
+        for handle in self._hooks[unit.name]:
+            handle.remove()
+        self._hooks[unit.name] = []
+        for group in parts(unit):
+            for member in group.members:
+                linear = self.model.get_submodule(member)
+                linear.weight, linear.bias = self._own[member]
+
+
+def parts(unit: Group) -> list[Group]:
+    """List the groups of a unit, those that give the inputs of the others first."""
+    return [unit.fed_by, unit] if unit.fed_by else [unit]
+
+
+def rows_of(group: Group, kept: torch.Tensor) -> torch.Tensor:
+    """Return the rows of a stacked weight that give the outputs `kept` (k,) of every member."""
+    starts = torch.tensor(group.out_features).cumsum(0) - group.out_features[0]
+    return (starts[:, None] + kept.long()).flatten()
+
+
+def _rounds(weights: Precision, units: torch.Tensor, left: torch.Tensor) -> Callable[[Any, tuple[torch.Tensor, ...]], tuple[Any]]:
+    """Return the hook that rounds inputs; the members of a group, called one after the other with the same, share what it gives."""
+    last: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def hook(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[Any]:
+        x = inputs[0]
+        if not last or last[0][0] is not x:
+            last[:] = [(x, (rounded_inputs(x.float() * left / units, weights) * units).to(x.dtype))]
+        return (last[0][1],)
+
+    return hook
