@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,10 +12,13 @@ from lrserve.compression.factorize import Factors, FactorSource
 from lrserve.compression.groups import Group, Structure
 from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
 from lrserve.compression.lowrank import (
+    LowRankLinear,
     install_low_rank,
     keep_outputs,
     load_factors,
     load_feeding,
+    load_residual,
+    load_rounded,
     reorder_outputs,
     specs_of,
 )
@@ -67,6 +70,38 @@ def compress_model(
     if rounding is not None:
         _round_weights(model, changed, rounding, kept)
     return model
+
+
+def _round_weights(
+    model: Any, changed: Sequence[tuple[Group, Level]], rounding: Rounding, kept: Mapping[str, torch.Tensor]
+) -> None:
+    """Round the weights of a model whose structure is in place; `kept` are the inputs of MLPs that have fewer neurons."""
+    scales: dict[str, torch.Tensor] = {}
+    for unit, level in changed:
+        for group in parts(unit) if rounds_inputs(level) else ():
+            W, inputs = next(iter(_matrices(model, group).values())), kept.get(group.name)
+            scales[group.name] = input_scales(model.config, group, W, rounding.moment(group, inputs), inputs)
+            fold_input_scales(model, group, scales[group.name])
+    for unit, level in changed:
+        for group in parts(unit) if level.weights is not None else ():
+            matrices, inputs = _matrices(model, group), kept.get(group.name)
+            for name, W in matrices.items():
+                if len(matrices) > 1:  # factors
+                    load_rounded(model, group, name, round_to_nearest(W, level.weights, rounding.dtype))
+                    continue
+                found = rounding(group, W, level, inputs=inputs, scales=scales.get(group.name))
+                load_rounded(model, group, name, found.weight)
+                if found.residual is not None:
+                    load_residual(model, group, found.residual)
+
+
+def _matrices(model: Any, group: Group) -> dict[Literal["weight", "A", "B"], torch.Tensor]:
+    """Return what a group's inputs are multiplied by, first things first: its stacked weight, or A (or T) and B, float32."""
+    layers = [model.get_submodule(member) for member in group.members]
+    if not isinstance(layers[0], LowRankLinear):
+        return {"weight": stacked_weight(model, group)[0].float()}
+    B = torch.cat([layer.B.weight for layer in layers]).float()
+    return {"B": B} if layers[0].first is None else {"A": layers[0].first.weight.float(), "B": B}
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ class Rounding:
 
     def __init__(self, moments: MomentOf, gradient: GradientOf, dtype: torch.dtype) -> None:
         """Take what gives a group's moments, and the dtype of what is stored beside integers."""
-        self._moments, self._gradient, self._dtype = moments, gradient, dtype
+        self._moments, self._gradient, self.dtype = moments, gradient, dtype
 
     def moment(self, group: Group, inputs: torch.Tensor | None = None, scales: torch.Tensor | None = None) -> torch.Tensor:
         """Return the second moment of those `inputs` (k,) of a group that are left, divided by `scales` (k,)."""
@@ -64,7 +64,7 @@ class Rounding:
             inputs: those (k,) of the n inputs that W reads, where neurons were removed.
             scales: by which its inputs are divided before they come.
         """
-        return quantize(W, weights, self.moment(group, inputs, scales), self._dtype)
+        return quantize(W, weights, self.moment(group, inputs, scales), self.dtype)
 
     def residual(self, group: Group, W: torch.Tensor, rounded: Rounded, *, inputs: torch.Tensor | None = None) -> ResidualSpectrum:
         """Return what makes up for rounding a group's weight W (m, n), at every rank."""
@@ -73,10 +73,18 @@ class Rounding:
             gradient = None  # neurons were removed: it is of other rows or columns
         return residual_spectrum(W, rounded, self.moment(group, inputs), gradient)
 
-    def __call__(self, group: Group, W: torch.Tensor, level: Level, *, inputs: torch.Tensor | None = None) -> RoundedWeight:
-        """Round a group's stacked weight W (m, n) to what a level says, with its residual."""
+    def __call__(
+        self,
+        group: Group,
+        W: torch.Tensor,
+        level: Level,
+        *,
+        inputs: torch.Tensor | None = None,
+        scales: torch.Tensor | None = None,
+    ) -> RoundedWeight:
+        """Round a group's stacked weight W (m, n) to what a level says, with its residual; otherwise as `weight`."""
         assert level.weights is not None
-        found = RoundedWeight(self.weight(group, W, level.weights, inputs=inputs))
+        found = RoundedWeight(self.weight(group, W, level.weights, inputs=inputs, scales=scales))
         if not level.residual:
             return found
         return replace(found, residual=self.residual(group, W, found.weight, inputs=inputs).cut(level.residual))

@@ -51,6 +51,7 @@ def collect_metrics(
         "tokens": {use: windows.numel() for use, windows in job.windows.items()},  # the recipe has what was asked for
         "plan": {
             "origin": tuned.chosen.candidate.origin,
+            "usual": tuned.chosen.candidate.trial is None,
             "structure": plan.structure,
             "groups": len(job.units),
             "factorized": sum(level.rank is not None for level in plan.levels.values()),

@@ -39,10 +39,10 @@ def advice(metrics: Mapping[str, Any], out: Path) -> str:
 
 def _usual(metrics: Mapping[str, Any]) -> list[str]:
     """Say so where rounding alone is the best answer."""
-    chosen = next((plan for plan in metrics["measured_plans"] if plan["chosen"]), None)
-    if chosen is None or not chosen["usual"]:
+    plan = metrics["plan"]
+    if not plan["usual"]:
         return []
-    return [f"The best answer to this target is {chosen['origin']}: nothing that could be removed or kept besides pays here."]
+    return [f"The best answer to this target is {plan['origin']}: nothing that could be removed or kept besides pays here."]
 
 
 def _verdict(gain: float, low: float, loss: float) -> str:

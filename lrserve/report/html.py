@@ -201,9 +201,11 @@ def _heat_cell(kind: str, cell: Mapping[str, Any], lowest: float) -> str:
     said = [f"{cell['rank'] or cell['dense_rank']} of {cell['dense_rank']}, {cell['kept']:.0%} of the parameters"]
     said += [f"weights in {weights}"] * bool(weights) + [f"residual of rank {residual}"] * bool(residual)
     shown = [str(cell["rank"])] * bool(cell["rank"])
-    shown += [f"{SCHEMES[weights].bits}{'+' if residual else ''}"] * bool(weights)
+    if weights:
+        shown.append(f"{SCHEMES[weights].bits}{'+' if residual else ''}")
     title = escape(f"{name}: {'; '.join(said)}")
-    return f'<td{" class=deep" if height < 0.5 else ""} style="background: rgb{color}" title="{title}">{"<br>".join(shown)}</td>'
+    text = "".join(f"<div>{line}</div>" for line in shown)
+    return f'<td{" class=deep" if height < 0.5 else ""} style="background: rgb{color}" title="{title}">{text}</td>'
 
 
 def _measured(report: Mapping[str, Any]) -> str:

@@ -15,11 +15,11 @@ MADE = {
 
 
 def trial(number: int, origin: str, perplexity: float, speedup: float, **more: Any) -> dict[str, Any]:
-    found = {"number": number, "origin": origin, "perplexity": perplexity, "speedup": speedup, "ratio": 0.2}
+    found = {"number": number, "origin": origin, "perplexity": perplexity, "speedup": speedup, "ratio": 0.2, "bytes": 0.8}
     return {**found, "complete": True, "front": False, **more}
 
 
-def measured(number: int, origin: str, perplexity: float, speedup: float, why_not: str | None = None) -> dict[str, Any]:
+def measured(number: int | None, origin: str, perplexity: float, speedup: float, why_not: str | None = None) -> dict[str, Any]:
     found = {"predicted": speedup - 0.02, "speedup": speedup, "lowest": speedup - 0.03, "highest": speedup + 0.02}
     plan = {"number": number, "origin": origin, "perplexity": perplexity, "corrected": speedup - 0.01, **found}
     return {**plan, "chosen": why_not is None, "why_not": why_not, "workloads": {name: dict(found) for name in WORKLOADS}}
@@ -29,7 +29,9 @@ def kind(layers: int, width: int) -> list[dict[str, Any]]:
     cells = []
     for layer in range(layers):
         rank = None if layer % 4 == 3 else width // (2 + layer % 3)
-        cells.append({"layer": layer, "rank": rank, "dense_rank": width, "kept": 1.0 if rank is None else rank / width})
+        cell = {"layer": layer, "rank": rank, "dense_rank": width, "kept": 1.0 if rank is None else rank / width}
+        rounded = {"weights": "int8", "residual": 0} if layer % 3 == 1 else {"weights": None, "residual": 0}
+        cells.append({**cell, **({"weights": "int4_g32", "residual": 16} if layer % 8 == 3 else rounded)})
     return cells
 
 
@@ -55,6 +57,7 @@ def search(layers: int = 30) -> dict[str, Any]:
             measured(0, "loss_aware", 42.4, 1.08),
             measured(3, "trial 3", 47.0, 1.09, why_not="it misses <something>"),
             measured(5, "trial 5", 41.0, 1.02, why_not="it is slower"),
+            measured(None, "int8 everywhere", 34.0, 1.11, why_not="it is larger than what was asked for"),
         ],
         "importances": {"perplexity": {"base": 0.6, "down.0": 0.4}, "speed": {"down.0": 0.9, "base": 0.1}},
         "plan": {"layers": layers, "kinds": {"qkv": kind(layers, 576), "o": kind(layers, 576), "down": kind(layers, 1536)}},
@@ -88,7 +91,19 @@ def metrics(**changes: Any) -> dict[str, Any]:
         "runtime": "vllm",
         "enforce_eager": False,
         "workloads": WORKLOADS,
-        "plan": {"origin": "loss_aware", "structure": "narrow", "groups": 90, "factorized": 81},
+        "plan": {
+            "origin": "loss_aware",
+            "usual": False,
+            "structure": "narrow",
+            "groups": 90,
+            "factorized": 81,
+            "rounded": {"int8": 30, "int4_g32": 4},
+            "residuals": 4,
+        },
+        "measured_plans": [
+            {"origin": origin, "usual": usual, "chosen": not usual, "validation_perplexity": ppl, "linear_bytes": size, **speedup}
+            for origin, usual, ppl, size in (("int8 everywhere", True, 34.0, 0.5), ("loss_aware", False, 42.4, 0.8))
+        ],
         "improved": {"refine": {"method": "adam", "tokens": 4096, "steps": 25}},
         "sizes": {
             "linear_parameters": size(106.2e6, 84.9e6),

@@ -16,6 +16,7 @@ def metrics(speedup: float, lowest: float, increase: float, **changes: Any) -> d
         "perplexity": {"report": {"increase": increase, "dense": 20.0, "compressed": 20.0 * (1 + increase)}},
         "sizes": {"bytes": {"ratio": 0.158}},
         "improved": {"refine": {}},
+        "plan": {"origin": "int8 everywhere", "usual": False},
         "exports": ["vllm", "onnx"],
         "target": "ratio 0.2",
         **changes,
@@ -83,3 +84,9 @@ def test_a_slower_or_a_better_model_is_not_called_a_gain_or_a_loss() -> None:
     faster = advice(metrics(1.2, 1.15, 0.3), Path("demo"))
     assert "Gained: the same requests" in faster
     assert "Lost: the perplexity" in faster
+
+
+def test_where_rounding_alone_is_best_it_says_so() -> None:
+    usual = {"origin": "int8 everywhere", "usual": True}
+    assert "The best answer to this target is int8 everywhere" in advice(metrics(1.2, 1.15, 0.02, plan=usual), Path("demo"))
+    assert "best answer" not in advice(metrics(1.2, 1.15, 0.02), Path("demo"))

@@ -57,13 +57,17 @@ def test_the_page_holds_what_was_found_and_needs_nothing_else(tmp_path: Path) ->
     report = search()
     page, tags = _written(report, tmp_path)
     for plan in report["measured"]:
-        assert f"{plan['origin']} (#{plan['number']})</td><td>all</td><td>{plan['predicted']:.3f}</td>" in page
+        number = "" if plan["number"] is None else f" (#{plan['number']})"
+        assert f"{plan['origin']}{number}</td><td>all</td><td>{plan['predicted']:.3f}</td>" in page
         error = plan["corrected"] / plan["speedup"] - 1
         assert f"<td>{plan['lowest']:.3f} to {plan['highest']:.3f}</td>" in page
         assert f"<td>{error:+.1%}</td>" in page
     assert page.count("<td>long &lt;prompts&gt;</td>") == 1 + len(report["measured"])
     for cell in report["plan"]["kinds"]["down"]:
-        assert f"down, layer {cell['layer']}: {'dense' if cell['rank'] is None else cell['rank']}" in page
+        untouched = cell["rank"] is None and cell["weights"] is None
+        assert f"down, layer {cell['layer']}: {'dense' if untouched else cell['rank'] or cell['dense_rank']}" in page
+        if cell["residual"]:
+            assert f"of the parameters; weights in int4_g32; residual of rank {cell['residual']}" in page
     assert re.findall(r"<td>(\d+)</td><td>(?:loss_aware|greedy|uniform|trial \d)</td>", page) == list("503124")
     assert "<td>about 60.00</td>" in page
     assert "up to 2.4e+07" in re.sub(r"\N{NO-BREAK SPACE}|&#160;", " ", page)
@@ -116,7 +120,7 @@ def test_one_trial_of_one_layer(tmp_path: Path, perplexity: float) -> None:
     plan.update(predicted=1.0, corrected=1.0, lowest=1.0, highest=1.0, workloads={"chat": plan["workloads"]["chat"]})
     report["measured"] = [plan]
     report["importances"] = {}
-    report["plan"]["kinds"] = {"qkv": [{"layer": 0, "rank": None, "dense_rank": 576, "kept": 1.0}]}
+    report["plan"]["kinds"] = {"qkv": [{"layer": 0, "rank": None, "dense_rank": 576, "kept": 1.0, "weights": None, "residual": 0}]}
     report["search"].update(dict.fromkeys(("seconds_forward", "seconds_rewrite", "seconds_sampler", "trials_per_minute"), 0.0))
     speed = {**metrics()["throughput"], "speedup_lowest": 0.98}
     page, _ = _written(report, tmp_path, throughput=speed)
@@ -163,7 +167,8 @@ def test_every_measured_plan_that_was_not_chosen_is_explained(tmp_path: Path) ->
     page, _ = _written(search(), tmp_path)
     assert "the choice is the lowest of everything: <b>loss_aware</b> (#0; perplexity 42.40, 1.080x, 1.050 to 1.100)" in page
     assert "<li><b>trial 3</b> (#3; perplexity 47.00, 1.090x, 1.060 to 1.110): it misses &lt;something&gt;.</li>" in page
-    assert page.count("<li>") == 2
+    assert page.count("<li>") == 3
+    assert "<li><b>int8 everywhere</b> (perplexity 34.00, 1.110x, 1.080 to 1.130): it is larger" in page
 
 
 def test_samples_stand_side_by_side_where_there_are_some(tmp_path: Path) -> None:
