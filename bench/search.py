@@ -51,8 +51,8 @@ from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.speed import SpeedModel
 from lrserve.allocation.study import run_study
 from lrserve.compression.groups import Group, separate
-from lrserve.compression.lowrank import quantization_config, specs_of
 from lrserve.compression.matmul import float32_matmuls
+from lrserve.compression.spec import quantization_config, specs_of
 from lrserve.compression.spectra import MergedRanks, SpectrumStore, write_spectra
 from lrserve.engines.runtimes import Runtime, runtime_of
 from lrserve.engines.vllm import Engine

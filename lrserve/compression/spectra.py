@@ -13,8 +13,10 @@ from safetensors import safe_open
 from lrserve.compression.calibrate import read_statistics
 from lrserve.compression.factorize import Factors, FactorSource, GradientOf, Spectrum, factorize
 from lrserve.compression.groups import Group, Structure
-from lrserve.compression.lowrank import install_low_rank, keep_outputs, load_factors, load_feeding, reorder_outputs, specs_of
+from lrserve.compression.layers import exact_names
+from lrserve.compression.lowrank import install_low_rank, keep_outputs, load_factors, load_feeding, reorder_outputs
 from lrserve.compression.narrow import narrow
+from lrserve.compression.spec import specs_of
 from lrserve.compression.structure import structured
 from lrserve.errors import CalibrationError
 from lrserve.storage.store import write_tensors
@@ -152,9 +154,11 @@ def compress_model(
 
 @torch.no_grad()
 def round_parameters(model: Any, dtype: torch.dtype) -> Any:
-    """Round every parameter to `dtype` and return the model, whose own, wider dtype stays."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
+    """Round every parameter to `dtype`, but for float32 scales, and return the model, whose own, wider dtype stays."""
+    exact = exact_names(model)
+    for name, parameter in model.named_parameters():
+        if name not in exact:
+            parameter.copy_(parameter.to(dtype))
     return model
 
 

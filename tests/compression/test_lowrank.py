@@ -12,18 +12,9 @@ from lrserve.allocation.plan import RankPlan
 from lrserve.compression.calibrate import calibrate
 from lrserve.compression.factorize import Factors, factorize
 from lrserve.compression.groups import KINDS, STRUCTURES, Group, Structure, allocated, family_of, find_groups
-from lrserve.compression.lowrank import (
-    GroupSpec,
-    IdentityBlock,
-    LowRankLinear,
-    first_factor,
-    install_low_rank,
-    is_permutation,
-    load_factors,
-    parse_groups,
-    quantization_config,
-    specs_of,
-)
+from lrserve.compression.layers import IdentityBlock, LowRankLinear, first_factor
+from lrserve.compression.lowrank import install_low_rank, load_factors
+from lrserve.compression.spec import GroupSpec, is_permutation, parse_groups, quantization_config, specs_of
 from lrserve.compression.spectra import MergedRanks, SpectrumStore, compress_model, features, stacked_weight, write_spectra
 from lrserve.compression.training import TrainedFactors
 from lrserve.errors import ArtifactError, CalibrationError, UnsupportedModelError

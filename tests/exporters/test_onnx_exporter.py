@@ -30,7 +30,8 @@ from transformers import (
 
 from exporters.onnx import OnnxExporter
 from lrserve.compression.groups import STRUCTURES, Structure, allocated, find_groups
-from lrserve.compression.lowrank import IdentityBlock, specs_of
+from lrserve.compression.layers import IdentityBlock
+from lrserve.compression.spec import specs_of
 from lrserve.engines import onnx_session
 from lrserve.engines.onnx_session import OnnxDecoder
 from lrserve.engines.transcripts import Transcript

@@ -18,7 +18,7 @@ from lrserve.allocation.plan import RankPlan
 from lrserve.allocation.speed import SpeedModel, shapes_to_measure, token_counts
 from lrserve.allocation.study import open_study
 from lrserve.compression.groups import Structure
-from lrserve.compression.lowrank import specs_of
+from lrserve.compression.spec import specs_of
 from lrserve.engines.protocol import Throughput
 from lrserve.engines.workloads import Comparison, MixComparison
 from lrserve.pipeline.evidence import collect_metrics, write_evidence

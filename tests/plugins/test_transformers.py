@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import lrserve
 from exporters.vllm import VllmExporter, low_rank_groups
 from lrserve.compression.groups import Structure, find_groups
-from lrserve.compression.lowrank import FirstFactor, IdentityBlock, LowRankLinear, install_low_rank, specs_of
+from lrserve.compression.layers import FirstFactor, IdentityBlock, LowRankLinear
+from lrserve.compression.lowrank import install_low_rank
+from lrserve.compression.spec import specs_of
 from lrserve.errors import ArtifactError
 
 INPUTS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
