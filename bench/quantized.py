@@ -28,7 +28,7 @@ import torch
 
 from exporters.vllm import VllmExporter
 from lrserve.allocation.plan import RankPlan
-from lrserve.compression.lowrank import quantization_config
+from lrserve.compression.spec import quantization_config
 from lrserve.engines.vllm import Engine
 from lrserve.pipeline.job import Job, first_tokens, open_job
 from lrserve.plugins.versions import engine_version

@@ -46,14 +46,14 @@ from evolution import evolve
 from inputs import bench_recipe
 from lrserve.allocation import losses as allocate
 from lrserve.allocation.goal import FRONT_LIMIT, Goal
-from lrserve.allocation.plan import BudgetFit, Offers, Plan
+from lrserve.allocation.plan import BudgetFit, Plan
 from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.speed import SpeedModel
 from lrserve.allocation.study import run_study
-from lrserve.compression.groups import Group, separate
-from lrserve.compression.lowrank import quantization_config, specs_of
-from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.assemble import MergedLevels
+from lrserve.compression.groups import Group, separate
+from lrserve.compression.matmul import float32_matmuls
+from lrserve.compression.spec import quantization_config, specs_of
 from lrserve.compression.spectra import SpectrumStore, write_spectra
 from lrserve.engines.runtimes import Runtime, runtime_of
 from lrserve.engines.vllm import Engine

@@ -54,7 +54,7 @@ from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.speed import Shape, shapes_of
 from lrserve.compression.groups import KINDS, STRUCTURES, Group, allocated, find_groups
-from lrserve.compression.lowrank import quantization_config, specs_of
+from lrserve.compression.spec import quantization_config, specs_of
 from lrserve.engines.vllm import Engine
 from lrserve.engines.workloads import in_turns
 from lrserve.pipeline.measure import timing_conditions

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from lrserve.compression.groups import is_dense
-from lrserve.compression.lowrank import Factor, IdentityBlock, LowRankLinear
+from lrserve.compression.layers import Factor, IdentityBlock, LowRankLinear
 from lrserve.errors import UnsupportedModelError
 
 OPSET: Final = 23  # the first with RMSNormalization

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +14,8 @@ from torch import nn
 
 from exporters.companions import copy_companions
 from lrserve.compression.groups import ORDERED, family_of
-from lrserve.compression.lowrank import GroupSpec, LowRankLinear, leaves, quantization_config
+from lrserve.compression.layers import LowRankLinear, RoundedLinear, exact_names
+from lrserve.compression.spec import GroupSpec, leaves, quantization_config
 from lrserve.errors import ArtifactError
 from lrserve.plugins.versions import require_vllm
 
@@ -32,8 +35,8 @@ class VllmExporter:
     def export(self, model: Any, source: Path, out: Path, dtype: torch.dtype) -> None:
         """Write `model` into the existing folder `out`, with the tokenizer files of `source`.
 
-        Tensors are stored in `dtype`, integers as they are. A model without factorized layers is written as the dense
-        checkpoint that it is.
+        Tensors are stored in `dtype`, rounded weights and their float32 scales as they are. A model without compressed layers is
+        written as the dense checkpoint that it is.
 
         Raises:
             ArtifactError: some linears of a fused group share a first factor, and others do not.
@@ -51,13 +54,13 @@ class VllmExporter:
 
 
 def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
-    """Read off a causal LM which of its fused groups, or of their linears, are compressed, as what and to which rank.
+    """Read off a causal LM which of its fused groups, or of their linears, are compressed, and how.
 
     In the artifact's terms (docs/format.md).
 
     Raises:
-        ArtifactError: some linears of a group share a first factor, and others do not; or those that feed an MLP with fewer
-            neurons are factorized.
+        ArtifactError: some linears of a group share a first factor, a rounding or a residual, and others do not; or those that feed
+            an MLP with fewer neurons are factorized.
         UnsupportedModelError: unknown architecture.
     """
     family = family_of(model.config)
@@ -67,36 +70,55 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
         prefix = f"{family.layers}.{index}."
         for kind, names in family.groups.items():
             modules = {member: model.get_submodule(prefix + member) for member in names.members}
-            compressed = {member: module for member, module in modules.items() if isinstance(module, LowRankLinear)}
-            if len(modules) > 1 and not any(module.shares for module in compressed.values()):
-                for member, module in compressed.items():
-                    groups[prefix + member] = GroupSpec(module.rank, leaves([member]), module.structure, module.ordered)
+            compressed = {name: own for name, own in modules.items() if isinstance(own, (LowRankLinear, RoundedLinear))}
+            if len(modules) > 1 and all(isinstance(own, LowRankLinear) and not own.shares for own in compressed.values()):
+                groups |= {prefix + member: _spec(prefix, [member], module) for member, module in compressed.items()}
                 continue
+            alike = {(_spec(prefix, names.members, own), *_shared(own)) for own in compressed.values()}
             if not compressed:
                 continue
-            alike = {(id(module.first), module.structure, module.rank, module.ordered) for module in compressed.values()}
             if len(alike) > 1 or len(compressed) < len(modules):
-                found = ", ".join(
-                    f"{member} {f'{own.structure} of rank {own.rank}' if (own := compressed.get(member)) else 'dense'}"
-                    for member in modules
-                )
+                found = ", ".join(f"{member} {_described(own)}" for member, own in modules.items())
                 raise ArtifactError(
-                    f"{prefix}{names.fused}: its linears must all share one first factor, or each have its own; found {found}"
+                    f"{prefix}{names.fused}: its linears must all share one first factor, rounding and residual, or have factors "
+                    f"each of their own; found {found}"
                 )
-            _, stored, rank, ordered = alike.pop()
-            groups[prefix + names.fused] = GroupSpec(rank, leaves(names.members), stored, ordered)
-            if stored == "narrow_in":
-                feeding = family.groups[ORDERED[kind]]
-                if any(isinstance(model.get_submodule(prefix + member), LowRankLinear) for member in feeding.members):
+            spec = alike.pop()[0]
+            groups[prefix + names.fused] = spec
+            if spec.structure == "narrow_in":
+                fused = family.groups[ORDERED[kind]]
+                feeding = groups.get(prefix + fused.fused, GroupSpec(0, leaves(fused.members), "dense"))
+                if feeding.structure != "dense" or any(prefix + member in groups for member in fused.members):
                     raise ArtifactError(
-                        f"{prefix}{feeding.fused}: has factors, and {names.fused} fewer neurons; one of the two must go"
+                        f"{prefix}{fused.fused}: has factors, and {names.fused} fewer neurons; one of the two must go"
                     )
-                groups[prefix + feeding.fused] = GroupSpec(rank, leaves(feeding.members), "narrow_out")
+                groups[prefix + fused.fused] = replace(feeding, rank=spec.rank, structure="narrow_out")
     return groups
 
 
+def _spec(prefix: str, members: Sequence[str], layer: LowRankLinear | RoundedLinear) -> GroupSpec:
+    """Describe the group of these members by one of its layers."""
+    if isinstance(layer, RoundedLinear):
+        return GroupSpec(0, leaves(members), "dense", weights=layer.weights, residual=layer.residual)
+    if layer.first is not None and layer.first.weights != layer.weights:
+        raise ArtifactError(f"{prefix}{members[0]}: A is in {layer.first.weights}, B in {layer.weights}; they must be alike")
+    return GroupSpec(layer.rank, leaves(members), layer.structure, layer.ordered, layer.weights, layer.residual)
+
+
+def _shared(layer: LowRankLinear | RoundedLinear) -> tuple[int, int]:
+    """Identify what the members of a group must share."""
+    return id(layer.first if isinstance(layer, LowRankLinear) else None), id(layer.residual_first)
+
+
+def _described(layer: nn.Module) -> str:
+    if isinstance(layer, RoundedLinear):
+        return f"{layer.weights} with a residual of rank {layer.residual}"
+    return f"{layer.structure} of rank {layer.rank}" if isinstance(layer, LowRankLinear) else "dense"
+
+
 def _own_tensors(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """State dict without tied duplicates (an output layer that is the embedding), each tensor in its own storage."""
+    """State dict in `dtype` without tied duplicates (an output layer that is the embedding), each tensor in its own storage."""
+    exact = exact_names(model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     by_storage: set[int] = set()
     tensors = {}
@@ -107,7 +129,7 @@ def _own_tensors(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             continue
         by_storage.add(tensor.data_ptr())
         # Rounded, or a row block of a stacked B, which is a view: safetensors wants each tensor alone and contiguous.
-        rounded = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        rounded = tensor.to(dtype) if tensor.is_floating_point() and name not in exact else tensor
         alone = rounded.is_contiguous() and rounded.untyped_storage().nbytes() == rounded.nbytes
         tensors[name] = rounded if alone else rounded.clone(memory_format=torch.contiguous_format)
     return tensors

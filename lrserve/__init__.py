@@ -13,7 +13,7 @@ import wrapt
 
 if TYPE_CHECKING:
     from lrserve.allocation.plan import Plan
-    from lrserve.compression.lowrank import LowRankLinear
+    from lrserve.compression.layers import LowRankLinear
     from lrserve.errors import LrserveError
     from lrserve.pipeline.run import compress_and_export
     from lrserve.recipe import Recipe
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 __all__ = ["LowRankLinear", "LrserveError", "Plan", "Recipe", "__version__", "compress_and_export"]
 
 _HOMES = {
-    "LowRankLinear": "lrserve.compression.lowrank",
+    "LowRankLinear": "lrserve.compression.layers",
     "LrserveError": "lrserve.errors",
     "Plan": "lrserve.allocation.plan",
     "Recipe": "lrserve.recipe",

@@ -170,7 +170,7 @@ LEAVES = {
     "own attribute": "import torch\nself.x = torch.zeros(1)\nx = torch.zeros(1)\nx.y = 1",
     "attribute of a layer": "from torch import nn\nlayer.weight = nn.Parameter(x)\nsetattr(layer, 'weight', x)",
     "object of theirs": "import onnxruntime as ort\noptions = ort.SessionOptions()\noptions.log_severity_level = 4",
-    "own name": "from vllm.model_executor.layers import quantization\nfrom lrserve.compression.lowrank import QUANT_METHOD\n"
+    "own name": "from vllm.model_executor.layers import quantization\nfrom lrserve.compression.spec import QUANT_METHOD\n"
     "quantization.register_quantization_config(QUANT_METHOD)(X)",
     "own name, written": "from transformers.quantizers.auto import register_quantizer\nregister_quantizer('lrserve')(X)",
     "own operation": "import torch\ntorch.library.define('lrserve::packed', '() -> ()')",

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrserve.compression.groups import FAMILIES, STRUCTURES, Group, Stored, Structure, allocated, find_groups
-from lrserve.compression.level import Level
-from lrserve.compression.lowrank import (
-    GroupSpec,
-    IdentityBlock,
-    install_low_rank,
-    keep_outputs,
-    leaves,
-    quantization_config,
-    specs_of,
-)
+from exporters.vllm import low_rank_groups
+from lrserve.compression.groups import FAMILIES, KINDS, STRUCTURES, Group, Stored, Structure, allocated, find_groups
+from lrserve.compression.layers import IdentityBlock
+from lrserve.compression.level import SCHEMES, Level, Precision
+from lrserve.compression.lowrank import install_low_rank, keep_outputs, load_residual, load_rounded
+from lrserve.compression.quantize import Residual, round_to_nearest
+from lrserve.compression.spec import REPAIRED, GroupSpec, leaves, matrices, quantization_config, specs_of
 
 FACTORED: Final = ("identity_block", "low_rank")
 """What a group is stored as that has factors of its own; the structures in which every group has them."""
@@ -98,11 +95,18 @@ def factorized_model(architecture: str, *, layers: int = 2, structure: Structure
         own = structure or STRUCTURES[group.layer % len(STRUCTURES)]
         unit = units[own].get(group.name)
         if unit is not None and (group.layer != 1 or group.kind in ("qkv", "down")):
-            specs |= specs_of([(unit, 16 + 8 * (index % 4) + 4 * group.layer)], own)
+            specs |= specs_of([(unit, Level(16 + 8 * (index % 4) + 4 * group.layer))], own)
     if apart:
         del specs["model.layers.1.self_attn.qkv_proj"]
         specs |= apart_specs(layer=1)
     install(model, specs)
+    randomise_factors(model)
+    model.config.quantization_config = quantization_config(specs)
+    return model
+
+
+def randomise_factors(model: Any) -> None:
+    """Give factors, their biases and orders the values that belong to this seed."""
     torch.manual_seed(1)
     for module in model.modules():
         if isinstance(module, IdentityBlock) and module.order is not None:
@@ -112,8 +116,63 @@ def factorized_model(architecture: str, *, layers: int = 2, structure: Structure
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         elif name.endswith(".B.bias"):
             torch.nn.init.normal_(parameter, std=0.3)
-    model.config.quantization_config = quantization_config(specs)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What a rounded tiny model is: the plan's structure (None: dense) and rank, the precision, and the residual's rank."""
+
+    weights: Precision
+    structure: Structure | None = None
+    residual: int = 0
+    rank: int = 32
+    kinds: tuple[str, ...] = KINDS
+
+    def __str__(self) -> str:
+        return f"{self.weights}-{self.structure or 'dense'}{f'-residual{self.residual}' if self.residual else ''}"
+
+
+def rounded_model(architecture: str, *roundings: Rounding, layers: int = 2, dtype: torch.dtype = torch.float32) -> Any:
+    """A model that is rounded in one way, or layer by layer in several by turns. What does not divide into groups stays float."""
+    model = dense_model(architecture, layers=layers)
+    groups = find_groups(model)
+    kept, chosen = dict[str, Rounding](), [roundings[layer % len(roundings)] for layer in range(layers)]
+    specs: dict[str, GroupSpec] = {}
+    for own in STRUCTURES:
+        units = [unit for unit in allocated(groups, own) if chosen[unit.layer].structure == own]
+        specs |= specs_of([(unit, Level(chosen[unit.layer].rank)) for unit in units], own)
+    install(model, specs)
+    randomise_factors(model)
+    for group in groups:
+        rounding, spec = chosen[group.layer], specs.get(group.name, GroupSpec(0, leaves(group.members), "dense"))
+        spec = replace(spec, weights=rounding.weights)
+        if group.kind not in rounding.kinds or not all(
+            SCHEMES[rounding.weights].fits(n) for _, n in matrices(group, spec).values()
+        ):
+            continue
+        kept[group.name] = rounding
+        layer = [model.get_submodule(member) for member in group.members]
+        stacked: dict[Literal["weight", "A", "B"], torch.Tensor] = {}
+        if spec.structure in ("dense", "narrow_out"):
+            stacked["weight"] = torch.cat([linear.weight for linear in layer])
+        else:
+            stacked["B"] = torch.cat([linear.B.weight for linear in layer])
+        if spec.structure in FACTORED:
+            stacked["A"] = layer[0].first.weight
+        for matrix, W in stacked.items():
+            load_rounded(model, group, matrix, round_to_nearest(W.detach(), rounding.weights, dtype))
+        if rounding.residual and spec.structure in REPAIRED:
+            m, n = stacked["B" if spec.structure == "narrow_in" else "weight"].shape
+            load_residual(model, group, random_residual(m, n, rounding.residual))
+    assert kept
+    model.config.quantization_config = quantization_config(low_rank_groups(model))
     return model
+
+
+def random_residual(m: int, n: int, rank: int) -> Residual:
+    """A residual a few times as large as what rounding to 4 bits leaves, so that it cannot be missed."""
+    A, B = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((rank, n), (m, rank)))
+    return Residual(A, B, torch.rand(rank) * 0.3 / (127**2 * n**0.5))
 
 
 def apart_specs(layer: int) -> dict[str, GroupSpec]:

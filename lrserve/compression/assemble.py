@@ -10,9 +10,9 @@ from torch import nn
 
 from lrserve.compression.factorize import Factors, FactorSource
 from lrserve.compression.groups import Group, Structure
+from lrserve.compression.layers import LowRankLinear, exact_names
 from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
 from lrserve.compression.lowrank import (
-    LowRankLinear,
     install_low_rank,
     keep_outputs,
     load_factors,
@@ -20,11 +20,11 @@ from lrserve.compression.lowrank import (
     load_residual,
     load_rounded,
     reorder_outputs,
-    specs_of,
 )
-from lrserve.compression.quantize import round_to_nearest, rounded_inputs
+from lrserve.compression.quantize import inputs_in_units, round_to_nearest
 from lrserve.compression.rounding import RoundedWeight, Rounding, rounds_inputs
-from lrserve.compression.smoothing import input_scales
+from lrserve.compression.smoothing import fold_input_scales, input_scales
+from lrserve.compression.spec import specs_of
 from lrserve.compression.spectra import SpectrumStore, stacked_weight
 from lrserve.compression.structure import structured
 
@@ -52,7 +52,7 @@ def compress_model(
         rounding: rounds weights; needed where a level says so.
     """
     ranks = [(unit, level.rank) for unit, level in changed if level.rank is not None]
-    specs, orders, kept = specs_of(ranks, structure), [], {}
+    specs, orders, kept = specs_of([(unit, Level(rank)) for unit, rank in ranks], structure), [], {}
     install_low_rank(model, specs)
     for unit, rank in ranks:
         factors = structured(source.cut(unit.name, rank), unit.stored_as(structure))
@@ -84,6 +84,7 @@ def _round_weights(
             fold_input_scales(model, group, scales[group.name])
     for unit, level in changed:
         for group in parts(unit) if level.weights is not None else ():
+            assert level.weights is not None
             matrices, inputs = _matrices(model, group), kept.get(group.name)
             for name, W in matrices.items():
                 if len(matrices) > 1:  # factors
@@ -106,9 +107,11 @@ def _matrices(model: Any, group: Group) -> dict[Literal["weight", "A", "B"], tor
 
 @torch.no_grad()
 def round_parameters(model: Any, dtype: torch.dtype) -> Any:
-    """Round every parameter to `dtype` and return the model, whose own, wider dtype stays."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
+    """Round every parameter to `dtype`, but for float32 scales, and return the model, whose own, wider dtype stays."""
+    exact = exact_names(model)
+    for name, parameter in model.named_parameters():
+        if name not in exact:
+            parameter.copy_(parameter.to(dtype))
     return model
 
 
@@ -295,7 +298,8 @@ def _rounds(weights: Precision, units: torch.Tensor, left: torch.Tensor) -> Call
     def hook(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[Any]:
         x = inputs[0]
         if not last or last[0][0] is not x:
-            last[:] = [(x, (rounded_inputs(x.float() * left / units, weights) * units).to(x.dtype))]
+            near, token = inputs_in_units(x.float() * left / units, SCHEMES[weights])
+            last[:] = [(x, (near * token * units).to(x.dtype))]
         return (last[0][1],)
 
     return hook

@@ -20,10 +20,10 @@ if TYPE_CHECKING:  # recipes name kinds and structures, and are read without tor
 Kind = Literal["qkv", "o", "gate_up", "down"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
-Stored = Literal["identity_block", "low_rank", "narrow_in", "narrow_out"]
+Stored = Literal["identity_block", "low_rank", "narrow_in", "narrow_out", "dense"]
 """What a compressed group is stored as (docs/methods.md, "Structures").
 
-In this order: B (x_J + T x_Jc) + b, B (A x) + b, fewer inputs, fewer outputs.
+In this order: B (x_J + T x_Jc) + b, B (A x) + b, fewer inputs, fewer outputs, and W x + b, whose weight is only rounded.
 """
 STORED: Final = get_args(Stored)
 
@@ -127,7 +127,7 @@ class Group:
         Those of the factors plus m for the bias b. `narrow_out`: of `rank` rows of each member. `narrow_in`: of `rank` columns
         and b, and of `fed_by` with as many rows.
         """
-        if rank is None:
+        if rank is None or stored == "dense":
             return self.dense_parameters
         if stored == "narrow_out":
             return self.dense_parameters // self.out_features[0] * rank
@@ -137,7 +137,7 @@ class Group:
 
     def bias_entries(self, rank: int | None, stored: Stored) -> int:
         """Count those of `parameters` that are added, not multiplied by."""
-        if rank is None:
+        if rank is None or stored == "dense":
             return self.biases + (self.fed_by.biases if self.fed_by else 0)
         if stored == "narrow_out":
             return self.biases // self.out_features[0] * rank

@@ -30,6 +30,10 @@ class Rounded:
         """How it was rounded."""
         return SCHEMES[self.precision]
 
+    def rows(self, rows: torch.Tensor | slice) -> Rounded:
+        """Return some of the rows."""
+        return Rounded(self.precision, self.values[rows], self.scales[rows])
+
     def dense(self) -> torch.Tensor:
         """Return Q (m, n), float32."""
         m, n = self.values.shape
@@ -70,6 +74,18 @@ def rounded_to(W: torch.Tensor, scales: torch.Tensor, precision: Precision) -> R
     return Rounded(precision, values.view(m, n), scales)
 
 
+def inputs_in_units(x: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what an engine rounds inputs x (..., n) to, float32, and the float32 scale (..., 1) of each token.
+
+    Each token's largest entry becomes the largest value; the gradient passes as if nothing were rounded.
+    """
+    scale = x.detach().abs().amax(-1, keepdim=True).float().clamp_min(_TINY) / scheme.largest
+    units = x.float() / scale
+    near = units.detach().clamp(-scheme.largest, scheme.largest)
+    near = near.to(torch.float8_e4m3fn).float() if scheme.floating else near.round()
+    return (units + (near - units).detach() if units.requires_grad else near), scale
+
+
 def round_to_nearest(W: torch.Tensor, precision: Precision, dtype: torch.dtype = torch.bfloat16) -> Rounded:
     """Round W (m, n) with the largest entry of each row, or of each group of a row, as the largest value.
 
@@ -80,3 +96,7 @@ def round_to_nearest(W: torch.Tensor, precision: Precision, dtype: torch.dtype =
     peaks = W.float().view(m, 1 if scheme.group is None else n // scheme.group, -1).abs().amax(-1).clamp_min(_TINY)
     scales = peaks / scheme.largest
     return rounded_to(W, scales if scheme.group is None else scales.to(dtype).float(), precision)
+
+
+def quantize(W: torch.Tensor, precision: Precision, H: torch.Tensor | None, dtype: torch.dtype) -> Rounded:
+    return round_to_nearest(W, precision, dtype)

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from exporters.onnx_graph import build_layer, save_graph
-from lrserve.compression.lowrank import GroupSpec, LowRankLinear, first_factor
+from lrserve.compression.layers import LowRankLinear, first_factor
+from lrserve.compression.spec import GroupSpec
 from lrserve.engines.onnx_session import open_session
 from lrserve.engines.timing import Entry, input_elements, time_layers
 

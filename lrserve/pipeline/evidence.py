@@ -13,7 +13,7 @@ from typing import Any
 
 from lrserve.allocation.goal import pareto_front, rule, why_not
 from lrserve.allocation.study import importances, study_of, time_spent
-from lrserve.compression.lowrank import specs_of
+from lrserve.compression.spec import specs_of
 from lrserve.engines.runtimes import runtime_of
 from lrserve.pipeline.job import Job
 from lrserve.pipeline.measure import Measured

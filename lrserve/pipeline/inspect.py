@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lrserve.compression.groups import Group, as_listed, find_groups
-from lrserve.compression.lowrank import QUANT_METHOD, GroupSpec, is_permutation, parse_groups, stored_tensors
+from lrserve.compression.spec import QUANT_METHOD, GroupSpec, Tensor, is_permutation, parse_groups, stored_tensors, tensors_of
 from lrserve.errors import ArtifactError
 from lrserve.inputs.source import Source, model_folder, open_source
 from lrserve.plugins.versions import require_sound_torchvision
@@ -41,16 +41,17 @@ def inspect(model: str) -> str:
     for kind, group in found["groups"].items():
         low, high = group["ranks"] or (None, None)
         shown = "-" if low is None else f"{low} to {high}"
-        structures = ", ".join(group["structures"]) or "-"
+        lists = [", ".join(map(str, group[name])) or "-" for name in ("structures", "weights", "residuals")]
         shape = f"{group['outputs']} x {group['inputs']}"
         parameters = f"{group['parameters'] / 1e6:.1f} M"
-        rows.append([kind, str(group["layers"]), shape, str(group["compressed"]), structures, shown, parameters])
+        rows.append([kind, str(group["layers"]), shape, str(group["compressed"]), lists[0], shown, *lists[1:], parameters])
+    header = ["group", "layers", "outputs x inputs", "compressed", "structure", "ranks", "weights", "residuals", "parameters"]
     units = found["sizes"].items()
     sized = [[name.replace("_", " "), f"{u['dense']:,}", f"{u['compressed']:,}", f"{u['ratio']:.3f}"] for name, u in units]
     return "\n\n".join(
         [
             f"{found['path']}: {found['architecture']}",
-            table(["group", "layers", "outputs x inputs", "compressed", "structure", "ranks", "parameters"], rows),
+            table(header, rows),
             table(["", "dense", "as stored", "ratio"], sized),
         ]
     )
@@ -60,7 +61,7 @@ def describe(model: str) -> dict[str, Any]:
     """Return what a dense model or an artifact consists of; JSON.
 
     Under `groups`, for each kind, the number of its layers, how many are compressed, their structures, lowest and highest rank,
-    and parameters as stored; under `sizes`, the four units of `sizes.sizes`.
+    precisions, ranks of residuals, and parameters as stored; under `sizes`, the four units of `sizes.sizes`.
 
     Raises:
         LrserveError: neither of the two, or an architecture that lrserve does not know.
@@ -81,7 +82,7 @@ def describe(model: str) -> dict[str, Any]:
     for kind in dict.fromkeys(group.kind for group in groups):
         members = [group for group in groups if group.kind == kind]
         found = [specs[group.name] for group in members if group.name in specs]
-        ranks = [spec.rank for spec in found]
+        ranks = [spec.rank for spec in found if spec.rank]
         kinds[kind] = {
             "layers": len(members),
             "outputs": members[0].m,
@@ -89,6 +90,8 @@ def describe(model: str) -> dict[str, Any]:
             "compressed": len(found),
             "structures": sorted({spec.structure for spec in found}),
             "ranks": [min(ranks), max(ranks)] if ranks else None,
+            "weights": sorted({spec.weights for spec in found if spec.weights}),
+            "residuals": sorted({spec.residual for spec in found if spec.residual}),
             "parameters": linear_parameters(members, specs),
         }
     dtype = getattr(skeleton.config, "dtype", None)
@@ -112,7 +115,7 @@ def verify(out: Path) -> str:
         raise ArtifactError(f"{out} is damaged: {'; '.join(faults[:5])}{more}; copy or export it again")
     return (
         f"{out}: {found['files']} files, {found['bytes'] / 1e6:.1f} MB, match the manifest; "
-        f"the factors of {found['groups']} groups have the right shapes"
+        f"the tensors of {found['groups']} groups have the right shapes and dtypes"
     )
 
 
@@ -133,14 +136,14 @@ def check(out: Path) -> dict[str, Any]:
     if entry is not None and not faults:
         require_sound_torchvision()
         specs = parse_groups(entry)
-        shapes, orders = stored_tensors(sorted(out.glob("*.safetensors")))
+        stored, orders = stored_tensors(sorted(out.glob("*.safetensors")))
         skeleton = Source(name=str(out), path=out).skeleton()
         groups = {group.name: group for group in as_listed(find_groups(skeleton), specs)}
         for name, spec in specs.items():
             if name not in groups:
                 faults.append(f"config.json names a group that the architecture does not have: {name}")
             else:
-                faults += _group_faults(groups[name], spec, shapes, orders)
+                faults += _group_faults(groups[name], spec, stored, orders, getattr(skeleton.config, "dtype", None))
                 count += 1
     return {
         "path": str(out),
@@ -152,34 +155,27 @@ def check(out: Path) -> dict[str, Any]:
 
 
 def _group_faults(
-    group: Group, spec: GroupSpec, shapes: Mapping[str, tuple[int, ...]], orders: Mapping[str, torch.Tensor]
+    group: Group, spec: GroupSpec, stored: Mapping[str, Tensor], orders: Mapping[str, torch.Tensor], dtype: torch.dtype | None
 ) -> list[str]:
     order = f"{group.name}.A.order"
-    if spec.structure == "narrow_out":
-        expected = (spec.rank, group.n)
-        return [
-            f"{member}.weight has shape {found or 'none'}, expected {expected}"
-            for member in group.members
-            if (found := shapes.get(f"{member}.weight")) != expected
-        ]
-    wanted: dict[str, tuple[int, ...]] = {}
-    if spec.structure != "narrow_in":
-        wanted[f"{group.name}.A.weight"] = (spec.rank, group.n - (spec.rank if spec.structure == "identity_block" else 0))
     faults: list[str] = []
     if spec.gathers:
-        wanted[order] = (group.n,)
         if order in orders and not is_permutation(orders[order]):
             faults.append(f"{order} is no permutation of the inputs in int32")
     elif order in orders:
         says = "its inputs are ordered" if spec.ordered else spec.structure
         faults.append(f"{order} belongs to an identity block, config.json says {says}")
-    for member, m in zip(group.members, group.out_features, strict=True):
-        wanted[f"{member}.B.weight"] = (m, spec.rank)
-        wanted[f"{member}.B.bias"] = (m,)
-    forbidden = [f"{member}.{name}" for member in group.members for name in ("weight", "bias") if f"{member}.{name}" in shapes]
-    faults += [f"{name} stands beside the factors that replace it" for name in forbidden]
-    return faults + [
-        f"{name} has shape {shapes.get(name, 'none')}, expected {shape}"
-        for name, shape in wanted.items()
-        if shapes.get(name) != shape
-    ]
+    wanted = tensors_of(group, spec)
+    allowed = {order, *wanted}
+    if spec.structure in ("dense", "narrow_out"):
+        allowed |= {f"{member}.bias" for member in group.members}
+    owners = tuple(f"{name}." for name in (group.name, *group.members))
+    beside = [name for name in stored if name.startswith(owners) and name not in allowed]
+    faults += [f"{name} stands beside the tensors that replace it" for name in beside]
+    for name, (shape, own) in wanted.items():
+        found = stored.get(name)
+        if found is None or found.shape != shape:
+            faults.append(f"{name} has shape {found.shape if found else 'none'}, expected {shape}")
+        elif (own or dtype) not in (None, found.dtype):
+            faults.append(f"{name} is {found.dtype}, expected {own or dtype}")
+    return faults

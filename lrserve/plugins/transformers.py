@@ -1,4 +1,4 @@
-"""The transformers side of an artifact: `from_pretrained` builds low-rank layers where config.json lists them.
+"""The transformers side of an artifact: `from_pretrained` builds compressed layers where config.json lists them.
 
 `import lrserve` registers this with transformers (lrserve/__init__.py). transformers itself fills a parameter that the
 checkpoint lacks with random numbers and a warning, and for quantized models does not compare shapes; here both are
@@ -21,18 +21,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lrserve.compression.lowrank import (
-    QUANT_METHOD,
-    FirstFactor,
-    IdentityBlock,
-    LowRankLinear,
-    install_low_rank,
-    is_permutation,
-    parse_groups,
-    quantization_config,
-    stored_tensors,
-)
+from lrserve.compression.layers import FirstFactor, LowRankLinear, RoundedLinear, SharedResidual, exact_names
+from lrserve.compression.lowrank import install_low_rank
+from lrserve.compression.spec import QUANT_METHOD, is_permutation, parse_groups, quantization_config, stored_tensors
 from lrserve.errors import ArtifactError
+
+_OWN = (LowRankLinear, RoundedLinear, FirstFactor, SharedResidual)
 
 
 class LrserveQuantizationConfig(QuantizationConfigMixin):
@@ -52,7 +46,7 @@ class LrserveQuantizationConfig(QuantizationConfigMixin):
 
 
 class LrserveQuantizer(HfQuantizer):
-    """Puts `LowRankLinear` layers into the empty model, and refuses a checkpoint that does not fill them."""
+    """Puts compressed layers into the empty model, and refuses a checkpoint that does not fill them."""
 
     quantization_config: LrserveQuantizationConfig
     requires_calibration = True  # loads artifacts; does not make them
@@ -68,8 +62,8 @@ class LrserveQuantizer(HfQuantizer):
         with torch.device("meta"):
             install_low_rank(model, self.quantization_config.groups, prefix=base if is_base else "")
         for module in model.modules():
-            if isinstance(module, LowRankLinear):
-                # transformers would initialise a linear layer's weight, which here is computed
+            if isinstance(module, (LowRankLinear, RoundedLinear)):
+                # transformers would initialise a linear layer's weight, which here is computed or made of integers
                 module._is_hf_initialized = True  # type: ignore[assignment]
         _check_tensors(model, base, checkpoint_files or ())
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -81,7 +75,8 @@ class LrserveQuantizer(HfQuantizer):
         for name, parameter in model.named_parameters():
             if parameter.dtype != self._dtypes.get(name, parameter.dtype):
                 parameter.data = parameter.data.to(self._dtypes[name])
-        # The factors are ordinary parameters: transformers need not refuse float(), half() and training as for packed integers.
+        # Rounded weights keep their dtypes by themselves and the rest is ordinary parameters: transformers need not refuse float(),
+        # half() and training.
         model.is_quantized = False
         return model
 
@@ -91,12 +86,12 @@ class LrserveQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Say that the factors can be trained: they are ordinary parameters."""
+        """Say that factors and scales can be trained: they are ordinary parameters."""
         return True
 
 
 def _check_tensors(model: nn.Module, base: str, checkpoint_files: Iterable[str]) -> None:
-    """Hold the model against the checkpoint: factors must be there, shapes must fit, orders must be permutations."""
+    """Hold the model against the checkpoint: what is compressed must be there, shapes and dtypes fit, orders be permutations."""
     files = [Path(file) for file in checkpoint_files]
     for file in files:
         if file.suffix != ".safetensors":
@@ -105,21 +100,23 @@ def _check_tensors(model: nn.Module, base: str, checkpoint_files: Iterable[str])
     for name, order in stored_orders.items():
         if not is_permutation(order):
             raise ArtifactError(f"{name} is no permutation of the layer's inputs in int32. Export the artifact again")
-    factors = set(_factor_names(model))
+    own, exact = set(_own_names(model)), exact_names(model)
     missing = []
-    orders = [
-        (f"{name}.order", module.order)
-        for name, module in model.named_modules()
-        if isinstance(module, IdentityBlock) and module.order is not None
-    ]
-    for name, tensor in (*model.named_parameters(), *orders):
-        shape = next((stored[key] for key in (name, base + name, name.removeprefix(base)) if key in stored), None)
-        if shape is None:
-            if name in factors:
+    for name, tensor in model.state_dict().items():
+        found = next((stored[key] for key in (name, base + name, name.removeprefix(base)) if key in stored), None)
+        if found is None:
+            if name in own:
                 missing.append(name)
-        elif shape != tuple(tensor.shape):
+            continue
+        if found.shape != tuple(tensor.shape):
             raise ArtifactError(
-                f"{name} is {shape} in the checkpoint; config.json makes it {tuple(tensor.shape)}. Export the artifact again"
+                f"{name} is {found.shape} in the checkpoint; config.json makes it {tuple(tensor.shape)}. Export the artifact again"
+            )
+        fits = found.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+        if not (found.dtype == tensor.dtype if name in exact or not tensor.is_floating_point() else fits):
+            expected = tensor.dtype if name in exact or not tensor.is_floating_point() else "a floating point number"
+            raise ArtifactError(
+                f"{name} is {found.dtype} in the checkpoint; config.json makes it {expected}. Export the artifact again"
             )
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
@@ -129,9 +126,9 @@ def _check_tensors(model: nn.Module, base: str, checkpoint_files: Iterable[str])
         )
 
 
-def _factor_names(model: nn.Module) -> Iterable[str]:
+def _own_names(model: nn.Module) -> Iterable[str]:
     for name, module in model.named_modules():
-        if isinstance(module, (LowRankLinear, FirstFactor)):
+        if isinstance(module, _OWN):
             yield from (f"{name}.{tensor}" for tensor in module.state_dict())
 
 

@@ -6,21 +6,38 @@ What is stored follows from two things: the dense model's architecture, and what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lrserve.compression.groups import Group, as_listed, find_groups
-from lrserve.compression.lowrank import GroupSpec
-
-_ORDER_BYTES = 4  # int32
+from lrserve.compression.spec import GroupSpec, tensors_of
 
 
 def linear_parameters(groups: Sequence[Group], specs: Mapping[str, GroupSpec]) -> int:
-    """Count the parameters of the decoder's linears as they are stored, biases included; groups without a spec are dense."""
+    """Count the parameters of the decoder's linears as they are stored, biases included; groups without a spec are dense.
+
+    A weight counts as one in whatever precision it is stored. The factors of residuals count, scales do not.
+    """
     return sum(
-        group.parameters(spec.rank, spec.structure) if (spec := specs.get(group.name)) else group.dense_parameters
+        group.parameters(spec.rank, spec.structure) + _residual_entries(group, spec)
+        if (spec := specs.get(group.name))
+        else group.dense_parameters
         for group in groups
     )
+
+
+def _residual_entries(group: Group, spec: GroupSpec) -> int:
+    outputs = len(group.members) * spec.rank if spec.structure == "narrow_out" else group.m
+    return spec.residual * (outputs + (spec.rank if spec.structure == "narrow_in" else group.n))
+
+
+def stored_bytes(group: Group, spec: GroupSpec, dtype_bytes: int) -> int:
+    """Count the bytes of a listed group's tensors: weights, biases, scales, orders."""
+    tensors = tensors_of(group, spec).values()
+    own = sum(math.prod(shape) * (dtype.itemsize if dtype else dtype_bytes) for shape, dtype in tensors)
+    plain = spec.structure in ("dense", "narrow_out")  # whose biases are not always there
+    return own + (group.bias_entries(spec.rank, spec.structure) * dtype_bytes if plain else 0)
 
 
 def sizes(skeleton: Any, specs: Mapping[str, GroupSpec], dtype_bytes: int) -> dict[str, dict[str, Any]]:
@@ -28,14 +45,14 @@ def sizes(skeleton: Any, specs: Mapping[str, GroupSpec], dtype_bytes: int) -> di
 
     linear_parameters: of the decoder's factorizable linears, biases included.
     model_parameters: of the whole model; tied weights count once.
-    bytes: of the tensors on disk: the parameters, and the orders of identity blocks.
+    bytes: of the tensors on disk: the parameters in what they are stored in, their scales, and the orders of identity blocks.
     flops_per_token: 2 for each weight that a token is multiplied by, in the linears and the output layer. Biases are added, not
         multiplied by. Left out: attention scores, which grow with the context, and norms.
 
     Args:
         skeleton: the dense model; may live on the meta device.
         specs: what is compressed, by group name; empty for a dense model.
-        dtype_bytes: bytes of a stored value.
+        dtype_bytes: bytes of a stored value that is not rounded.
     """
     groups = as_listed(find_groups(skeleton), specs)
     linears = linear_parameters(groups, {}), linear_parameters(groups, specs)
@@ -43,13 +60,19 @@ def sizes(skeleton: Any, specs: Mapping[str, GroupSpec], dtype_bytes: int) -> di
         sum(group.biases for group in groups),
         sum(group.bias_entries(spec.rank, spec.structure) if (spec := specs.get(group.name)) else group.biases for group in groups),
     )
-    orders = 0, sum(group.n for group in groups if (spec := specs.get(group.name)) and spec.gathers)
     rest = sum(parameter.numel() for parameter in skeleton.parameters()) - linears[0]
     head = skeleton.get_output_embeddings().weight.numel()
     counts = {
         "linear_parameters": linears,
         "model_parameters": tuple(rest + own for own in linears),
-        "bytes": tuple((rest + own) * dtype_bytes + order * _ORDER_BYTES for own, order in zip(linears, orders, strict=True)),
+        "bytes": (
+            (rest + linears[0]) * dtype_bytes,
+            rest * dtype_bytes
+            + sum(
+                stored_bytes(group, spec, dtype_bytes) if (spec := specs.get(group.name)) else group.dense_parameters * dtype_bytes
+                for group in groups
+            ),
+        ),
         "flops_per_token": tuple(2 * (own - added + head) for own, added in zip(linears, biases, strict=True)),
     }
     return {name: {"dense": d, "compressed": c, "ratio": 1 - c / d} for name, (d, c) in counts.items()}

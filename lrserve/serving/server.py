@@ -89,7 +89,7 @@ def check_model(folder: Path) -> None:
     entry = config.get("quantization_config")
     if entry is None:
         return
-    from lrserve.compression.lowrank import QUANT_METHOD, parse_groups
+    from lrserve.compression.spec import QUANT_METHOD, parse_groups
 
     method = entry.get("quant_method") if isinstance(entry, dict) else None
     if method != QUANT_METHOD:

@@ -6,25 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FACTORED, FAMILIES_TESTED, VOCABULARY, dense_model, factorized_model
+from tiny import FACTORED, FAMILIES_TESTED, VOCABULARY, dense_model, factorized_model, levels_of
 
-from lrserve.allocation.plan import RankPlan
+from lrserve.allocation.plan import Plan
+from lrserve.compression.assemble import MergedLevels, compress_model
 from lrserve.compression.calibrate import calibrate
 from lrserve.compression.factorize import Factors, factorize
 from lrserve.compression.groups import KINDS, STRUCTURES, Group, Structure, allocated, family_of, find_groups
-from lrserve.compression.lowrank import (
-    GroupSpec,
-    IdentityBlock,
-    LowRankLinear,
-    first_factor,
-    install_low_rank,
-    is_permutation,
-    load_factors,
-    parse_groups,
-    quantization_config,
-    specs_of,
-)
-from lrserve.compression.spectra import MergedRanks, SpectrumStore, compress_model, features, stacked_weight, write_spectra
+from lrserve.compression.layers import IdentityBlock, LowRankLinear, first_factor
+from lrserve.compression.level import DENSE, Level
+from lrserve.compression.lowrank import install_low_rank, load_factors
+from lrserve.compression.spec import GroupSpec, is_permutation, parse_groups, quantization_config, specs_of
+from lrserve.compression.spectra import SpectrumStore, features, stacked_weight, write_spectra
 from lrserve.compression.training import TrainedFactors
 from lrserve.errors import ArtifactError, CalibrationError, UnsupportedModelError
 
@@ -61,7 +54,7 @@ def test_full_rank_changes_nothing(structure: Structure, architecture: str, tmp_
     store = make_store(architecture, tmp_path, structure)
     ranks = [(group, group.full_rank) for group in store.groups.values()]
     dense = dense_model(architecture)
-    compressed = compress_model(dense_model(architecture), ranks, structure, store, torch.float32)
+    compressed = compress_model(dense_model(architecture), levels_of(ranks), structure, store, torch.float32)
     with torch.inference_mode():
         torch.testing.assert_close(compressed(tokens()).logits, dense(tokens()).logits, rtol=1e-3, atol=1e-3)
 
@@ -72,13 +65,13 @@ def test_merged_ranks_equal_the_installed_factors_and_restore(structure: Structu
     groups = list(store.groups.values())
     ranks = {group.name: 16 if group.kind in ("qkv", "down") else None for group in groups}
     chosen = [(group, rank) for group in groups if (rank := ranks[group.name]) is not None]
-    compressed = compress_model(dense_model(architecture), chosen, structure, store, torch.float32)
+    compressed = compress_model(dense_model(architecture), levels_of(chosen), structure, store, torch.float32)
     model = dense_model(architecture)
-    merged = MergedRanks(model, groups, store)
+    merged = MergedLevels(model, groups, store)
     with torch.inference_mode():
         before = model(tokens()).logits
-        merged.apply({group.name: 8 for group in groups})
-        merged.apply(ranks)
+        merged.apply({group.name: Level(8) for group in groups})
+        merged.apply(dict.fromkeys(ranks, DENSE) | {group.name: Level(rank) for group, rank in chosen})
         torch.testing.assert_close(model(tokens()).logits, compressed(tokens()).logits, rtol=1e-3, atol=1e-3)
         assert (model(tokens()).logits - before).abs().max() > 0.01
         merged.apply({})
@@ -109,7 +102,7 @@ def test_the_shared_factor_is_stored_once_in_the_promised_number_of_parameters(s
     model = dense_model("LlamaForCausalLM")
     groups = [group for group in find_groups(model) if group.layer == 0]
     dense = sum(parameter.numel() for parameter in model.parameters())
-    install_low_rank(model, specs_of([(group, 4) for group in groups], structure))
+    install_low_rank(model, specs_of([(group, Level(4)) for group in groups], structure))
     names = [name for name in model.state_dict() if "layers.0" in name and ".A." in name]
     block = structure == "identity_block"
     assert sorted(names) == [
@@ -130,7 +123,7 @@ def test_an_mlp_with_fewer_neurons_is_smaller_dense_layers(architecture: str, tm
     units = list(store.groups.values())
     ranks = [(unit, 24) for unit in units if unit.kind == "down" and unit.layer == 1]
     dense = dense_model(architecture)
-    compressed = compress_model(dense_model(architecture), ranks, "narrow", store, torch.float32)
+    compressed = compress_model(dense_model(architecture), levels_of(ranks), "narrow", store, torch.float32)
     mlp, before = compressed.model.layers[1].mlp, dense.model.layers[1].mlp
     assert {name: tuple(tensor.shape) for name, tensor in mlp.named_parameters()} == {
         "gate_proj.weight": (24, before.gate_proj.in_features),
@@ -140,7 +133,7 @@ def test_an_mlp_with_fewer_neurons_is_smaller_dense_layers(architecture: str, tm
     }
     rows = {tuple(row.tolist()) for row in before.gate_proj.weight}
     assert all(tuple(row.tolist()) in rows for row in mlp.gate_proj.weight)
-    plan = RankPlan({unit.name: 24 if unit.name == ranks[0][0].name else None for unit in units}, "narrow")
+    plan = Plan.of_ranks({unit.name: 24 if unit.name == ranks[0][0].name else None for unit in units}, "narrow")
     change = plan.parameters(units) - sum(unit.dense_parameters for unit in units)
     assert sum(p.numel() for p in compressed.parameters()) - sum(p.numel() for p in dense.parameters()) == change
 
@@ -178,7 +171,7 @@ def test_reordered_neurons_compute_what_the_dense_ones_do(architecture: str, kin
     inputs = torch.arange(24)[None]
     logits, models = [], []
     for structure in FACTORED:
-        models.append(compress_model(dense_model(architecture).double(), ranks, structure, source, torch.float64))
+        models.append(compress_model(dense_model(architecture).double(), levels_of(ranks), structure, source, torch.float64))
         assert [layer.mlp.down_proj.ordered for layer in models[-1].model.layers] == [structure == "identity_block"] * 2
         with torch.inference_mode():
             logits.append(models[-1](inputs).logits)
@@ -207,7 +200,7 @@ def test_factors_of_the_other_structure_are_not_loaded() -> None:
 def test_factors_that_overflow_their_dtype_are_refused() -> None:
     model = dense_model("LlamaForCausalLM")
     group = find_groups(model)[1]
-    install_low_rank(model, specs_of([(group, 4)], "low_rank"))
+    install_low_rank(model, specs_of([(group, Level(4))], "low_rank"))
     factors = Factors(A=torch.full((4, group.n), 1e6), B=torch.zeros(group.m, 4), b=torch.zeros(group.m))
     with pytest.raises(CalibrationError, match="not finite in torch.float16"):
         load_factors(model, group, factors, torch.float16)
@@ -215,14 +208,14 @@ def test_factors_that_overflow_their_dtype_are_refused() -> None:
 
 def test_config_round_trip_and_what_is_refused() -> None:
     groups = find_groups(dense_model("LlamaForCausalLM"))
-    specs = specs_of([(group, 8) for group in groups[:4]], "low_rank") | specs_of(
-        [(group, 8) for group in groups[4:]], "identity_block"
+    specs = specs_of([(group, Level(8)) for group in groups[:4]], "low_rank") | specs_of(
+        [(group, Level(8)) for group in groups[4:]], "identity_block"
     )
     config = quantization_config(specs)
     assert parse_groups(config) == specs
     name = groups[0].name
     for broken, message in [
-        ({**config, "format_version": 2}, "format_version is 2"),
+        ({**config, "format_version": 3}, "format_version is 3"),
         ({**config, "groups": None}, "groups is missing"),
         ({**config, "groups": {name: {"structure": "magic", "rank": 8, "members": ["q"]}}}, "unknown structure 'magic'"),
         ({**config, "groups": {name: {"structure": "low_rank", "rank": 0, "members": ["q"]}}}, "rank 0"),
@@ -236,7 +229,7 @@ def test_config_round_trip_and_what_is_refused() -> None:
         with pytest.raises(ArtifactError, match=message):
             parse_groups(broken)
     mlp = allocated(groups, "narrow")[2]
-    halves = specs_of([(mlp, 8)], "narrow")
+    halves = specs_of([(mlp, Level(8))], "narrow")
     assert parse_groups(quantization_config(halves)) == halves
     for name, spec in halves.items():
         with pytest.raises(
@@ -246,15 +239,15 @@ def test_config_round_trip_and_what_is_refused() -> None:
     alone = {f"model.layers.0.mlp.{name}": GroupSpec(8, (name,), "narrow_out") for name in ("gate_proj", "up_proj")}
     with pytest.raises(ArtifactError, match=r"gate_proj: config.json removes neurons from one linear of an MLP only"):
         parse_groups(quantization_config({**halves, **alone}))
-    twice = specs_of([(groups[0], 8)], "low_rank") | {groups[0].members[1]: GroupSpec(8, ("k_proj",))}
+    twice = specs_of([(groups[0], Level(8))], "low_rank") | {groups[0].members[1]: GroupSpec(8, ("k_proj",))}
     with pytest.raises(ArtifactError, match=r"qkv_proj: config.json lists its member k_proj alone as well"):
         parse_groups(quantization_config(twice))
     with pytest.raises(ArtifactError, match="97 of 96 neurons cannot be kept"):
-        install_low_rank(dense_model("LlamaForCausalLM"), specs_of([(mlp, 97)], "narrow"))
+        install_low_rank(dense_model("LlamaForCausalLM"), specs_of([(mlp, Level(97))], "narrow"))
     with pytest.raises(ArtifactError, match="does not have"):
-        install_low_rank(dense_model("LlamaForCausalLM"), specs_of([(groups[0], 8)], "low_rank"), prefix="model.layers.")
+        install_low_rank(dense_model("LlamaForCausalLM"), specs_of([(groups[0], Level(8))], "low_rank"), prefix="model.layers.")
     with pytest.raises(ArtifactError, match="an identity block of rank 64 leaves nothing of 64 inputs"):
-        install_low_rank(dense_model("LlamaForCausalLM"), specs_of([(groups[0], 64)], "identity_block"))
+        install_low_rank(dense_model("LlamaForCausalLM"), specs_of([(groups[0], Level(64))], "identity_block"))
 
 
 def test_an_unknown_architecture_is_refused_by_name() -> None:

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from tiny import VOCABULARY, dense_model, levels_of
 
 from lrserve.allocation.quality import Divergence
+from lrserve.compression.assemble import compress_model
 from lrserve.compression.calibrate import calibrate
 from lrserve.compression.factorize import Factors, FactorSource, Side, factorize, sensitivity
 from lrserve.compression.groups import allocated, find_groups
+from lrserve.compression.level import Level
 from lrserve.compression.narrow import narrow
 from lrserve.compression.propagate import propagation
 from lrserve.compression.recover import recover
 from lrserve.compression.refine import adam
 from lrserve.compression.sequential import Step, walk
-from lrserve.compression.assemble import compress_model
-from lrserve.compression.level import Level
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.compression.structure import structured
 from lrserve.compression.training import TrainedFactors, install_trainable

@@ -12,10 +12,10 @@ import torch
 from tiny import VOCABULARY, dense_model, levels_of
 
 from lrserve.allocation.quality import Divergence
+from lrserve.compression.assemble import compress_model
 from lrserve.compression.factorize import factorize
 from lrserve.compression.groups import Group, find_groups
 from lrserve.compression.recover import Recovered, _backward, _texts, recover
-from lrserve.compression.assemble import compress_model
 from lrserve.compression.spectra import SpectrumStore, write_spectra
 from lrserve.compression.training import install_trainable
 from lrserve.errors import CalibrationError
@@ -53,7 +53,9 @@ def test_divergence_falls_and_ranks_stay(plan: Any, tmp_path: Path, monkeypatch:
     divergence = Divergence(dense_model("Qwen2ForCausalLM"), WINDOWS)
 
     def of(source: Any) -> float:
-        return divergence(compress_model(dense_model("Qwen2ForCausalLM"), levels_of(ranks), "identity_block", source, torch.float32))
+        return divergence(
+            compress_model(dense_model("Qwen2ForCausalLM"), levels_of(ranks), "identity_block", source, torch.float32)
+        )
 
     assert of(outcome.factors) < 0.95 * of(store)
     assert outcome.last_divergence < outcome.first_divergence

@@ -30,7 +30,9 @@ from transformers import (
 
 from exporters.onnx import OnnxExporter
 from lrserve.compression.groups import STRUCTURES, Structure, allocated, find_groups
-from lrserve.compression.lowrank import IdentityBlock, specs_of
+from lrserve.compression.layers import IdentityBlock
+from lrserve.compression.level import Level
+from lrserve.compression.spec import specs_of
 from lrserve.engines import onnx_session
 from lrserve.engines.onnx_session import OnnxDecoder
 from lrserve.engines.transcripts import Transcript
@@ -139,7 +141,7 @@ def make(name: str, structure: Structure | None = None, *, apart: bool = False) 
     if structure is not None:
         # Two groups of three, so that every kind stands compressed in one layer and dense in another.
         groups = [group for index, group in enumerate(allocated(find_groups(model), structure)) if index % 3 != 1]
-        install(model, specs_of(((group, 8 + 8 * (index % 2)) for index, group in enumerate(groups)), structure))
+        install(model, specs_of(((group, Level(8 + 8 * (index % 2))) for index, group in enumerate(groups)), structure))
     if apart:
         install(model, apart_specs(layer=1))
     return randomize(model)

@@ -25,7 +25,9 @@ from transformers import AutoModelForCausalLM
 
 import lrserve  # noqa: F401 - registers the quantizer
 from exporters.vllm import low_rank_groups
-from lrserve.compression.lowrank import LowRankLinear, install_low_rank, quantization_config
+from lrserve.compression.layers import LowRankLinear
+from lrserve.compression.lowrank import install_low_rank
+from lrserve.compression.spec import quantization_config
 from lrserve.engines import vllm as engine_module
 from lrserve.engines.transcripts import Transcript, transcribe_model
 from lrserve.engines.vllm import Engine

@@ -18,7 +18,7 @@ from torch import nn
 from lrserve.allocation.speed import Shape
 from lrserve.compression.factorize import Factors
 from lrserve.compression.groups import Group, Stored
-from lrserve.compression.lowrank import GroupSpec
+from lrserve.compression.spec import GroupSpec
 from lrserve.errors import ArtifactError, EngineError
 
 pytestmark = pytest.mark.engine

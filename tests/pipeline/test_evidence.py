@@ -14,11 +14,11 @@ import pytest
 from tiny import dense_model, factorized_model, write_artifact, write_dense, write_text
 
 from lrserve.allocation.goal import Evaluated, Goal
-from lrserve.allocation.plan import RankPlan
+from lrserve.allocation.plan import Offers, Plan
 from lrserve.allocation.speed import SpeedModel, shapes_to_measure, token_counts
 from lrserve.allocation.study import open_study
 from lrserve.compression.groups import Structure
-from lrserve.compression.lowrank import specs_of
+from lrserve.compression.spec import specs_of
 from lrserve.engines.protocol import Throughput
 from lrserve.engines.workloads import Comparison, MixComparison
 from lrserve.pipeline.evidence import collect_metrics, write_evidence
@@ -58,12 +58,12 @@ def opened(place: Path, model: Path, structure: Structure, **target: float) -> J
     return open_job(recipe, lambda line: None)
 
 
-def tuned(job: Job, plans: list[tuple[RankPlan, float, float]], place: Path) -> Tuned:
+def tuned(job: Job, plans: list[tuple[Plan, float, float]], place: Path) -> Tuned:
     """Return what the search would: plans with their perplexity and measured speedup, the first of them chosen."""
-    workloads = job.recipe.workloads
-    shapes = shapes_to_measure(job.units, 4, job.recipe.structure)
+    workloads, offers = job.recipe.workloads, Offers(4, job.recipe.structure)
+    shapes = shapes_to_measure(job.units, offers)
     table = {shape: dict.fromkeys(token_counts(workloads), 1e-3 * shape.n * (shape.rank or shape.m)) for shape in shapes}
-    speed = SpeedModel(job.units, workloads, dict.fromkeys(workloads, 1.0), table, 4, job.recipe.structure)
+    speed = SpeedModel(job.units, workloads, dict.fromkeys(workloads, 1.0), table, offers)
     measured, trials = [], []
     for number, (plan, perplexity, speedup) in enumerate(plans):
         trials.append(Evaluated(plan, perplexity, 100.0, f"trial {number}", number, nll=(math.log(perplexity),) * 2))
@@ -78,13 +78,13 @@ def tuned(job: Job, plans: list[tuple[RankPlan, float, float]], place: Path) -> 
     return Tuned(measured[0], measured, trials, goal, speed, validation, place / "study.sqlite3")
 
 
-def plan_of(job: Job, model: Any) -> RankPlan:
+def plan_of(job: Job, model: Any) -> Plan:
     """Return the plan that a factorized model came from."""
     specs = model.config.quantization_config["groups"]
-    plan = RankPlan(
+    plan = Plan.of_ranks(
         {unit.name: specs[unit.name]["rank"] if unit.name in specs else None for unit in job.units}, job.recipe.structure
     )
-    assert set(specs_of(plan.factorized(job.units), plan.structure)) == set(specs)
+    assert set(specs_of(plan.changed(job.units), plan.structure)) == set(specs)
     return plan
 
 

@@ -97,7 +97,9 @@ def improved(tmp_path: Path) -> list[str]:
         source=SimpleNamespace(load=lambda dtype: None),
         say=lambda line: None,
     )
-    plan: Any = SimpleNamespace(structure="low_rank", changed=lambda units: [(None, Level(1))], key=Plan.of_ranks({"g": 1}, "low_rank").key)
+    plan: Any = SimpleNamespace(
+        structure="low_rank", changed=lambda units: [(None, Level(1))], key=Plan.of_ranks({"g": 1}, "low_rank").key
+    )
     store: Any = SimpleNamespace(folder=Path("spectra-0"))
     improve.improve_factors(job, plan, store, lambda group: None, WorkFolder(tmp_path, lambda line: None, MODULES))
     return sorted(path.name for path in tmp_path.iterdir())

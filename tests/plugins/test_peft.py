@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import lrserve  # noqa: F401 - registers the quantizer
 from lrserve.compression.dense_weight import DenseWeight
-from lrserve.compression.lowrank import LowRankLinear
+from lrserve.compression.layers import LowRankLinear
 
 INPUTS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 

@@ -17,7 +17,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import lrserve
 from exporters.vllm import VllmExporter, low_rank_groups
 from lrserve.compression.groups import Structure, find_groups
-from lrserve.compression.lowrank import FirstFactor, IdentityBlock, LowRankLinear, install_low_rank, specs_of
+from lrserve.compression.layers import FirstFactor, IdentityBlock, LowRankLinear
+from lrserve.compression.level import Level
+from lrserve.compression.lowrank import install_low_rank
+from lrserve.compression.spec import specs_of
 from lrserve.errors import ArtifactError
 
 INPUTS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -239,7 +242,7 @@ def test_half_factorized_group_is_not_exported(tmp_path: Path) -> None:
 def test_group_of_two_structures_is_not_exported(tmp_path: Path) -> None:
     model, other = factorized_model("LlamaForCausalLM"), dense_model("LlamaForCausalLM")
     group = find_groups(other)[0]
-    install_low_rank(other, specs_of([(group, model.model.layers[0].self_attn.k_proj.rank)], "low_rank"))
+    install_low_rank(other, specs_of([(group, Level(model.model.layers[0].self_attn.k_proj.rank))], "low_rank"))
     model.model.layers[0].self_attn.k_proj = other.model.layers[0].self_attn.k_proj
     with pytest.raises(
         ArtifactError, match=r"qkv_proj: .*found self_attn.q_proj identity_block of rank 16, .*k_proj low_rank of rank 16"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from lrserve.compression.lowrank import QUANT_METHOD, GroupSpec, parse_groups
+from lrserve.compression.spec import QUANT_METHOD, GroupSpec, parse_groups
 from lrserve.errors import ArtifactError, EngineError
 from lrserve.plugins.versions import require_vllm
 

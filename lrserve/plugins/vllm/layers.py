@@ -35,7 +35,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 
-from lrserve.compression.lowrank import GroupSpec
+from lrserve.compression.spec import GroupSpec
 from lrserve.errors import ArtifactError
 from lrserve.plugins.vllm.kernels import Factor, Precision, first_factor, quantized_kernel
 from lrserve.plugins.vllm.loading import (

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear
 
-from lrserve.compression.lowrank import GroupSpec, is_permutation
+from lrserve.compression.spec import GroupSpec, is_permutation
 from lrserve.errors import ArtifactError
 from lrserve.plugins.vllm.kernels import Factor
 

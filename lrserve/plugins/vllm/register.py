@@ -21,7 +21,7 @@ def register() -> None:
     try:
         from vllm.model_executor.layers import quantization
 
-        from lrserve.compression.lowrank import QUANT_METHOD
+        from lrserve.compression.spec import QUANT_METHOD
         from lrserve.plugins.vllm.config import LrserveConfig
 
         if QUANT_METHOD not in quantization.QUANTIZATION_METHODS:

@@ -1,0 +1,95 @@
+"""A plan with every kind of level: merged to judge it, and as the layers that are exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES_TESTED, VOCABULARY, dense_model
+
+from lrserve.compression.assemble import MergedLevels, compress_model, rows_of
+from lrserve.compression.calibrate import calibrate, read_statistics
+from lrserve.compression.gradients import GradientStore, collect_gradients
+from lrserve.compression.groups import Group, Structure, allocated, find_groups
+from lrserve.compression.level import DENSE, Level
+from lrserve.compression.rounding import Rounding
+from lrserve.compression.spectra import SpectrumStore, features, write_spectra
+
+WINDOWS = torch.randint(3, VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(1))
+LEVELS = (
+    Level(weights="int8"),
+    Level(weights="int4_g32"),
+    Level(weights="int4_g32", residual=8),
+    Level(32, "int8"),
+    Level(64, "int4_g32"),
+    Level(64, "int4_g32", 4),
+    Level(16),
+)
+
+
+def made(architecture: str, folder: Path, structure: Structure) -> tuple[SpectrumStore, Rounding]:
+    """Calibrate a tiny model and factorize it."""
+    model = dense_model(architecture)
+    groups = find_groups(model)
+    calibrate(model, groups, WINDOWS, folder / "statistics", pool_sequences=8, batch_tokens=48)
+    collect_gradients(model, groups, WINDOWS, folder / "gradients", batch_tokens=48, seed=0)
+    gradients = GradientStore(folder / "gradients")
+    units = allocated(groups, structure)
+    write_spectra(model, units, features(folder / "statistics", gradients.read), folder / "spectra")
+    rounding = Rounding(lambda group: read_statistics(folder / "statistics", group).second_moment(), gradients.read, torch.float32)
+    return SpectrumStore(folder / "spectra", units), rounding
+
+
+def suits(unit: Group, level: Level, structure: Structure) -> bool:
+    whole = level.rank is None or (unit.fed_by is not None and level.rank < unit.n)
+    factors = level.rank is not None and level.rank < unit.full_rank and level.weights in (None, "int8")
+    return whole or (factors and unit.stored_as(structure) != "narrow_in")
+
+
+@pytest.mark.parametrize("architecture", FAMILIES_TESTED)
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+@torch.no_grad()
+def test_what_is_judged_is_what_is_exported(level: Level, architecture: str, tmp_path: Path) -> None:
+    store, rounding = made(architecture, tmp_path, "narrow")
+    changed = [(unit, level) for unit in store.groups.values() if suits(unit, level, "narrow")]
+    assert changed
+    model: Any = dense_model(architecture)
+    before = model(WINDOWS).logits
+    merged = MergedLevels(model, list(store.groups.values()), store, rounding)
+    merged.apply({unit.name: Level(weights="int8") for unit in store.groups.values()})
+    merged.apply({unit.name: level for unit, level in changed})
+    judged = model(WINDOWS).logits
+    exported = compress_model(dense_model(architecture), changed, "narrow", store, torch.float32, rounding)(WINDOWS).logits
+    assert (judged - before).abs().max() > 1e-4
+    difference, spread = (judged - exported).abs(), before.std()
+    if level == Level(32, "int8"):  # the inputs of second factors are rounded in what is exported only
+        assert difference.mean() <= 0.1 * spread
+    else:  # inputs of 8 bits may fall on the other side of a half
+        assert difference.max() <= (0.05 if level.weights == "int8" else 1e-3) * spread
+    merged.apply({})
+    assert torch.equal(model(WINDOWS).logits, before)
+
+
+@torch.no_grad()
+def test_a_residual_takes_most_of_the_error_of_rounding_back(tmp_path: Path) -> None:
+    store, rounding = made("LlamaForCausalLM", tmp_path, "narrow")
+    units = list(store.groups.values())
+    model: Any = dense_model("LlamaForCausalLM")
+    before = model(WINDOWS).logits
+    merged = MergedLevels(model, units, store, rounding)
+    errors = []
+    for residual in (0, 8, 32):
+        merged.apply({unit.name: Level(weights="int4_g32", residual=residual) for unit in units})
+        errors.append(float((model(WINDOWS).logits - before).square().mean()))
+    assert errors[0] > 1.5 * errors[1] > 2 * errors[2]
+    left = merged.left(units[0], "int4_g32", (8, 32))
+    assert 1 > left[8] > left[32] >= 0
+    merged.apply(dict.fromkeys(store.groups, DENSE))
+    assert torch.equal(model(WINDOWS).logits, before)
+
+
+def test_rows_of_the_outputs_that_are_kept() -> None:
+    gate_up = Group("mlp.gate_up", "gate_up", 0, ("mlp.gate", "mlp.up"), out_features=(6, 6), in_features=4)
+    assert rows_of(gate_up, torch.tensor([1, 4])).tolist() == [1, 4, 7, 10]
