@@ -15,6 +15,9 @@ class Exporter(Protocol):
     name: str
     tolerance: float
     """Largest difference of a prompt log probability to the model in memory, in float32 and in nats, that is still agreement."""
+    rounds: bool
+    """Whether it renders rounded weights. Without this attribute, or if it is false, it is given the model with these weights
+    as the floating point numbers that they stand for, and is held against that."""
 
     def preflight(self, skeleton: Any) -> None:
         """Check, before any work, that the export and its proof can be done.

@@ -27,6 +27,7 @@ class OnnxExporter:
 
     name: str = "onnx"
     tolerance: float = 2e-3
+    rounds: bool = False
 
     def preflight(self, skeleton: Any) -> None:
         """Check packages and model.

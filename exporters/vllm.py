@@ -27,6 +27,7 @@ class VllmExporter:
 
     name = "vllm"
     tolerance = 0.02
+    rounds = True
 
     def preflight(self, skeleton: Any) -> None:
         """Raise EngineError if vLLM is missing or of an untested version."""

@@ -135,7 +135,7 @@ def test_refusals_name_the_flag_that_gave_the_value(tmp_path: Path) -> None:
     assert refused(search__trials=None) == f"search.trials (recipe {path}): must be at least 3; got 1"
     assert refused(search__trials=5, target__ratio=1.5, export=None) == "--ratio: must be below 1; got 1.5"
     both = refused(search__trials=5, target__ratio=0.2, target__min_speedup=2.0)
-    assert both.startswith("--ratio and --min-speedup: give only one of ratio, min_speedup and max_ppl_increase")
+    assert both.startswith("--ratio and --min-speedup: give only one of ratio, min_speedup, max_bytes and max_ppl_increase")
     assert refused(search__trials=5, export=[1]) == "--export: must be text; got 1"
     path.write_text("model: m\nsearch: {trails: 5}\n")
     assert refused() == f"there is no setting search.trails (recipe {path}); did you mean search.trials?"

@@ -85,6 +85,13 @@ class Matrix(KeepsDtypes):
             self.weight_packed.copy_(pack_int4(rounded.values))
             self.weight_shape.copy_(torch.tensor([m, n]))
 
+    @torch.no_grad()
+    def put_dense(self, weight: torch.Tensor) -> None:
+        """Take a weight (m, n) that is not rounded in the place of the weight."""
+        m, n = weight.shape
+        self._hold(n, m, None, weight.dtype, weight.device)
+        self.weight.copy_(weight)
+
     @property
     def _weight_tensor(self) -> torch.Tensor:
         """A tensor of the weight: of its device, and if there is one of the dtype that the model computes in."""
@@ -234,6 +241,14 @@ class Repaired(nn.Module):
             self.residual_A = first
         self.residual = first.out_features
         self.residual_B = ResidualFactor(self.residual, m, scaled=False, device=first.weight.device)
+
+    def drop_residual(self) -> None:
+        """Take the residual away, if there is one."""
+        if self.residual:
+            self.residual, self._residual = 0, ()
+            del self.residual_B
+            if hasattr(self, "residual_A"):
+                del self.residual_A
 
     @property
     def residual_first(self) -> ResidualFactor | None:

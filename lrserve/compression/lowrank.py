@@ -229,3 +229,36 @@ def reorder_outputs(model: Any, group: Group, order: torch.Tensor) -> None:
             tensors.append(layer.residual_B.weight)
         for tensor in tensors:
             tensor.copy_(tensor[order.to(tensor.device)])
+
+
+def is_rounded(model: nn.Module) -> bool:
+    """Whether some of a model's weights are rounded."""
+    return any(isinstance(module, (RoundedLinear, LowRankLinear)) and module.weights is not None for module in model.modules())
+
+
+@torch.no_grad()
+def dequantized(model: Any) -> Any:
+    """Let a model compute in floating point numbers: rounded weights become what they stand for, residuals are merged into them.
+
+    Inputs are no longer rounded. The model itself is changed, and returned.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, RoundedLinear):
+            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            linear.weight, linear.bias = nn.Parameter(_with_residual(module, module.dense()), requires_grad=False), module.bias
+            model.set_submodule(name, linear)
+        elif isinstance(module, LowRankLinear) and module.weights is not None:
+            first = module.first
+            module.B.put_dense(_with_residual(module, module.B.dense()) if first is None else module.B.dense())
+            if first is not None and first.weights is not None:
+                first.put_dense(first.dense())
+            module.drop_residual()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SharedResidual):
+            model.delete_submodule(name)
+    return model
+
+
+def _with_residual(module: RoundedLinear | LowRankLinear, weight: torch.Tensor) -> torch.Tensor:
+    first = module.residual_first
+    return weight if first is None else weight + module.residual_B.weight.float() @ (first.weight.float() * first.weight_scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from exporters.base import Exporter, SelfProving
 from lrserve.allocation.plan import Plan
 from lrserve.allocation.quality import perplexity
 from lrserve.compression.factorize import FactorSource
+from lrserve.compression.lowrank import dequantized, is_rounded
 from lrserve.compression.rounding import Rounding
 from lrserve.engines.runtimes import Runtime, loader_of
 from lrserve.engines.transcripts import Transcript, transcribe_checkpoint, transcribe_model
@@ -41,7 +43,21 @@ class Proof:
     samples: list[dict[str, str]]
 
 
-def prove_agreement(job: Job, model: Any, exporters: Sequence[Exporter], staging: Path, folder: WorkFolder) -> Proof:
+class Rendered:
+    """The compressed model in float32, as exporters are given it."""
+
+    def __init__(self, model: Any, exporters: Sequence[Exporter]) -> None:
+        self._model = self._plain = model
+        kept = [getattr(exporter, "rounds", False) for exporter in exporters]
+        if is_rounded(model) and not all(kept):
+            self._plain = dequantized(copy.deepcopy(model) if any(kept) else model)
+
+    def by(self, exporter: Exporter) -> Any:
+        """Return the model that an exporter renders: with rounded weights, or without where it has no way to say them."""
+        return self._model if getattr(exporter, "rounds", False) else self._plain
+
+
+def prove_agreement(job: Job, rendered: Rendered, exporters: Sequence[Exporter], staging: Path, folder: WorkFolder) -> Proof:
     """Run the prompts through every exported rendering and hold them against transformers.
 
     1. in float32, against the model in memory
@@ -49,7 +65,7 @@ def prove_agreement(job: Job, model: Any, exporters: Sequence[Exporter], staging
 
     Args:
         job: the opened inputs.
-        model: the compressed model, in float32.
+        rendered: the compressed model.
         exporters: what wrote the renderings; one of another package does the first part only.
         staging: the folder with the renderings.
         folder: the work folder, where the dense model's transcripts are kept.
@@ -62,17 +78,20 @@ def prove_agreement(job: Job, model: Any, exporters: Sequence[Exporter], staging
     prompts, new_tokens = job.windows["prompts"].tolist(), job.recipe.report.new_tokens
     agreement: dict[str, dict[str, Any]] = {}
     proven: dict[str, tuple[Pair, Pair]] = {}
-    with progress_bar(len(exporters) + 1, "6/6 agreement") as progress:
-        reference = transcribe_model(model, prompts, new_tokens)
-        progress(1)
+    with progress_bar(len(exporters), "6/6 agreement") as progress:
+        references: dict[int, list[Transcript]] = {}
         for index, exporter in enumerate(exporters):
+            model = rendered.by(exporter)
+            if id(model) not in references:
+                references[id(model)] = transcribe_model(model, prompts, new_tokens)
+            reference = references[id(model)]
             if isinstance(exporter, SelfProving):
                 for engine, transcripts in exporter.transcribe(staging, prompts, new_tokens).items():
                     agreement[engine] = agree(engine, reference, transcripts, exporter.tolerance)
             else:
                 found, proven[exporter.name] = _prove_rendering(job, exporter, reference, staging, folder)
                 agreement |= found
-            progress(index + 2)
+            progress(index + 1)
     job.say(f"6/6 agreement: {'; '.join(_one_line(name, found) for name, found in agreement.items())}")
     shown = proven.get(job.recipe.engine.runtime) or next(iter(proven.values()), None)
     return Proof(agreement, _samples(job, *shown) if shown else [])

@@ -26,7 +26,7 @@ from lrserve.pipeline.estimate import StageCost, by_stage, estimate, in_words, t
 from lrserve.pipeline.evidence import collect_metrics, write_evidence
 from lrserve.pipeline.improve import gradient_reader, improve_factors, validate_improved
 from lrserve.pipeline.job import Job, first_tokens, open_job, tensor_sha256
-from lrserve.pipeline.prove import prove_agreement, report_perplexity
+from lrserve.pipeline.prove import Rendered, prove_agreement, report_perplexity
 from lrserve.pipeline.search import tune
 from lrserve.pipeline.stages import MODULES, provenance
 from lrserve.recipe import EngineSettings, Recipe
@@ -108,9 +108,7 @@ def compress_and_export(
         statistics = calibrate_blocks(job, model, folder)
         gradients = backpropagate(job, model, folder)
         store = factorize_groups(job, model, statistics, gradients, folder)
-        rounding = Rounding(
-            lambda group: read_statistics(statistics, group).second_moment(), gradient_reader(job, gradients), job.dtype
-        )
+        rounding = rounding_of(job, statistics, gradients)
         tuned = tune(job, model, store, rounding, folder, storage)
         del model
         plan = tuned.chosen.candidate.plan
@@ -123,10 +121,10 @@ def compress_and_export(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # engines are to come
         with staged(out, replace=overwrite) as staging:
-            model = job.compressed_model(plan, factors, rounding)
-            _export(job, model, exporters, staging)
-            proof = prove_agreement(job, model, exporters, staging, folder)
-            del model
+            rendered = Rendered(job.compressed_model(plan, factors, rounding), exporters)
+            _export(job, rendered, exporters, staging)
+            proof = prove_agreement(job, rendered, exporters, staging, folder)
+            del rendered
             report = report_perplexity(job, plan, factors, rounding, staging)
             metrics = collect_metrics(job, tuned, improved, validation, proof, report)
             write_evidence(job, tuned, metrics, staging)
@@ -253,10 +251,15 @@ def factorize_groups(job: Job, model: Any, statistics: Path, gradients: Gradient
     return SpectrumStore(stage, job.units)
 
 
-def _export(job: Job, model: Any, exporters: Sequence[Exporter], staging: Path) -> None:
+def rounding_of(job: Job, statistics: Path, gradients: GradientStore | None) -> Rounding:
+    """Return what rounds the model's weights, by the statistics of its inputs and gradients."""
+    return Rounding(lambda group: read_statistics(statistics, group).second_moment(), gradient_reader(job, gradients), job.dtype)
+
+
+def _export(job: Job, rendered: Rendered, exporters: Sequence[Exporter], staging: Path) -> None:
     with progress_bar(len(exporters), "5/6 export") as progress:
         for index, exporter in enumerate(exporters):
-            exporter.export(model, job.source.path, staging, job.dtype)
+            exporter.export(rendered.by(exporter), job.source.path, staging, job.dtype)
             progress(index + 1)
     job.say(f"5/6 export: {' and '.join(exporter.name for exporter in exporters)}")
 

@@ -15,6 +15,7 @@ from exporters import companions, onnx, onnx_graph
 from exporters import vllm as vllm_exporter
 from lrserve.allocation import goal, losses, plan, quality, space, speed, study
 from lrserve.compression import (
+    assemble,
     calibrate,
     covariance,
     factorize,
@@ -23,28 +24,32 @@ from lrserve.compression import (
     matmul,
     narrow,
     propagate,
+    quantize,
     recover,
     refine,
+    residual,
+    rounding,
     sequential,
+    smoothing,
     spectra,
     structure,
     training,
 )
 from lrserve.engines import protocol, timing, transcripts, workloads
-from lrserve.pipeline import agreement, improve, measure, search
+from lrserve.pipeline import agreement, improve, measure, probe, search
 from lrserve.pipeline.job import Job
 from lrserve.storage.store import fingerprint
 from lrserve.storage.work import settings_of
 
 _FORWARD = (matmul, logits, quality)
-_CUT = (spectra, factorize, structure)
+_CUT = (spectra, factorize, structure, assemble, rounding, quantize, residual, smoothing)
 _WALK = (sequential, calibrate, training, structure, matmul)
 
 MODULES: Final[Mapping[str, tuple[ModuleType, ...]]] = {
     "calibration": (calibrate, covariance, matmul),
     "gradients": (gradients, covariance, logits, matmul),
     "spectra": (spectra, factorize, narrow),
-    "probe": (plan, *_CUT, *_FORWARD),
+    "probe": (probe, plan, *_CUT, *_FORWARD),
     "validation": (plan, losses, *_CUT, *_FORWARD),
     "dense": (onnx, onnx_graph, companions),
     "latency": (measure, speed, protocol, workloads, timing),

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import dense_model, write_dense, write_text
 
 from exporters.vllm import VllmExporter
@@ -19,14 +18,14 @@ from lrserve.engines.runtimes import Runtime
 from lrserve.engines.timing import elements
 from lrserve.errors import InfeasibleTargetError, InputError
 from lrserve.pipeline.job import Job, open_job
-from lrserve.pipeline.run import backpropagate, calibrate_blocks, factorize_groups
+from lrserve.pipeline.run import backpropagate, calibrate_blocks, factorize_groups, rounding_of
 from lrserve.pipeline.search import Tuned, tune
 from lrserve.recipe import Recipe
 from lrserve.storage.work import WorkFolder, work_folder
 
 SMALL: dict[str, Any] = {
     "calibration": {"sequences": 8, "length": 32},
-    "factorization.fisher_tokens": 128,
+    "factorization": {"fisher_tokens": 128, "weights": []},
     "search": {
         "trials": 6,
         "rank_step": 8,
@@ -43,12 +42,9 @@ SMALL: dict[str, Any] = {
 }
 
 
-def stored_parameters(folder: Path) -> int:
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            total += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
-    return total
+def stored_parameters(folder: Path) -> float:
+    """Count what is stored, in float32 numbers of as many bytes."""
+    return sum(t.nbytes for path in folder.glob("*.safetensors") for t in load_file(path).values()) / 4
 
 
 @dataclass
@@ -66,7 +62,7 @@ class Engines:
 
 class MadeUpEngine:
     def __init__(self, engines: Engines, model: Path) -> None:
-        self.engines, self.model, self.parameters = engines, model, 0
+        self.engines, self.model, self.parameters = engines, model, 0.0
 
     def start(self) -> None:
         self.parameters = stored_parameters(self.model)
@@ -92,7 +88,8 @@ class MadeUpEngine:
         self, shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str, seconds: Any = None
     ) -> list[list[float]]:
         per_weight = 1e6 * self.engines.seconds_per_parameter
-        return [[per_weight * elements(vars(shape)) for _ in tokens] for shape in shapes]
+        size = {None: 4.0, "int8": 1.0, "int4_g32": 0.5 + 2 / 32}
+        return [[per_weight * elements(vars(shape)) * size[shape.weights] / 4 for _ in tokens] for shape in shapes]
 
     def transcribe(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Any]:
         from lrserve.engines.transcripts import Transcript
@@ -130,12 +127,13 @@ def open_small(place: Path, lines: list[str] | None = None, **overrides: Any) ->
 def tuned(job: Job, folder: WorkFolder) -> Tuned:
     model = job.source.load(job.dtype)
     statistics = calibrate_blocks(job, model, folder)
-    store = factorize_groups(job, model, statistics, backpropagate(job, model, folder), folder)
-    return tune(job, model, store, folder)
+    gradients = backpropagate(job, model, folder)
+    store = factorize_groups(job, model, statistics, gradients, folder)
+    return tune(job, model, store, rounding_of(job, statistics, gradients), folder)
 
 
 def test_the_front_is_measured_beside_one_dense_engine(place: Path, folder: WorkFolder, engines: Engines) -> None:
-    job = open_small(place, **{"target.ratio": 0.3})
+    job = open_small(place, **{"target.ratio": 0.3, "search": {**SMALL["search"], "trials": 12}})
     found = tuned(job, folder)
     assert engines.started.count(place / "model") == 1  # for the layers and for the plans
     assert engines.most_at_once == 2
@@ -223,3 +221,50 @@ def test_an_engine_that_fails_leaves_none_running(place: Path, folder: WorkFolde
         with pytest.raises(RuntimeError, match="out of memory"):
             tuned(open_small(place, **{"target.ratio": 0.3}), folder)
     assert engines.running == []
+
+
+ROUNDED = {"factorization": {"fisher_tokens": 128, "weights": ["int8", "int4_g32"], "residuals": [4]}}
+
+
+def test_precision_is_part_of_the_plan_and_what_users_would_serve_is_measured(
+    place: Path, folder: WorkFolder, engines: Engines
+) -> None:
+    """The made-up engine is as fast as the bytes that it loads are few."""
+    lines: list[str] = []
+    job = open_small(place, lines, **ROUNDED, **{"target.min_speedup": 1.4})
+    found = tuned(job, folder)
+    assert any("weights of float32, int8, int4_g32" in line for line in lines)
+    usual = {m.candidate.origin: m for m in found.measured if m.candidate.trial is None}
+    assert list(usual) == ["int8 everywhere", "int4_g32 everywhere"]
+    assert len(found.measured) == 4
+    for measured in found.measured:
+        assert measured.comparison.speedup == pytest.approx(measured.predicted_speedup, rel=0.1)
+    weights = {level.weights for trial in found.trials for level in trial.plan.levels.values()}
+    assert weights == {None, "int8", "int4_g32"}
+    fast = [m for m in found.measured if m.comparison.speedup >= 1.4]
+    assert found.chosen.candidate.perplexity == min(m.candidate.perplexity for m in fast)
+    assert usual["int8 everywhere"] in fast
+    assert found.chosen.candidate.perplexity <= usual["int8 everywhere"].candidate.perplexity
+
+
+def test_bytes_are_a_target(place: Path, folder: WorkFolder, engines: Engines) -> None:
+    job = open_small(place, **ROUNDED, **{"target.max_bytes": 0.2})
+    found = tuned(job, folder)
+    for trial in found.trials:
+        assert trial.plan.byte_share(job.units, 4) <= 0.2
+    fits = {m.candidate.origin: m.candidate.fits for m in found.measured if m.candidate.trial is None}
+    assert fits == {"int8 everywhere": False, "int4_g32 everywhere": True}
+    assert found.chosen.candidate.fits
+
+
+def test_an_engine_without_kernels_for_rounded_weights_is_offered_none(
+    place: Path, folder: WorkFolder, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def latency_table(self: Any, shapes: Sequence[Shape], tokens: Sequence[int], **_: Any) -> list[Any]:
+        return [None if shape.weights else [1e-3 * elements(vars(shape)) for _ in tokens] for shape in shapes]
+
+    monkeypatch.setattr(MadeUpEngine, "latency_table", latency_table)
+    lines: list[str] = []
+    found = tuned(open_small(place, lines, **ROUNDED, **{"target.ratio": 0.3}), folder)
+    assert any("the engine cannot run int8, int4_g32 here" in line for line in lines)
+    assert all(level.weights is None for m in found.measured for level in m.candidate.plan.levels.values())

@@ -125,7 +125,7 @@ def test_stage_that_starts_from_changed_factors_is_made_anew(
         "compression.refine._WARM_UP",
         "pipeline.agreement.FACTOR",
         "pipeline.improve._PROPAGATED_RATIO",
-        "pipeline.search._PROBE_SHARE",
+        "pipeline.probe._PROBE_SHARE",
     ],
 )
 def test_an_artifact_made_with_other_settings_is_not_taken_for_finished(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
