@@ -21,9 +21,8 @@ from lrserve.compression.layers import (
     SharedResidual,
     first_factor,
 )
-from lrserve.compression.level import SCHEMES
 from lrserve.compression.quantize import Residual, Rounded
-from lrserve.compression.spec import GroupSpec, leaves
+from lrserve.compression.spec import GroupSpec, check_groups, leaves
 from lrserve.errors import ArtifactError, CalibrationError
 
 
@@ -76,19 +75,6 @@ def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: s
             setattr(parent, member, layer)
         if spec.residual and (spec.structure != "narrow_out" or weight.is_meta):
             _add_residual(parent, leaf, spec.members, spec.residual)
-
-
-def check_groups(name: str, spec: GroupSpec, n: int) -> None:
-    """Refuse scales for groups of inputs, of an engine's or of a model's layer with n inputs, that do not come out even."""
-    widths = {
-        "dense": [n],
-        "narrow_out": [n],
-        "narrow_in": [spec.rank],
-        "low_rank": [n, spec.rank],
-        "identity_block": [n - spec.rank, spec.rank],
-    }[spec.structure]
-    if spec.weights and (odd := [width for width in widths if not SCHEMES[spec.weights].fits(width)]):
-        raise ArtifactError(f"{name}: {odd[0]} inputs cannot be divided into groups of {spec.weights}. Export the artifact again")
 
 
 def _add_residual(parent: nn.Module, leaf: str, members: Sequence[str], rank: int) -> None:

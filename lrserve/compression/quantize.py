@@ -80,7 +80,7 @@ def inputs_in_units(x: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torc
     Each token's largest entry becomes the largest value; the gradient passes as if nothing were rounded.
     """
     scale = x.detach().abs().amax(-1, keepdim=True).float().clamp_min(_TINY) / scheme.largest
-    units = x.float() / scale
+    units = x.float() * (1 / scale)  # not x / scale: the engines' kernels decide ties of 16-bit values in this way
     near = units.detach().clamp(-scheme.largest, scheme.largest)
     near = near.to(torch.float8_e4m3fn).float() if scheme.floating else near.round()
     return (units + (near - units).detach() if units.requires_grad else near), scale

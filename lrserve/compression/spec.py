@@ -222,6 +222,19 @@ def tensors_of(group: Group, spec: GroupSpec) -> dict[str, Tensor]:
     return wanted
 
 
+def check_groups(name: str, spec: GroupSpec, n: int) -> None:
+    """Refuse scales for groups of inputs, of an engine's or of a model's layer with n inputs, that do not come out even."""
+    widths = {
+        "dense": [n],
+        "narrow_out": [n],
+        "narrow_in": [spec.rank],
+        "low_rank": [n, spec.rank],
+        "identity_block": [n - spec.rank, spec.rank],
+    }[spec.structure]
+    if spec.weights and (odd := [width for width in widths if not SCHEMES[spec.weights].fits(width)]):
+        raise ArtifactError(f"{name}: {odd[0]} inputs cannot be divided into groups of {spec.weights}. Export the artifact again")
+
+
 def is_permutation(order: torch.Tensor) -> bool:
     """Say whether an identity block's `order` (n,) is what it must be: the int32 numbers 0 to n - 1, each of them once."""
     wanted = torch.arange(order.numel(), dtype=torch.int32, device=order.device)

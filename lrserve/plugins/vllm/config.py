@@ -1,9 +1,9 @@
-"""vLLM's view of an artifact's `quantization_config`: which of the model's layers are low-rank. Imports vLLM."""
+"""vLLM's view of an artifact's `quantization_config`: which of the model's layers are compressed. Imports vLLM."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +12,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from lrserve.compression.spec import QUANT_METHOD, GroupSpec, parse_groups
 from lrserve.errors import ArtifactError, EngineError
 from lrserve.plugins.versions import require_vllm
-
-if TYPE_CHECKING:  # kernels, and what else the plugin need not load in every process
-    from lrserve.plugins.vllm.kernels import Precision
 
 _DRAFT_PREFIX = "draft_model."  # vLLM builds the draft model of speculative decoding under this name
 
@@ -25,8 +22,6 @@ class LrserveConfig(QuantizationConfig):
     def __init__(self, groups: Mapping[str, GroupSpec]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.groups = dict(groups)
-        self._precision: Precision | None = None
-        self._ignored: list[str] = []
 
     @classmethod
     def get_name(cls) -> str:  # type: ignore[override]
@@ -61,38 +56,21 @@ class LrserveConfig(QuantizationConfig):
 
     @property
     def online_quantization_config(self) -> None:
-        """None: vLLM would put an online method in the place of whole layers, and knows no factors. See `precision_of`."""
+        """None: an artifact says itself what its weights are rounded to."""
         return None
 
     @online_quantization_config.setter
     def online_quantization_config(self, online: Any) -> None:
-        """Take what `--quantization-config` asks for.
+        """Refuse what `--quantization-config` asks for.
 
         Raises:
-            EngineError: it asks for something else than int8 or fp8 by channels.
+            EngineError: always, but for None.
         """
-        if online is None:
-            return
-        from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticChannelSym, kInt8StaticChannelSym
-
-        known: dict[Any, Precision] = {kInt8StaticChannelSym: "int8", kFp8StaticChannelSym: "fp8"}
-        spec = online.args.linear
-        self._precision = known.get(spec.weight) if spec is not None and spec.activation is None else None
-        if self._precision is None or online.args.targets is not None:
+        if online is not None:
             raise EngineError(
-                "lrserve quantizes factors to int8 or fp8 with one scale a row: --quantization-config takes "
-                '{"linear": "int8_per_channel_static"} or {"linear": "fp8_per_channel_static"}, and "ignore" with names of layers'
+                "--quantization-config cannot round the weights of an lrserve artifact: its config.json says what each of them is "
+                "stored in. Leave it out, or compress the dense model again with the precision that you want"
             )
-        self._ignored = list(online.args.ignore)
-
-    def precision_of(self, prefix: str) -> Precision | None:
-        """Return what a layer's weights are quantized to when they are loaded; None for not at all."""
-        if self._precision is None:
-            return None
-        from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
-
-        ignored = should_ignore_layer(prefix, ignore=self._ignored, fused_mapping=self.packed_modules_mapping, use_fnmatch=True)
-        return None if ignored else self._precision
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the groups as vLLM renames the model's modules."""
@@ -120,12 +98,13 @@ class LrserveConfig(QuantizationConfig):
             return [spec]
         wrong = []
         for member, own in zip(fused, alone, strict=True):
-            if own is not None and (own.members != (member,) or own.structure not in ("low_rank", "identity_block")):
-                wrong.append(f"{parent}.{member} as {own.structure} of {', '.join(own.members)}")
+            if own is not None and (own.members != (member,) or own.structure not in ("low_rank", "identity_block") or own.weights):
+                rounded = f" in {own.weights}" if own.weights else ""
+                wrong.append(f"{parent}.{member} as {own.structure} of {', '.join(own.members)}{rounded}")
         if wrong:
             raise ArtifactError(
                 f"{name}: config.json lists {', '.join(wrong)}, but vLLM multiplies {', '.join(fused)} as one layer, of which a "
-                "part is one linear, low_rank or identity_block. Export the artifact again with this lrserve"
+                "part is one linear, low_rank or identity_block, and not rounded. Export the artifact again with this lrserve"
             )
         return alone
 
@@ -135,11 +114,12 @@ class LrserveConfig(QuantizationConfig):
 
         if not isinstance(layer, LinearBase):
             return None
-        from lrserve.plugins.vllm.layers import DenseMethod, FewerOutputsMethod, LowRankLinearMethod, PerShardMethod
+        from lrserve.plugins.vllm.apart import PerShardMethod
+        from lrserve.plugins.vllm.layers import LowRankLinearMethod, StockMethod
 
-        specs, precision = self.groups_of(prefix), self.precision_of(prefix)
+        specs = self.groups_of(prefix)
         if len(specs) > 1:
-            return PerShardMethod(prefix, self.packed_modules_mapping[prefix.rpartition(".")[2]], specs, precision)
+            return PerShardMethod(prefix, self.packed_modules_mapping[prefix.rpartition(".")[2]], specs)
         if specs[0] is None:
-            return UnquantizedLinearMethod() if precision is None else DenseMethod(precision)
-        return (FewerOutputsMethod if specs[0].structure == "narrow_out" else LowRankLinearMethod)(prefix, specs[0], precision)
+            return UnquantizedLinearMethod()
+        return (StockMethod if specs[0].structure in ("dense", "narrow_out") else LowRankLinearMethod)(prefix, specs[0])

@@ -5,17 +5,18 @@ vLLM does not notice a quantized parameter that no tensor was loaded into, so th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear
 
-from lrserve.compression.spec import GroupSpec, is_permutation
+from lrserve.compression.level import SCHEMES, Precision
+from lrserve.compression.spec import GroupSpec, Tensor, is_permutation, residual_tensors, weight_tensors
 from lrserve.errors import ArtifactError
-from lrserve.plugins.vllm.kernels import Factor
+from lrserve.plugins.vllm.kernels import Factor, Residual
 
 _QKV = {"q": 0, "k": 1, "v": 2}
 
@@ -32,6 +33,15 @@ class Slice:
         """Return this rank's part of a checkpoint tensor along `dim`."""
         return tensor.narrow(dim, self.start, self.length)
 
+    def of_weight(self, kind: str, tensor: torch.Tensor, weights: Precision | None) -> torch.Tensor:
+        """Return this rank's columns of the tensor `kind` of a weight (m, full), which may be rounded."""
+        scheme = SCHEMES[weights] if weights else None
+        per_group = scheme is not None and scheme.group is not None
+        if kind == "weight_shape" or (kind == "weight_scale" and not per_group):
+            return tensor
+        unit = self.full // tensor.shape[1]
+        return tensor.narrow(1, self.start // unit, self.length // unit)
+
 
 @dataclass
 class Loading:
@@ -39,7 +49,7 @@ class Loading:
 
     prefix: str
     spec: GroupSpec
-    first: nn.Parameter | None
+    first: Factor | None
     """What A or T is loaded into, from its row `first_row` on. Its data may move to another device in between."""
     second: Factor
     columns: Slice
@@ -54,17 +64,19 @@ class Loading:
     """T (r, n - r), kept until `order` has come as well where it becomes an A."""
     seen: set[str] = field(default_factory=set)
 
-    def load_first(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
-        """Load `A.weight`: A (r, n), or T (r, n - r) of an identity block."""
-        self._check_together("A.weight", shard)
+    def load_first(self, kind: str, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        """Load a tensor of A (r, n), or of T (r, n - r) of an identity block: `A.weight`, or one that a rounded one is made of."""
+        self._check_together(f"A.{kind}", shard)
         assert self.first is not None
-        name, rank, n = f"{self.prefix}.A.weight", self.spec.rank, self.columns.full
+        rank, n, weights = self.spec.rank, self.columns.full, self.spec.weights
         block = self.spec.structure == "identity_block"
-        _check_shape(name, tensor, (rank, n - rank if block else n))
+        name = f"{self.prefix}.A.{kind}"
+        _check(name, tensor, weight_tensors(rank, n - rank if block else n, weights)[kind])
         if self.materialise:
-            self.T = tensor.to(self.first.device, self.first.dtype, copy=True)  # vLLM may reuse the tensor's memory
+            like = self.first.weight
+            self.T = tensor.to(like.device, like.dtype, copy=True)  # vLLM may reuse the tensor's memory
         else:
-            self._put(tensor if block else self.columns.of(tensor, 1))
+            self._put(kind, tensor if block else self.columns.of_weight(kind, tensor, weights))
         self.seen.add(name)
         self._materialise()
 
@@ -74,7 +86,7 @@ class Loading:
         name, n = f"{self.prefix}.A.order", self.columns.full
         if not self.spec.gathers:
             raise _unexpected(name, f"says {'that its inputs are ordered' if self.spec.ordered else self.spec.structure}")
-        _check_shape(name, tensor, (n,))
+        _check(name, tensor, Tensor((n,), tensor.dtype))
         if not is_permutation(tensor):
             raise ArtifactError(f"{name} is no permutation of the {n} inputs in int32. Export the artifact again")
         self.order = parameter.data.copy_(tensor)
@@ -87,24 +99,26 @@ class Loading:
             return
         block = torch.cat([torch.eye(len(self.T), dtype=self.T.dtype, device=self.T.device), self.T], dim=1)
         places = self.order.argsort().to(block.device)  # of the inputs in J and Jc
-        self._put(block.index_select(1, self.columns.of(places, 0)))
+        self._put("weight", block.index_select(1, self.columns.of(places, 0)))
         self.T = None
 
-    def _put(self, rows: torch.Tensor) -> None:
+    def _put(self, kind: str, rows: torch.Tensor) -> None:
         assert self.first is not None
-        self.first.data.narrow(0, self.first_row, len(rows)).copy_(rows)
+        self.first.loaded[kind].data.narrow(0, self.first_row, len(rows)).copy_(rows)
 
-    def load_second(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
-        """Load a member's rows of B, or of b."""
+    def load_second(self, kind: str, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        """Load a member's rows of b, or of a tensor of B."""
         index = _index(shard)
-        is_bias = parameter is self.second.bias
-        name = f"{self._member(index)}.B.{'bias' if is_bias else 'weight'}"
-        rows = self.rows[index]
-        _check_shape(name, tensor, (rows.full,) if is_bias else (rows.full, self.spec.rank))
-        offset = sum(earlier.length for earlier in self.rows[:index])
-        part = rows.of(tensor, 0) if is_bias or self.first is not None else self.columns.of(tensor, 1)
-        parameter.data.narrow(0, offset, rows.length).copy_(part)
+        name, rows = f"{self._member(index)}.B.{kind}", self.rows[index]
+        wanted = weight_tensors(rows.full, self.spec.rank, self.spec.weights) | {"bias": Tensor((rows.full,), None)}
+        _check(name, tensor, wanted[kind])
         self.seen.add(name)
+        if kind == "weight_shape":
+            return
+        part = rows.of(tensor, 0)
+        if self.first is None and kind != "bias":
+            part = self.columns.of_weight(kind, part, self.spec.weights)
+        parameter.data.narrow(0, _offset(self.rows, index), rows.length).copy_(part)
 
     def refuse(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
         """Loader of the dense layer's own parameters, which a factorized layer must not have."""
@@ -115,13 +129,12 @@ class Loading:
 
     def finish(self) -> list[str]:
         """Let go of what loading needed, and return the names of tensors that have not come."""
-        names = [] if self.first is None else [f"{self.prefix}.A.weight"]
+        kinds = list(weight_tensors(8, 128, self.spec.weights))
+        names = [] if self.first is None else [f"{self.prefix}.A.{kind}" for kind in kinds]
         if self.spec.gathers:
             names.append(f"{self.prefix}.A.order")
-        for index in range(len(self.rows)):
-            names += [f"{self._member(index)}.B.weight", f"{self._member(index)}.B.bias"]
-        # vLLM keeps the loaders, and through them would keep these beside their packed forms
-        self.first = self.T = self.order = None
+        names += [f"{self._member(index)}.B.{kind}" for index in range(len(self.rows)) for kind in [*kinds, "bias"]]
+        self.T = self.order = None
         return [name for name in names if name not in self.seen]
 
     def _member(self, index: int) -> str:
@@ -131,6 +144,78 @@ class Loading:
         if shard is not None:
             name = f"{self._member(_index(shard))}.{tensor}"
             raise _unexpected(name, f"lists {', '.join(self.spec.members)} as one group")
+
+
+@dataclass
+class LoadingResidual:
+    """As `Loading`, for the residual of a group: n inputs, of which this rank has `columns`, and `rows` of each member."""
+
+    prefix: str
+    spec: GroupSpec
+    residual: Residual
+    columns: Slice
+    rows: list[Slice]
+    seen: set[str] = field(default_factory=set)
+
+    def hook(self) -> None:
+        """Become the loader of the residual's parameters."""
+        for kind, parameter in self.residual.A.loaded.items():
+            parameter.weight_loader = partial(self.load_first, kind)  # type: ignore[attr-defined]
+        self.residual.B.weight.weight_loader = self.load_second  # type: ignore[attr-defined]
+
+    def load_first(self, kind: str, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        """Load `residual_A.weight` (r, n) or its scales (r, 1)."""
+        name = f"residual_A.{kind}"
+        _check(f"{self.prefix}.{name}", tensor, residual_tensors(0, self.columns.full, self.spec.residual)[name])
+        parameter.data.copy_(self.columns.of(tensor, 1) if kind == "weight" else tensor)
+        self.seen.add(f"{self.prefix}.{name}")
+
+    def load_second(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
+        """Load a member's rows of `residual_B.weight` (m, r)."""
+        index = _index(shard)
+        rows, name = self.rows[index], f"{sibling(self.prefix, self.spec.members[index])}.residual_B.weight"
+        _check(name, tensor, residual_tensors(rows.full, 0, self.spec.residual)["residual_B.weight"])
+        parameter.data.narrow(0, _offset(self.rows, index), rows.length).copy_(rows.of(tensor, 0))
+        self.seen.add(name)
+
+    def finish(self) -> list[str]:
+        """Return the names of tensors that have not come."""
+        names = [f"{self.prefix}.residual_A.{kind}" for kind in ("weight", "weight_scale")]
+        names += [f"{sibling(self.prefix, member)}.residual_B.weight" for member in self.spec.members]
+        return [name for name in names if name not in self.seen]
+
+
+@dataclass
+class LoadingStock:
+    """Checks and counts what vLLM's own loaders put into a layer whose linears have n inputs and `rows` of outputs."""
+
+    prefix: str
+    spec: GroupSpec
+    n: int
+    rows: list[Slice]
+    seen: set[str] = field(default_factory=set)
+
+    def checked(self, kind: str, load: Callable[..., None]) -> Callable[..., None]:
+        """Return a loader that checks a tensor, loads it by `load`, and remembers it."""
+
+        def loader(parameter: torch.Tensor, tensor: torch.Tensor, *shard: Any) -> None:
+            index = _index(*shard)
+            name, m = f"{self._member(index)}.{kind}", self.rows[index].full
+            wanted = weight_tensors(m, self.n, self.spec.weights) | {"bias": Tensor((m,), None)}
+            _check(name, tensor, wanted[kind])
+            load(parameter, tensor, *shard)
+            self.seen.add(name)
+
+        return loader
+
+    def finish(self, *, biased: bool) -> list[str]:
+        """Return the names of tensors that have not come."""
+        kinds = [*weight_tensors(8, 128, self.spec.weights), *(["bias"] if biased else [])]
+        names = (f"{self._member(index)}.{kind}" for index in range(len(self.rows)) for kind in kinds)
+        return [name for name in names if name not in self.seen]
+
+    def _member(self, index: int) -> str:
+        return sibling(self.prefix, self.spec.members[index])
 
 
 @dataclass
@@ -148,7 +233,7 @@ class LoadingDense:
         assert self.stacked is not None
         kind = "bias" if tensor.ndim == 1 else "weight"
         parameter = getattr(self.stacked, kind)
-        _check_shape(f"{self.prefix}.{kind}", tensor, (self.rows.full, *parameter.shape[1:]))
+        _check(f"{self.prefix}.{kind}", tensor, Tensor((self.rows.full, *parameter.shape[1:]), None))
         parameter.data.narrow(0, self.first_row, self.rows.length).copy_(self.rows.of(tensor, 0))
         self.seen.add(kind)
 
@@ -167,7 +252,7 @@ class LoadingApart:
 
     def load_first(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
         """Send `A.weight` to the member of this shard."""
-        self._compressed(shard, "A.weight").load_first(parameter, tensor)
+        self._compressed(shard, "A.weight").load_first("weight", parameter, tensor)
 
     def load_order(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
         """Send `A.order` to the member of this shard."""
@@ -176,7 +261,7 @@ class LoadingApart:
     def load_second(self, kind: str, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
         """Send `B.weight` or `B.bias` (`kind`) to the member of this shard."""
         part = self._compressed(shard, f"B.{kind}")
-        part.load_second(getattr(part.second, kind), tensor)
+        part.load_second(kind, getattr(part.second, kind), tensor)
 
     def load_dense(self, parameter: torch.Tensor, tensor: torch.Tensor, shard: str | int | None = None) -> None:
         """Send a dense linear's tensor to the member of this shard; refuse it where that has factors."""
@@ -211,11 +296,20 @@ def sibling(prefix: str, member: str) -> str:
     return f"{parent}.{member}" if parent else member
 
 
-def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
+def _offset(rows: Sequence[Slice], index: int) -> int:
+    return sum(earlier.length for earlier in rows[:index])
+
+
+def _check(name: str, tensor: torch.Tensor, wanted: Tensor) -> None:
+    if tuple(tensor.shape) != wanted.shape:
         raise ArtifactError(
             f"{name} is {tuple(tensor.shape)} in the checkpoint; config.json's rank and the model's sizes make it "
-            f"{expected}. Export the artifact again"
+            f"{wanted.shape}. Export the artifact again"
+        )
+    if tensor.dtype != wanted.dtype and not (wanted.dtype is None and tensor.is_floating_point() and tensor.element_size() > 1):
+        expected = wanted.dtype or "floating point numbers"
+        raise ArtifactError(
+            f"{name} is {tensor.dtype} in the checkpoint; config.json makes it {expected}. Export the artifact again"
         )
 
 
@@ -223,7 +317,7 @@ def _unexpected(name: str, config: str) -> ArtifactError:
     return ArtifactError(f"{name} is in the checkpoint, but config.json {config}. Export the artifact again")
 
 
-def _index(shard: str | int | None) -> int:
+def _index(shard: str | int | None = None) -> int:
     """Return the place among a layer's linears of what vLLM calls a shard."""
     return _QKV[shard] if isinstance(shard, str) else shard or 0
 
@@ -233,6 +327,29 @@ def check_identity_block(prefix: str, spec: GroupSpec, n: int) -> None:
     if spec.structure == "identity_block" and spec.rank >= n:
         raise ArtifactError(
             f"{prefix}: an identity block of rank {spec.rank} leaves nothing of {n} inputs. Export the artifact again"
+        )
+
+
+def check_members(prefix: str, spec: GroupSpec, linears: int) -> None:
+    """Refuse a group of another number of linears than vLLM's layer is made of."""
+    if linears != len(spec.members):
+        raise ArtifactError(
+            f"{prefix}: config.json has {len(spec.members)} members ({', '.join(spec.members)}), "
+            f"vLLM's layer is made of {linears} linears. Export the artifact again"
+        )
+
+
+def check_columns(prefix: str, spec: GroupSpec, columns: Slice) -> None:
+    """Refuse to divide among ranks the columns of a rounded weight that must stay together."""
+    if spec.weights is None or columns.length == columns.full:
+        return
+    advice = "serve with another tensor_parallel_size"
+    if spec.structure == "identity_block":
+        raise ArtifactError(f"{prefix}: an identity block in {spec.weights} cannot be divided among ranks; {advice}")
+    if not SCHEMES[spec.weights].fits(columns.length):
+        raise ArtifactError(
+            f"{prefix}: {columns.full} inputs cannot be divided among {columns.full // columns.length} ranks in whole groups of "
+            f"{spec.weights}; {advice}"
         )
 
 
@@ -257,6 +374,11 @@ def share_of_neurons(prefix: str, neurons: int, ranks: int) -> int:
             f"compress with search.rank_step a multiple of {ranks}"
         )
     return neurons // ranks
+
+
+def columns_of(layer: Any, full: int, own: int) -> Slice:
+    """Columns of a weight with `full` inputs that this rank holds: `own` of them."""
+    return Slice(full, (layer.tp_rank if own < full else 0) * own, own)
 
 
 def rows_of(layer: Any, index: int, size: int) -> Slice:
