@@ -36,27 +36,26 @@ from evolution import evolve
 from inputs import bench_recipe
 from lrserve.allocation import losses as allocate
 from lrserve.allocation.goal import Goal
-from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.plan import BudgetFit, Offers, Plan
 from lrserve.allocation.quality import Divergence, Judgement, Reference, Validation, negative_log_likelihood, perplexity
 from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.study import run_study
+from lrserve.compression.assemble import MergedLevels, compress_model, round_parameters
 from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group, Structure, allocated, separate
+from lrserve.compression.level import Level
 from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.spectra import (
-    MergedRanks,
     SpectrumStore,
-    compress_model,
     features,
-    round_parameters,
     write_spectra,
 )
 from lrserve.inputs.demo import demo_texts
 from lrserve.inputs.text import read_documents, token_windows
 from lrserve.pipeline.improve import gradient_reader, improve_factors
 from lrserve.pipeline.job import Job, first_tokens, open_job, tensor_sha256
+from lrserve.pipeline.probe import probe_units, ranks_probed
 from lrserve.pipeline.run import backpropagate, calibrate_blocks
-from lrserve.pipeline.search import probe_groups
 from lrserve.pipeline.stages import MODULES
 from lrserve.recipe import Recipe, Target
 from lrserve.report.card import table
@@ -125,13 +124,13 @@ ROWS: Mapping[str, Row] = {
 class _EqualSpeed:
     """Stands for a speed model where only quality counts."""
 
-    def speedup(self, plan: RankPlan) -> float:
+    def speedup(self, plan: Plan) -> float:
         return 1.0
 
-    def tokens_per_second(self, plan: RankPlan) -> float:
+    def tokens_per_second(self, plan: Plan) -> float:
         return 1.0
 
-    def cost(self, group: Group, rank: int | None) -> float:
+    def cost(self, group: Group, level: Level) -> float:
         return 0.0
 
 
@@ -208,7 +207,7 @@ class Bench:
             write_spectra(self.model, groups, decompose, stage)
         return SpectrumStore(stage, groups)
 
-    def plan(self, row: Row, ratio: float) -> tuple[RankPlan, list[str]]:
+    def plan(self, row: Row, ratio: float) -> tuple[Plan, list[str]]:
         """Allocate the ranks, or read the plan that another row left; returns it with the names of its timed stages."""
         name = f"plan-{row.factors}-{row.allocator}-{row.structure}-{ratio}"
         stages = ["calibrate", f"spectra-{row.factors}" + "-narrow" * (row.structure == "narrow"), name]
@@ -229,11 +228,11 @@ class Bench:
             with self.timed(name):
                 plan = self._allocate(row, ratio, store, place)
             plan.write(place / "plan.json")
-        return RankPlan.read(place / "plan.json"), stages
+        return Plan.read(place / "plan.json"), stages
 
-    def _allocate(self, row: Row, ratio: float, store: SpectrumStore, place: Path) -> RankPlan:
+    def _allocate(self, row: Row, ratio: float, store: SpectrumStore, place: Path) -> Plan:
         groups = self.groups(row)
-        fit = BudgetFit(groups, STEP, row.structure)
+        fit = BudgetFit(groups, Offers(STEP, row.structure))
         budget = (1 - ratio) * fit.dense_cost
         if row.allocator == "uniform":
             return allocate.uniform(fit, budget)
@@ -246,7 +245,7 @@ class Bench:
                 return bolaco(groups, budget, STEP, runs, TRIALS, evaluate, place / "study.sqlite3", seed=seed)
         errors = store.errors()
         if row.allocator == "greedy":
-            return allocate.least_loss(fit, allocate.greedy(errors), budget)
+            return allocate.least_loss(fit, allocate.relative(errors), budget)
         if row.allocator == "fisher":
             return allocate.least_loss(fit, allocate.fisher(errors), budget)
         without, two_sided = row.factors.removeprefix("fisher-but-"), row.factors.startswith("fisher")
@@ -268,12 +267,12 @@ class Bench:
     @contextmanager
     def judged(
         self, groups: Sequence[Group], store: SpectrumStore, measure: Callable[[], float]
-    ) -> Iterator[Callable[[RankPlan], float]]:
+    ) -> Iterator[Callable[[Plan], float]]:
         """Yield what measures the model under a plan; the model is dense again afterwards."""
-        merged = MergedRanks(self.model, groups, store)
+        merged = MergedLevels(self.model, groups, store)
 
-        def evaluate(plan: RankPlan) -> float:
-            merged.apply(dict(plan.ranks))
+        def evaluate(plan: Plan) -> float:
+            merged.apply(plan.levels)
             return measure()
 
         try:
@@ -281,9 +280,7 @@ class Bench:
         finally:
             merged.apply({})
 
-    def searched(
-        self, row: Row, store: SpectrumStore, losses: Mapping[str, allocate.Losses], ratio: float, place: Path
-    ) -> RankPlan:
+    def searched(self, row: Row, store: SpectrumStore, losses: Mapping[str, allocate.Errors], ratio: float, place: Path) -> Plan:
         """Return the plan of least perplexity of the pipeline's search, to which all plans are equally fast here."""
         recipe = self.job.recipe
         windows = first_tokens(self.job.windows["validation"], recipe.search.validation_tokens)
@@ -291,11 +288,14 @@ class Bench:
         validation = Validation(windows, negative_log_likelihood(self.model, windows).tolist())
         target = Target(ratio=ratio)
         goal = Goal(target, recipe.search.speed_weight, validation.dense_perplexity)
-        space = SearchSpace(self.groups(row), target, recipe.search, losses, speed, row.structure)
-        merged = MergedRanks(self.model, self.groups(row), store)
+        offers = Offers(recipe.search.rank_step, row.structure)
+        levels = {group.name: offers.levels(group) for group in self.groups(row)}
+        by_level = {base: allocate.by_level(self.groups(row), levels, of_ranks, {}) for base, of_ranks in losses.items()}
+        space = SearchSpace(self.groups(row), target, recipe.search, by_level, speed, offers)
+        merged = MergedLevels(self.model, self.groups(row), store)
 
-        def evaluate(plan: RankPlan, rivals: Sequence[Sequence[float]]) -> Judgement:
-            merged.apply(dict(plan.ranks))
+        def evaluate(plan: Plan, rivals: Sequence[Sequence[float]]) -> Judgement:
+            merged.apply(plan.levels)
             return validation(self.model, rivals)
 
         trials = run_study(space, goal, speed, evaluate, recipe.search, place / "study.sqlite3", seed=recipe.seed)
@@ -305,13 +305,14 @@ class Bench:
     def probes(self, row: Row) -> dict[str, tuple[int | None, float]]:
         """Divergences of the groups one by one."""
         store = self.spectra(row)
-        merged = MergedRanks(self.model, self.groups(row), store)
+        merged = MergedLevels(self.model, self.groups(row), store)
         with self.timed(f"probe-{row.factors}-{row.structure}"):
-            found, _ = probe_groups(self.job_of(row), merged, store, self.folder, row.structure)
+            offers = Offers(self.job.recipe.search.rank_step, row.structure)
+            found = probe_units(self.job_of(row), merged, store, offers, self.folder)
         merged.apply({})
-        return found
+        return ranks_probed(found)
 
-    def improved(self, row: Row, plan: RankPlan, ratio: float) -> tuple[FactorSource, list[str]]:
+    def improved(self, row: Row, plan: Plan, ratio: float) -> tuple[FactorSource, list[str]]:
         """Improve the factors as the pipeline does, step by step; returns them with the names of the timed stages."""
         store = self.spectra(row)
         factors: FactorSource = store
@@ -346,7 +347,7 @@ class Bench:
             plan, before = self.plan(row, ratio)
             source, after = self.improved(row, plan, ratio)
             groups = self.groups(row)
-            compressed = self.job.served_model(plan, source, groups)
+            compressed = self.job.served_model(plan, source, units=groups)
             seconds = sum(self.times().get(stage, 0.0) for stage in before + after)
             result: dict[str, Any] = {"ratio": plan.ratio(groups), "seconds": seconds}
             for domain, reference in self.reference.items():
@@ -366,8 +367,7 @@ def rounding(bench: Bench, ratios: Sequence[float]) -> list[dict[str, Any]]:
         for row in (ROWS["loss-aware"], replace(ROWS["loss-aware"], structure="low_rank")):
             plan, _ = bench.plan(row, ratio)
             model = round_parameters(bench.job.source.load(torch.float32), bench.job.dtype)
-            ranks = plan.factorized(bench.fused)
-            exact = compress_model(model, ranks, plan.structure, bench.spectra(row), torch.float32)
+            exact = compress_model(model, plan.changed(bench.fused), plan.structure, bench.spectra(row), torch.float32)
             rounded = round_parameters(copy.deepcopy(exact), bench.job.dtype)
             for domain, windows in bench.texts.items():
                 reference = Reference(exact, windows)

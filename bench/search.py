@@ -60,8 +60,9 @@ from lrserve.engines.vllm import Engine
 from lrserve.engines.workloads import MixComparison, compare, open_engine, read_comparison
 from lrserve.pipeline.job import Job, open_job
 from lrserve.pipeline.measure import DenseEngine, measure_layers, speed_model
+from lrserve.pipeline.probe import probe_units, ranks_probed
 from lrserve.pipeline.run import backpropagate, calibrate_blocks, factorize_groups
-from lrserve.pipeline.search import choose_windows, judge, probed_losses
+from lrserve.pipeline.search import choose_windows, judge
 from lrserve.pipeline.stages import MODULES
 from lrserve.recipe import Recipe, Target, Workload
 from lrserve.report.card import table
@@ -227,22 +228,25 @@ class Bench:
         return Point(plan, self.goal.loss(perplexity), self.speed.speedup(plan), plan.ratio(self.job.units))
 
     def _own(self, method: str, seed: int, stage: Path) -> list[Point]:
-        units, structure, settings = self.job.units, self.job.recipe.structure, self.job.recipe.search
+        units, settings = self.job.units, self.job.recipe.search
         evaluate = judge(self.merged, self.validation)
         if method == "uniform":
             fit, (low, high) = BudgetFit(units, self.job.offers), UNIFORM_RATIOS
             ratios = [low + (high - low) * i / (self.trials - 1) for i in range(self.trials)]
             plans = [allocate.uniform(fit, (1 - ratio) * fit.dense_cost) for ratio in ratios]
             return [self._point(plan, evaluate(plan, []).perplexity) for plan in plans]
-        losses, _ = probed_losses(self.job, self.merged, self.store, self.folder)
+        probes = ranks_probed(probe_units(self.job, self.merged, self.store, self.job.offers, self.folder))
+        of_ranks = allocate.estimates(self.store.errors(), probes, {unit.name for unit in units})
         if method == "evolution":
-            return self._evolution(losses["loss_aware"], seed, stage)
+            return self._evolution(of_ranks["loss_aware"], seed, stage)
+        levels = {unit.name: self.job.offers.levels(unit) for unit in units}
+        losses = {base: allocate.by_level(units, levels, own, {}) for base, own in of_ranks.items()}
         search = settings.model_copy(update={"trials": self.trials, "sampler": "gp" if method == "lrserve" else "random"})
-        space = (SearchSpace if method == "lrserve" else Unguided)(units, Target(), search, losses, self.speed, structure)
+        space = (SearchSpace if method == "lrserve" else Unguided)(units, Target(), search, losses, self.speed, self.job.offers)
         trials = run_study(space, self.goal, self.speed, evaluate, search, stage / "study.sqlite3", seed=seed)
         return [self._point(trial.plan, trial.perplexity) for trial in trials if trial.complete]
 
-    def _evolution(self, losses: allocate.Losses, seed: int, stage: Path) -> list[Point]:
+    def _evolution(self, losses: allocate.Errors, seed: int, stage: Path) -> list[Point]:
         judged, points = judge(self.merged, self.validation), list[Point]()
 
         def evaluate(plan: Plan) -> float:
@@ -415,6 +419,7 @@ def main() -> None:
     overrides = {
         "engine.repeats": arguments.repeats,
         "engine.enforce_eager": False if arguments.compiled else None,
+        "factorization.weights": (),  # what all methods have is ranks
         "workloads": {name: workload.model_dump() for name, workload in WORKLOADS.items()},
     }
     job = open_job(Recipe.load(arguments.recipe or bench_recipe(), overrides), print)

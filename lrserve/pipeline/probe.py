@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ def probed_losses(
     """Return the losses of every level by the name of the allocator that minimises them."""
     probes = probe_units(job, merged, store, offers, folder)
     weighted = {group.name for group in job.units if group.kind in job.recipe.factorization.fisher}
-    ranks = {name: (found[_STRUCTURE]["rank"], found[_STRUCTURE]["divergence"]) for name, found in probes.items()}
     rounded = {
         name: {
             precision: losses.RoundingLoss(
@@ -43,8 +43,13 @@ def probed_losses(
     levels = {unit.name: offers.levels(unit) for unit in job.units}
     return {
         base: losses.by_level(job.units, levels, of_ranks, rounded)
-        for base, of_ranks in losses.estimates(store.errors(), ranks, weighted).items()
+        for base, of_ranks in losses.estimates(store.errors(), ranks_probed(probes), weighted).items()
     }
+
+
+def ranks_probed(probes: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int | None, float]]:
+    """Return what `probe_units` found of each unit's structure: the rank, and the KL divergence in nats."""
+    return {name: (found[_STRUCTURE]["rank"], found[_STRUCTURE]["divergence"]) for name, found in probes.items()}
 
 
 def _probe_windows(job: Job) -> torch.Tensor:
