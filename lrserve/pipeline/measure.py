@@ -144,7 +144,8 @@ def measure_layers(job: Job, runtime: Runtime, dense: DenseEngine, folder: WorkF
             for number in range(2, _DENSE_RUNS):  # on the other side of the table: the machine's speed drifts
                 run(number)
             keep_served(job, runtime, engine, folder)
-        rows = [{**asdict(shape), "us": [round(cell, 2) for cell in us]} for shape, us in zip(shapes, table, strict=True)]
+        timed = ((shape, us) for shape, us in zip(shapes, table, strict=True) if us is not None)
+        rows = [{**asdict(shape), "us": [round(cell, 2) for cell in us]} for shape, us in timed]
         write_json(path, {"dense_seconds": {name: min(s) for name, s in seconds.items()}, "tokens": tokens, "rows": rows})
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     rates = ", ".join(
