@@ -19,16 +19,21 @@ from exporters.onnx_graph import build_layer, save_graph
 from lrserve.compression.layers import LowRankLinear, first_factor
 from lrserve.compression.spec import GroupSpec
 from lrserve.engines.onnx_session import open_session
-from lrserve.engines.timing import Entry, input_elements, time_layers
+from lrserve.engines.timing import Entry, Row, UnsupportedLayerError, input_elements, time_layers
 
 
-def latency_table(entries: Sequence[Entry], tokens: Sequence[int], threads: int | None, seconds: float | None) -> list[list[float]]:
-    """Return the microseconds of entry i at tokens[j] rows of float32 input: the lower quartile, or the mean over `seconds`."""
+def latency_table(entries: Sequence[Entry], tokens: Sequence[int], threads: int | None, seconds: float | None) -> list[Row]:
+    """Return the microseconds of entry i at tokens[j] rows of float32 input: the lower quartile, or the mean over `seconds`.
+
+    The exporter does not render rounded weights: their rows are None.
+    """
     from onnxruntime import OrtValue
 
     values = np.random.default_rng(0).standard_normal(input_elements(entries, tokens), np.float32)
 
     def build(entry: Entry) -> Callable[[Any], Any]:
+        if entry.get("weights"):
+            raise UnsupportedLayerError("the ONNX graph has no rounded weights")
         session = open_layer(random_layer(entry), entry["n"], threads)
         return lambda x: session.run_with_ort_values(["y"], {"x": x})  # y stays in the runtime
 

@@ -27,6 +27,7 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, Final
 
 import lrserve.errors
 from lrserve.engines.process import Scratch, end_session, log_tail, open_log
+from lrserve.engines.timing import Row
 from lrserve.engines.transcripts import Transcript
 from lrserve.errors import EngineError, LrserveError
 
@@ -165,10 +166,11 @@ class EngineProcess(ABC):
 
     def latency_table(
         self, shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str | None = None, seconds: float | None = None
-    ) -> list[list[float]]:
+    ) -> list[Row]:
         """Time single linear layers with the kernels that serve them, in this engine's process and threads.
 
-        Returns microseconds [shape][token count]: lower quartiles, or means over so many `seconds` each.
+        Returns microseconds [shape][token count]: lower quartiles, or means over so many `seconds` each. The row of a shape for
+        which the engine has no kernel on this machine is None.
         """
         reply = self._request(
             "latency_table",
@@ -177,7 +179,7 @@ class EngineProcess(ABC):
             dtype=dtype or self.layer_dtype,
             seconds=seconds,
         )
-        table: list[list[float]] = reply["microseconds"]
+        table: list[Row] = reply["microseconds"]
         return table
 
     def _request(self, name: str, **arguments: Any) -> dict[str, Any]:

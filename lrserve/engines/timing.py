@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 from lrserve.compression.groups import factor_entries
+from lrserve.compression.level import SCHEMES, Precision
 
 _COLD_BYTES: Final = 256 * 2**20
 """Weights that one round should walk over: more than the caches of usual machines hold."""
@@ -26,8 +27,17 @@ _MIN_ROUNDS: Final = 3
 _MAX_ROUNDS: Final = 100
 
 Entry = dict[str, Any]
-"""A `Shape` as an object: `n`, `m`, `rank` (None for dense) and, of factors, `structure` and `ordered`."""
+"""A `Shape` as an object: `n`, `m`, `rank` (None for dense) and, of factors, `structure` and `ordered`.
+
+It may have `weights`, what the weights are rounded to, and `residual`, the rank of B A beside them; None and 0 are as absent.
+"""
+Row = list[float] | None
+"""Microseconds of one layer by number of tokens; None of a layer that the engine cannot multiply by on this machine."""
 X = TypeVar("X")
+
+
+class UnsupportedLayerError(Exception):
+    """What `build` raises for an entry for which the engine has no kernel on this machine: its row is None."""
 
 
 def random_prompts(vocabulary: int, prompt_tokens: int, concurrency: int, seed: int) -> list[list[int]]:
@@ -43,14 +53,16 @@ def time_layers(
     build: Callable[[Entry], Callable[[X], object]],
     rows: Callable[[int, int], X],
     seconds: float | None,
-) -> list[list[float]]:
+) -> list[Row]:
     """Return the microseconds of entry i at tokens[j] rows of input: the lower quartile, or the mean over so many `seconds`.
 
     Other processes only ever make a call slower, so the lower quartile is the layer's own time; the mean is what whole runs have
-    to be held against, since others slow those down as well. `build` makes a layer with random weights of `itemsize` bytes each,
-    which returns when it has multiplied; `rows(count, n)` makes its input.
+    to be held against, since others slow those down as well. `build` makes a layer with random weights, of `itemsize` bytes each
+    where they are not rounded, which returns when it has multiplied; `rows(count, n)` makes its input.
+
+    The row of an entry for which `build` raises `UnsupportedLayerError` is None.
     """
-    table: list[list[float]] = []
+    table: list[Row] = []
     for batch in _batches(entries, itemsize):
         table += _time_batch(batch, tokens, itemsize, build, rows, seconds)
     return table
@@ -67,11 +79,19 @@ def elements(entry: Entry) -> int:
     return int(n * m if rank is None else factor_entries(m, n, rank, entry["structure"]))
 
 
+def weight_bytes(entry: Entry, itemsize: int) -> int:
+    """Count the bytes of the weights that a layer reads: rounded ones by their bits, and the residual's in full."""
+    weights: Precision | None = entry.get("weights")
+    bits = SCHEMES[weights].bits if weights else 8 * itemsize
+    residual = int(entry.get("residual") or 0) * int(entry["n"] + entry["m"])
+    return elements(entry) * bits // 8 + residual * itemsize
+
+
 def _batches(entries: Sequence[Entry], itemsize: int) -> Iterator[list[Entry]]:
     batch: list[Entry] = []
     size = 0
     for entry in entries:
-        cost = elements(entry) * itemsize
+        cost = weight_bytes(entry, itemsize)
         if batch and size + cost > _BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -88,27 +108,35 @@ def _time_batch(
     build: Callable[[Entry], Callable[[X], object]],
     rows: Callable[[int, int], X],
     seconds: float | None,
-) -> list[list[float]]:
-    size = sum(elements(entry) for entry in entries) * itemsize
+) -> list[Row]:
+    size = sum(weight_bytes(entry, itemsize) for entry in entries)
     copies = max(1, min(_MAX_COPIES, round(_COLD_BYTES / size)))
-    layers = [[build(entry) for _ in range(copies)] for entry in entries]
-    table: list[list[float]] = [[] for _ in entries]
+    layers: list[list[Callable[[X], object]]] = []
+    table: list[Row] = []
+    for entry in entries:
+        try:
+            layers.append([build(entry) for _ in range(copies)])
+            table.append([])
+        except UnsupportedLayerError:
+            table.append(None)
+    timed = [row for row in table if row is not None]
+    widths = [entry["n"] for entry, row in zip(entries, table, strict=True) if row is not None]
     for count in tokens:
-        inputs = [rows(count, entry["n"]) for entry in entries]
+        inputs = [rows(count, n) for n in widths]
         for of_entry, x in zip(layers, inputs, strict=True):
             for layer in of_entry:
                 layer(x)  # the first call of a shape builds the kernel
-        samples: list[list[float]] = [[] for _ in entries]
+        samples: list[list[float]] = [[] for _ in layers]
         order = list(zip(layers, inputs, samples, strict=True))
         shuffle = random.Random(0).shuffle
-        rounds, deadline = 0, time.perf_counter() + (seconds or _SECONDS_PER_CELL) * len(entries)
+        rounds, deadline = 0, time.perf_counter() + (seconds or _SECONDS_PER_CELL) * len(layers)
         most = _MAX_ROUNDS if seconds is None else sys.maxsize
         while rounds < _MIN_ROUNDS or (rounds < most and time.perf_counter() < deadline):
             shuffle(order)  # what follows a certain layer must not stick to it
             for of_entry, x, sample in order:
                 sample.append(_seconds(of_entry[rounds % copies], x))
             rounds += 1
-        for row, sample in zip(table, samples, strict=True):
+        for row, sample in zip(timed, samples, strict=True):
             row.append(1e6 * (statistics.quantiles(sample, n=4)[0] if seconds is None else statistics.mean(sample)))
     return table
 

@@ -36,7 +36,6 @@ class Engine(EngineProcess):
         kv_cache_gib: size of the KV cache in GiB, on the CPU, where VLLM_CPU_KVCACHE_SPACE is not set.
         gpu_memory_utilization: share of the GPU's memory, on a GPU; None is vLLM's default.
         tensor_parallel_size: processes that share every layer.
-        quantization: `int8` or `fp8`, to which an lrserve artifact's linears, dense ones too, are rounded when they are loaded.
         load_format: `dummy` gives random weights of the right shape; None reads the checkpoint.
         log: file that takes everything that the engine prints; None is a temporary file, deleted on a clean end.
         start_timeout, request_timeout: seconds.
@@ -65,7 +64,6 @@ class Engine(EngineProcess):
         kv_cache_gib: float = 1.0,
         gpu_memory_utilization: float | None = None,
         tensor_parallel_size: int = 1,
-        quantization: str | None = None,
         load_format: str | None = None,
         log: Path | None = None,
         start_timeout: float = 900.0,
@@ -81,7 +79,6 @@ class Engine(EngineProcess):
             "enforce_eager": enforce_eager,
             "seed": seed,
             "tensor_parallel_size": tensor_parallel_size,
-            "quantization_config": {"linear": f"{quantization}_per_channel_static"} if quantization else None,
             "load_format": load_format,
             "gpu_memory_utilization": gpu_memory_utilization,
             "kv_cache_bytes": int(kv_cache_gib * 2**30),

@@ -1,33 +1,53 @@
-"""Times of single linear layers, dense and factorized, with the kernels that serve them (engines/timing.py). Imports vLLM."""
+"""Times of single linear layers, dense, factorized or rounded, with the kernels that serve them (engines/timing.py)."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import nn
+from vllm.config import set_current_vllm_config
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
 
-from lrserve.engines.timing import Entry, input_elements, time_layers
-from lrserve.plugins.vllm.kernels import Factor, first_factor
+from lrserve.compression.level import SCHEMES, Precision
+from lrserve.engines.timing import Entry, Row, UnsupportedLayerError, input_elements, time_layers
+from lrserve.plugins.vllm.kernels import Factor, Residual, first_factor
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.inference_mode()
-def latency_table(entries: Sequence[Entry], tokens: Sequence[int], dtype: torch.dtype, seconds: float | None) -> list[list[float]]:
-    """Return the microseconds of entry i at tokens[j] rows of input: the lower quartile, or the mean over so many `seconds`."""
+def latency_table(
+    entries: Sequence[Entry], tokens: Sequence[int], dtype: torch.dtype, seconds: float | None, vllm_config: Any
+) -> list[Row]:
+    """Return the microseconds of entry i at tokens[j] rows of input: the lower quartile, or the mean over so many `seconds`.
+
+    Kernels for rounded weights are chosen under `vllm_config`, the engine's.
+    """
     device = current_platform.device_type
-
-    def build(entry: Entry) -> Layer:
-        layer = _build(entry, dtype)
-        return layer if device == "cpu" else _finished(layer)
-
     values = torch.randn(input_elements(entries, tokens), dtype=dtype, device=device)
 
     def rows(count: int, n: int) -> torch.Tensor:
         return values[: count * n].view(count, n)
 
-    return time_layers(entries, tokens, dtype.itemsize, build, rows, seconds)
+    def build(entry: Entry) -> Layer:
+        if not entry.get("weights"):
+            layer = _build(entry, dtype)
+        else:
+            try:
+                layer = _build(entry, dtype)
+                layer(rows(1, entry["n"]))
+            except Exception as error:  # of whatever kind vLLM's choice of a kernel, and that kernel, raise
+                print(f"{entry}: {type(error).__name__}: {error}", file=sys.stderr)
+                raise UnsupportedLayerError(str(error)) from error
+        return layer if device == "cpu" else _finished(layer)
+
+    with set_current_vllm_config(vllm_config), set_default_torch_dtype(dtype):  # as while a model is loaded
+        return time_layers(entries, tokens, dtype.itemsize, build, rows, seconds)
 
 
 def _finished(layer: Layer) -> Layer:
@@ -43,10 +63,12 @@ def _finished(layer: Layer) -> Layer:
 
 def _build(entry: Entry, dtype: torch.dtype) -> Layer:
     n, m, rank = entry["n"], entry["m"], entry["rank"]
+    weights: Precision | None = entry.get("weights")
     if rank is None:
-        return _packed(Factor(n, m, bias=False, dtype=dtype)).multiply
-    first = _packed(first_factor(entry["structure"], n, rank, ordered=entry["ordered"], dtype=dtype))
-    second = _packed(Factor(rank, m, bias=True, dtype=dtype))
+        multiply = _packed(Factor(n, m, bias=False, dtype=dtype, weights=weights), weights).multiply
+        return _repaired(multiply, entry, dtype) if entry.get("residual") else multiply
+    first = _packed(first_factor(entry["structure"], n, rank, ordered=entry["ordered"], dtype=dtype, weights=weights), weights)
+    second = _packed(Factor(rank, m, bias=True, dtype=dtype, weights=weights), weights)
 
     def factorized(x: torch.Tensor) -> torch.Tensor:
         return second.multiply(first.multiply(x))
@@ -54,13 +76,39 @@ def _build(entry: Entry, dtype: torch.dtype) -> Layer:
     return factorized
 
 
-def _packed(factor: Factor) -> Factor:
+def _repaired(multiply: Layer, entry: Entry, dtype: torch.dtype) -> Layer:
+    """Put a residual beside a rounded layer."""
+    residual = Residual(SimpleNamespace(), entry["n"], entry["m"], entry["residual"], dtype=dtype)
+    for factor in (residual.A, residual.B):
+        _filled(factor.to(current_platform.device_type), 1e-4)
+    residual.pack()
+
+    def repaired(x: torch.Tensor) -> torch.Tensor:
+        return residual.add(x, multiply(x))
+
+    return repaired
+
+
+def _packed(factor: Factor, weights: Precision | None) -> Factor:
     factor = factor.to(current_platform.device_type)
-    scale = factor.weight.shape[1] ** -0.5
-    for parameter in factor.parameters():
-        if parameter.is_floating_point():
-            parameter.data.normal_(std=scale)
-        else:
-            parameter.data.copy_(torch.randperm(len(parameter)))  # a real order is no walk through memory either
+    n = next(iter(factor.loaded.values())).shape[1]
+    _filled(factor, n**-0.5 / (SCHEMES[weights].largest if weights else 1.0))
     factor.pack()
     return factor
+
+
+def _filled(module: nn.Module, scale: float) -> None:
+    """Give weights random values, and scales those of weights that were rounded."""
+    for name, parameter in module.named_parameters():
+        if name == "order":
+            parameter.data.copy_(torch.randperm(len(parameter)))  # a real order is no walk through memory either
+        elif name == "weight_scale":
+            parameter.data.fill_(scale)
+        elif parameter.dtype == torch.float8_e4m3fn:
+            parameter.data.copy_(torch.randn(parameter.shape))
+        elif parameter.is_floating_point():
+            parameter.data.normal_(std=scale)
+        elif parameter.dtype == torch.int8:
+            parameter.data.random_(-127, 128)
+        else:
+            parameter.data.random_(-(2**31), 2**31)

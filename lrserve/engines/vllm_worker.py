@@ -83,7 +83,7 @@ def latency_table(llm: Any, entries: list[dict[str, Any]], tokens: list[int], dt
 
     from lrserve.engines.vllm_latency import latency_table as measure
 
-    return {"microseconds": measure(entries, tokens, getattr(torch, dtype), seconds)}
+    return {"microseconds": measure(entries, tokens, getattr(torch, dtype), seconds, llm.llm_engine.vllm_config)}
 
 
 REQUESTS: dict[str, Callable[..., dict[str, Any]]] = {
