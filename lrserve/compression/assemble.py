@@ -21,9 +21,9 @@ from lrserve.compression.lowrank import (
     load_rounded,
     reorder_outputs,
 )
-from lrserve.compression.quantize import inputs_in_units, round_to_nearest
-from lrserve.compression.rounding import RoundedWeight, Rounding, rounds_inputs
-from lrserve.compression.smoothing import fold_input_scales, input_scales
+from lrserve.compression.quantize import Rounded, inputs_in_units, round_to_nearest
+from lrserve.compression.rounding import Rounding, rounds_inputs
+from lrserve.compression.smoothing import fold, foldable, smoothing, value_heads
 from lrserve.compression.spec import specs_of
 from lrserve.compression.spectra import SpectrumStore, stacked_weight
 from lrserve.compression.structure import structured
@@ -79,9 +79,10 @@ def _round_weights(
     scales: dict[str, torch.Tensor] = {}
     for unit, level in changed:
         for group in parts(unit) if rounds_inputs(level) else ():
-            W, inputs = next(iter(_matrices(model, group).values())), kept.get(group.name)
-            scales[group.name] = input_scales(model.config, group, W, rounding.moment(group, inputs), inputs)
-            fold_input_scales(model, group, scales[group.name])
+            if foldable(model, group):
+                W = next(iter(_matrices(model, group).values()))
+                scales[group.name] = _input_scales(model, group, W, rounding, kept.get(group.name))
+                fold(model, group, scales[group.name])
     for unit, level in changed:
         for group in parts(unit) if level.weights is not None else ():
             assert level.weights is not None
@@ -94,6 +95,13 @@ def _round_weights(
                 load_rounded(model, group, name, found.weight)
                 if found.residual is not None:
                     load_residual(model, group, found.residual)
+
+
+def _input_scales(
+    model: Any, group: Group, W: torch.Tensor, rounding: Rounding, inputs: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the scales that move from a group's inputs, those that are left of them, to W (m, k), which reads them."""
+    return smoothing(rounding.sizes(group, inputs), W, value_heads(model, group))
 
 
 def _matrices(model: Any, group: Group) -> dict[Literal["weight", "A", "B"], torch.Tensor]:
@@ -129,7 +137,7 @@ class MergedLevels:
         self._store, self._rounding = store, rounding
         self._levels = dict.fromkeys(self._units, DENSE)
         self._hooks: dict[str, list[Any]] = {name: [] for name in self._units}
-        self._rounded: dict[tuple[str, Precision], tuple[RoundedWeight, torch.Tensor | None]] = {}
+        self._rounded: dict[tuple[str, Precision], tuple[Rounded, torch.Tensor | None]] = {}
         """Of whole groups, without residuals: their weights, and the scales of their inputs."""
         groups = [group for unit in units for group in parts(unit)]
         self._dense = {group.name: stacked_weight(model, group) for group in groups}
@@ -171,7 +179,7 @@ class MergedLevels:
         for group in parts(unit):
             W, _ = self._dense[group.name]
             found, _ = self._whole(group, precision)
-            errors = self._rounding.residual(group, W.float().cpu(), found.weight).errors()
+            errors = self._rounding.residual(group, W.float().cpu(), found, ranks=max(residuals)).errors()
             for rank in total:
                 total[rank] += float(errors[min(rank, len(errors) - 1)])
         return {rank: total[rank] / total[0] if total[0] > 0 else 0.0 for rank in residuals}
@@ -211,15 +219,16 @@ class MergedLevels:
         merged = found.dense() if scales is None else found.dense() / scales
         if level.residual:
             used = slice(None) if rows is None else rows
-            part = RoundedWeight(found.weight.rows(used))
-            merged[used] += self._rounding.residual(group, W[used], part.weight, inputs=inputs).cut(level.residual).dense()
+            part = found.rows(used)
+            spectrum = self._rounding.residual(group, W[used], part, inputs=inputs, ranks=level.residual)
+            merged[used] += spectrum.cut(min(level.residual, len(spectrum.values))).dense()
         if inputs is not None:
             merged = torch.zeros(group.m, group.n).index_copy_(1, inputs, merged)
         self._set(group, merged, bias)
         if rounds_inputs(level):
             self._hook(group, level.weights, scales, inputs)
 
-    def _whole(self, group: Group, weights: Precision) -> tuple[RoundedWeight, torch.Tensor | None]:
+    def _whole(self, group: Group, weights: Precision) -> tuple[Rounded, torch.Tensor | None]:
         key = group.name, weights
         if key not in self._rounded:
             self._rounded[key] = self._fresh(group, self._dense[group.name][0].float().cpu(), weights, None)
@@ -227,19 +236,21 @@ class MergedLevels:
 
     def _fresh(
         self, group: Group, W: torch.Tensor, weights: Precision, inputs: torch.Tensor | None
-    ) -> tuple[RoundedWeight, torch.Tensor | None]:
+    ) -> tuple[Rounded, torch.Tensor | None]:
         assert self._rounding is not None
-        if not SCHEMES[weights].rounds_inputs:
-            return RoundedWeight(self._rounding.weight(group, W, weights, inputs=inputs)), None
-        scales = input_scales(self.model.config, group, W, self._rounding.moment(group, inputs), inputs)
-        return RoundedWeight(self._rounding.weight(group, W * scales, weights, inputs=inputs, scales=scales)), scales
+        if not SCHEMES[weights].rounds_inputs or not foldable(self.model, group):
+            return self._rounding.weight(group, W, weights, inputs=inputs), None
+        scales = _input_scales(self.model, group, W, self._rounding, inputs)
+        return self._rounding.weight(group, W * scales, weights, inputs=inputs, scales=scales), scales
 
     def _round_factors(self, unit: Group, level: Level, factors: Factors) -> None:
         assert level.weights is not None
         assert self._rounding is not None
         stored = structured(factors, "low_rank")
         A, B = stored.A.float(), stored.B.float()
-        scales = input_scales(self.model.config, unit, A, self._rounding.moment(unit))
+        scales = torch.ones(unit.n)
+        if foldable(self.model, unit):
+            scales = _input_scales(self.model, unit, A, self._rounding)
         rounded = [round_to_nearest(factor, level.weights).dense() for factor in (A * scales, B)]
         self._set(unit, rounded[1] @ (rounded[0] / scales), stored.b)
         self._hook(unit, level.weights, scales, None)

@@ -46,10 +46,15 @@ class GroupNames:
 
 @dataclass(frozen=True)
 class Family:
-    """Where an architecture keeps its decoder layers, and the fused groups inside one layer, by kind."""
+    """Where an architecture keeps its decoder layers, and the fused groups inside one layer, by kind.
+
+    `scaled_by`, by kind: the norm or linear inside the layer whose parameters scale the group's inputs one by one, all of them in
+    proportion. None for norms that multiply by 1 + w.
+    """
 
     layers: str
     groups: Mapping[str, GroupNames]
+    scaled_by: Mapping[str, str]
 
 
 _LLAMA_LIKE: Final = Family(
@@ -60,14 +65,21 @@ _LLAMA_LIKE: Final = Family(
         "gate_up": GroupNames("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
         "down": GroupNames("mlp.down_proj", ("mlp.down_proj",)),
     },
+    scaled_by={
+        "qkv": "input_layernorm",
+        "o": "self_attn.v_proj",
+        "gate_up": "post_attention_layernorm",
+        "down": "mlp.up_proj",
+    },
 )
+_GEMMA: Final = replace(_LLAMA_LIKE, scaled_by={kind: _LLAMA_LIKE.scaled_by[kind] for kind in ("o", "down")})
 
 FAMILIES: Final[Mapping[str, Family]] = {
     "LlamaForCausalLM": _LLAMA_LIKE,
     "MistralForCausalLM": _LLAMA_LIKE,
     "Qwen2ForCausalLM": _LLAMA_LIKE,
     "Qwen3ForCausalLM": _LLAMA_LIKE,
-    "Gemma3ForCausalLM": _LLAMA_LIKE,
+    "Gemma3ForCausalLM": _GEMMA,
 }
 
 

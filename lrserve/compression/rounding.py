@@ -6,7 +6,7 @@ A group is rounded after its structure is decided: neurons are removed first, th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -15,9 +15,10 @@ from lrserve.compression.groups import Group
 from lrserve.compression.level import SCHEMES, Level, Precision
 from lrserve.compression.quantize import Residual, Rounded, quantize
 from lrserve.compression.residual import ResidualSpectrum, residual_spectrum
+from lrserve.compression.smoothing import smoothed_moment
 
 MomentOf = Callable[[Group], torch.Tensor]
-"""Gives the second moment E[x x^T] (n, n) of a group's inputs."""
+"""Gives a second moment (n, n) of a group's inputs."""
 
 
 @dataclass(frozen=True)
@@ -27,24 +28,22 @@ class RoundedWeight:
     weight: Rounded
     residual: Residual | None = None
 
-    def dense(self) -> torch.Tensor:
-        """Return the weight (m, n) that they stand for, float32."""
-        W = self.weight.dense()
-        return W if self.residual is None else W + self.residual.dense()
-
 
 class Rounding:
     """Rounds the stacked weights of groups."""
 
     def __init__(self, moments: MomentOf, gradient: GradientOf, dtype: torch.dtype) -> None:
-        """Take what gives a group's moments, and the dtype of what is stored beside integers."""
-        self._moments, self._gradient, self.dtype = moments, gradient, dtype
+        """Take what gives groups' moments E[x x^T], and their gradients' moments, and the dtype of what is stored beside integers."""
+        self._moments, self._metrics, self._gradient, self.dtype = moments, moments, gradient, dtype
 
-    def moment(self, group: Group, inputs: torch.Tensor | None = None, scales: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the second moment of those `inputs` (k,) of a group that are left, divided by `scales` (k,)."""
-        H = self._moments(group)
-        H = H if inputs is None else H[inputs][:, inputs]
-        return H if scales is None else H / scales / scales[:, None]
+    def measure_by(self, metrics: MomentOf) -> None:
+        """Let what rounding costs be measured by other moments than E[x x^T]: those in which tokens weigh by their gradients."""
+        self._metrics = metrics
+
+    def sizes(self, group: Group, inputs: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the root mean squares of a group's inputs, of those `inputs` (k,) that are left."""
+        sizes = self._moments(group).diagonal().clamp_min(0).sqrt()
+        return sizes if inputs is None else sizes[inputs]
 
     def weight(
         self,
@@ -64,14 +63,26 @@ class Rounding:
             inputs: those (k,) of the n inputs that W reads, where neurons were removed.
             scales: by which its inputs are divided before they come.
         """
-        return quantize(W, weights, self.moment(group, inputs, scales), self.dtype)
+        return quantize(W, weights, self._metric(group, inputs, scales), self.dtype)
 
-    def residual(self, group: Group, W: torch.Tensor, rounded: Rounded, *, inputs: torch.Tensor | None = None) -> ResidualSpectrum:
-        """Return what makes up for rounding a group's weight W (m, n), at every rank."""
-        gradient = self._gradient(group)
-        if gradient is not None and len(gradient[1]) != (W.shape[1] if gradient[0] == "input" else W.shape[0]):
-            gradient = None  # neurons were removed: it is of other rows or columns
-        return residual_spectrum(W, rounded, self.moment(group, inputs), gradient)
+    def residual(
+        self,
+        group: Group,
+        W: torch.Tensor,
+        rounded: Rounded,
+        *,
+        inputs: torch.Tensor | None = None,
+        ranks: int | None = None,
+    ) -> ResidualSpectrum:
+        """Return what makes up for rounding a group's weight W (m, n), at every rank or at the leading `ranks`."""
+        found = self._gradient(group)
+        outputs = found[1] if found is not None and found[0] == "output" else None
+        return residual_spectrum(W - rounded.dense(), self._metric(group, inputs, None), outputs, ranks)
+
+    def _metric(self, group: Group, inputs: torch.Tensor | None, scales: torch.Tensor | None) -> torch.Tensor:
+        H = self._metrics(group)
+        H = H if inputs is None else H[inputs][:, inputs]
+        return H if scales is None else smoothed_moment(H, scales)
 
     def __call__(
         self,
@@ -84,10 +95,11 @@ class Rounding:
     ) -> RoundedWeight:
         """Round a group's stacked weight W (m, n) to what a level says, with its residual; otherwise as `weight`."""
         assert level.weights is not None
-        found = RoundedWeight(self.weight(group, W, level.weights, inputs=inputs, scales=scales))
+        weight = self.weight(group, W, level.weights, inputs=inputs, scales=scales)
         if not level.residual:
-            return found
-        return replace(found, residual=self.residual(group, W, found.weight, inputs=inputs).cut(level.residual))
+            return RoundedWeight(weight)
+        spectrum = self.residual(group, W, weight, inputs=inputs, ranks=level.residual)
+        return RoundedWeight(weight, spectrum.cut(min(level.residual, len(spectrum.values))))
 
 
 def rounds_inputs(level: Level) -> bool:
