@@ -52,9 +52,10 @@ from lrserve.compression.spectra import (
 )
 from lrserve.inputs.demo import demo_texts
 from lrserve.inputs.text import read_documents, token_windows
-from lrserve.pipeline.improve import gradient_reader, improve_factors
+from lrserve.pipeline.improve import improve_factors
 from lrserve.pipeline.job import Job, first_tokens, open_job, tensor_sha256
 from lrserve.pipeline.probe import probe_units, ranks_probed
+from lrserve.pipeline.rounding import gradient_reader
 from lrserve.pipeline.run import backpropagate, calibrate_blocks
 from lrserve.pipeline.stages import MODULES
 from lrserve.recipe import Recipe, Target

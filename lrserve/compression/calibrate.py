@@ -63,11 +63,16 @@ class _Interceptor(PassThrough):
         raise Intercepted(hidden_states)
 
 
-def _feed(accumulator: CovarianceAccumulator) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        accumulator.update(inputs[0])
+class _Feed:
+    """Hook that adds a linear's inputs to an accumulator, times the root of their weight if it has weights (sequences, length)."""
 
-    return hook
+    def __init__(self, accumulator: CovarianceAccumulator, weights: torch.Tensor | None) -> None:
+        self._accumulator, self._roots = accumulator, None if weights is None else weights.sqrt()
+        self.rows = slice(0, 0)
+
+    def __call__(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        x = inputs[0]
+        self._accumulator.update(x if self._roots is None else x * self._roots[self.rows, :, None].to(x))
 
 
 def memory_map(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -162,6 +167,7 @@ def calibrate(
     pool_sequences: int,
     batch_tokens: int,
     collect: bool = True,
+    token_weights: Callable[[Group], torch.Tensor] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> int:
     """Collect the statistics of every group's input into `folder`, one file per block, resuming where it was interrupted.
@@ -173,6 +179,7 @@ def calibrate(
         folder: private to this pass; what is found there must come from the same model and windows.
         pool_sequences: sequences in one pool.
         batch_tokens: tokens in one forward pass, rounded down to whole sequences within a pool.
+        token_weights: weights (sequences, length) of each token in the statistics of a group; None weighs all alike.
         collect: False runs the same forward passes without collecting, for measuring what collecting costs.
         progress: called with the number of blocks that are done.
 
@@ -211,16 +218,18 @@ def calibrate(
         block = layers[index]
         members = [group for group in groups if group.layer == index]
         accumulators = {group.name: CovarianceAccumulator(group.n, device) for group in members}
-        hooks = []
+        hooks, feeds = [], []
         if collect:
             for group in members:
-                module = model.get_submodule(group.members[0])
-                hooks.append(module.register_forward_pre_hook(_feed(accumulators[group.name])))
+                feeds.append(_Feed(accumulators[group.name], token_weights and token_weights(group)))
+                hooks.append(model.get_submodule(group.members[0]).register_forward_pre_hook(feeds[-1]))
         before = memory_map(states_path(folder, index), shape, dtype)
         partial = folder / "hidden.partial"
         after = memory_map(partial, shape, dtype)
         try:
             for first, last, pool_ends in pooled_batches():
+                for feed in feeds:
+                    feed.rows = slice(first, last)
                 after[first:last] = run_block(block, before[first:last].to(device), rehearsal(last - first, index)).cpu()
                 if pool_ends:
                     for accumulator in accumulators.values():

@@ -5,10 +5,12 @@ Notation
     g                    gradient of the tokens' summed cross entropy by x or y, for labels drawn from the model itself
     K (n, n), Gamma^2 (m, m)   E[g g^T] of an input and of an output gradient;  K = W^T Gamma^2 W, whatever linears the group has
 
+    w (t,)               |g|^2 of a group's outputs, all its linears' together: how much the loss feels of each token
+
 With such labels E[g g^T] is the group's block of the Fisher matrix of KL(dense || compressed), not only an empirical stand-in
 (Kunstner et al., arXiv 1905.12558, section 3). One backward pass gives every group at once; no gradient of a weight is formed.
 
-Memory: the model, the activations of one batch, and 4 bytes per entry of every group's moment.
+Memory: the model, the activations of one batch, and 4 bytes per entry of every group's moment and for each token and group.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from lrserve.errors import CalibrationError
 from lrserve.storage.store import write_tensors
 
 _FILE = "moments.safetensors"
+_POWER = "power"
 _SAVED_TOKENS = 8192  # between two saves of the running sums: what an interruption costs
 
 
@@ -64,6 +67,28 @@ class _Moment:
         with exact_products(g):
             wide = g.float()
             self.sum.addmm_(wide.T, wide)
+
+
+class _Powers:
+    """|g|^2 of every token (windows, length), summed over the linears of a group; a batch adds to the windows that it begins at."""
+
+    def __init__(self, windows: torch.Tensor, start: torch.Tensor | None) -> None:
+        self.tokens = torch.zeros(windows.shape)
+        if start is not None:
+            self.tokens[: len(start)] = start
+        self.first = 0
+
+    def watch(self, module: Any) -> Any:
+        """Hook into a linear's forward pass; returns the handle."""
+        return module.register_forward_hook(lambda _, inputs, output: self._take(output))
+
+    def _take(self, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(self._add)
+
+    def _add(self, gradient: torch.Tensor) -> None:
+        power = gradient.detach().float().square().sum(-1).cpu()
+        self.tokens[self.first : self.first + len(power)] += power
 
 
 def collect_gradients(
@@ -106,12 +131,17 @@ def collect_gradients(
     if reused >= len(windows):
         return reused
     moments = {group.name: _Moment(_width(group), device, saved.get(group.name)) for group in groups}
+    powers = {group.name: _Powers(windows, saved.get(f"{group.name}.{_POWER}")) for group in groups}
     published = reused
     with ExitStack() as hooks:
         for group in groups:
             hooks.callback(moments[group.name].watch(model, group).remove)
+            for member in group.members:
+                hooks.callback(powers[group.name].watch(model.get_submodule(member)).remove)
         for start in range(reused, len(windows), batch):
             done = min(start + batch, len(windows))
+            for power in powers.values():
+                power.first = start
             try:
                 _backward(model, windows[start:done].to(device), seed * 1_000_003 + start)
             except torch.OutOfMemoryError as error:
@@ -125,7 +155,9 @@ def collect_gradients(
                         "a gradient is not finite; calibrate in bfloat16 or float32, or set factorization.fisher to []"
                     )
                 metadata = {"windows": str(done), "tokens": str(done * length)}
-                write_tensors(path, {name: moment.sum.cpu() for name, moment in moments.items()}, metadata)
+                tensors = {name: moment.sum.cpu() for name, moment in moments.items()}
+                tensors |= {f"{name}.{_POWER}": power.tokens[:done].contiguous() for name, power in powers.items()}
+                write_tensors(path, tensors, metadata)
                 published = done
             progress(done)
     return reused
@@ -171,3 +203,10 @@ class GradientStore:
         """Return a group's side and moment per token, float64."""
         with safe_open(self._path, framework="pt") as file:
             return gradient_side(group), file.get_tensor(group.name).double() / int(file.metadata()["tokens"])
+
+    def token_weights(self, group: Group) -> torch.Tensor:
+        """Return w (windows, length) of the tokens that gradients were collected on, over its mean."""
+        with safe_open(self._path, framework="pt") as file:
+            power = file.get_tensor(f"{group.name}.{_POWER}")
+        mean = power.mean()
+        return power / mean if mean > 0 else torch.ones_like(power)

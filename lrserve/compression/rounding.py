@@ -33,7 +33,7 @@ class Rounding:
     """Rounds the stacked weights of groups."""
 
     def __init__(self, moments: MomentOf, gradient: GradientOf, dtype: torch.dtype) -> None:
-        """Take what gives groups' moments E[x x^T], and their gradients' moments, and the dtype of what is stored beside integers."""
+        """Take what gives groups' moments E[x x^T] and their gradients' moments, and the dtype of what is not an integer."""
         self._moments, self._metrics, self._gradient, self.dtype = moments, moments, gradient, dtype
 
     def measure_by(self, metrics: MomentOf) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 from lrserve.allocation.plan import Plan
 from lrserve.compression.factorize import FactorSource, GradientOf
-from lrserve.compression.gradients import GradientStore
 from lrserve.compression.propagate import propagation
 from lrserve.compression.recover import recover
 from lrserve.compression.refine import adam
@@ -22,12 +21,6 @@ from lrserve.storage.work import WorkFolder
 
 _PROPAGATED_RATIO = 0.3
 """Plans of factors alone that remove this share of the linears' parameters get propagated ones unless the recipe says otherwise."""
-
-
-def gradient_reader(job: Job, gradients: GradientStore | None) -> GradientOf:
-    """Return what gives a group's gradient moment, or None where its kind is not weighted."""
-    kinds = job.recipe.factorization.fisher
-    return lambda group: gradients.read(group) if gradients is not None and group.kind in kinds else None
 
 
 def improve_factors(

@@ -15,18 +15,18 @@ from exporters.registry import exporter_points
 from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit, byte_cost
 from lrserve.allocation.study import connect
-from lrserve.compression.calibrate import calibrate, read_statistics
+from lrserve.compression.calibrate import calibrate
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.matmul import float32_matmuls
-from lrserve.compression.rounding import Rounding
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.engines.runtimes import loader_of, runtime_of
 from lrserve.errors import ArtifactError
 from lrserve.pipeline.estimate import StageCost, by_stage, estimate, in_words, time_forward
 from lrserve.pipeline.evidence import collect_metrics, write_evidence
-from lrserve.pipeline.improve import gradient_reader, improve_factors, validate_improved
-from lrserve.pipeline.job import Job, first_tokens, open_job, tensor_sha256
+from lrserve.pipeline.improve import improve_factors, validate_improved
+from lrserve.pipeline.job import Job, open_job, tensor_sha256
 from lrserve.pipeline.prove import Rendered, prove_agreement, report_perplexity
+from lrserve.pipeline.rounding import gradient_reader, gradient_windows, rounding_of
 from lrserve.pipeline.search import tune
 from lrserve.pipeline.stages import MODULES, provenance
 from lrserve.recipe import EngineSettings, Recipe
@@ -109,7 +109,7 @@ def compress_and_export(
         gradients = backpropagate(job, model, folder)
         store = factorize_groups(job, model, statistics, gradients, folder)
         rounding = rounding_of(job, statistics, gradients)
-        tuned = tune(job, model, store, rounding, folder, storage)
+        tuned = tune(job, model, store, rounding, gradients, folder, storage)
         del model
         plan = tuned.chosen.candidate.plan
         factors, improved = improve_factors(job, plan, store, gradient_reader(job, gradients), folder)
@@ -213,8 +213,7 @@ def backpropagate(job: Job, model: Any, folder: WorkFolder) -> GradientStore | N
     settings = job.recipe.factorization
     if not settings.fisher:
         return None
-    calibration = job.windows["calibration"]
-    windows = first_tokens(calibration, settings.fisher_tokens)
+    windows = gradient_windows(job)
     batch = max(1, job.recipe.calibration.batch_tokens // 2)  # activations are kept for the way back
     inputs = {**job.model_inputs(), "windows": tensor_sha256(windows), "seed": job.recipe.seed, "batch_tokens": batch}
     stage = folder.stage("gradients", inputs)
@@ -249,11 +248,6 @@ def factorize_groups(job: Job, model: Any, statistics: Path, gradients: Gradient
         write_spectra(model, job.units, features(statistics, gradient_reader(job, gradients)), stage, progress=progress)
     job.say(f"3/6 factorize: {len(job.units)} groups at every rank{reused(before, job.layers)}")
     return SpectrumStore(stage, job.units)
-
-
-def rounding_of(job: Job, statistics: Path, gradients: GradientStore | None) -> Rounding:
-    """Return what rounds the model's weights, by the statistics of its inputs and gradients."""
-    return Rounding(lambda group: read_statistics(statistics, group).second_moment(), gradient_reader(job, gradients), job.dtype)
 
 
 def _export(job: Job, rendered: Rendered, exporters: Sequence[Exporter], staging: Path) -> None:

@@ -17,6 +17,7 @@ from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.speed import SpeedModel
 from lrserve.allocation.study import Evaluate, copy_study, open_study, run_study, study_of, time_spent
 from lrserve.compression.assemble import MergedLevels
+from lrserve.compression.gradients import GradientStore
 from lrserve.compression.groups import Group
 from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
 from lrserve.compression.rounding import Rounding
@@ -26,6 +27,7 @@ from lrserve.errors import InputError
 from lrserve.pipeline.job import Job, first_tokens, tensor_sha256
 from lrserve.pipeline.measure import DenseEngine, Measured, dense_checkpoint, measure_front, measure_layers, published, speed_model
 from lrserve.pipeline.probe import probed_losses
+from lrserve.pipeline.rounding import weigh_tokens
 from lrserve.report.console import progress_bar, reused
 from lrserve.storage.store import write_json
 from lrserve.storage.work import WorkFolder
@@ -52,7 +54,15 @@ class Tuned:
         return self.validation.standard_error(self.chosen.candidate.nll)
 
 
-def tune(job: Job, model: Any, store: SpectrumStore, rounding: Rounding, folder: WorkFolder, storage: str | None = None) -> Tuned:
+def tune(
+    job: Job,
+    model: Any,
+    store: SpectrumStore,
+    rounding: Rounding,
+    gradients: GradientStore | None,
+    folder: WorkFolder,
+    storage: str | None = None,
+) -> Tuned:
     """Choose a plan for the recipe's target.
 
     Args:
@@ -60,6 +70,7 @@ def tune(job: Job, model: Any, store: SpectrumStore, rounding: Rounding, folder:
         model: the dense model in the job's dtype; its weights are rewritten by the trials.
         store: its spectra.
         rounding: rounds its weights.
+        gradients: weigh tokens where weights are rounded to 4 bits.
         folder: the work folder; what an earlier run finished is reused.
         storage: URL of a database in which workers with the same inputs share the study.
 
@@ -87,6 +98,9 @@ def tune(job: Job, model: Any, store: SpectrumStore, rounding: Rounding, folder:
             table = published(open_study(place[1], place[0], goal.metrics), table)
         runnable = speed_model(job, table)
         speed = runnable if target.max_bytes else runnable.without_what_never_pays()
+        if gradients is not None and any(SCHEMES[precision].bits < 8 for precision in runnable.offers.precisions):
+            merged.apply({})
+            rounding.measure_by(weigh_tokens(job, model, gradients, folder))
         _say_offers(job, runnable.offers, speed.offers)
         losses = probed_losses(job, merged, store, speed.offers, folder)
         space = SearchSpace(job.units, target, settings, losses, speed, speed.offers, job.dtype.itemsize)

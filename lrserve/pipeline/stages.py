@@ -48,6 +48,7 @@ _WALK = (sequential, calibrate, training, structure, matmul)
 MODULES: Final[Mapping[str, tuple[ModuleType, ...]]] = {
     "calibration": (calibrate, covariance, matmul),
     "gradients": (gradients, covariance, logits, matmul),
+    "weighted": (calibrate, covariance, matmul),
     "spectra": (spectra, factorize, narrow),
     "probe": (probe, plan, *_CUT, *_FORWARD),
     "validation": (plan, losses, *_CUT, *_FORWARD),
