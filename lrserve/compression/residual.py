@@ -147,7 +147,8 @@ def _root(moment: torch.Tensor | None) -> torch.Tensor | None:
     if moment.ndim == 1:
         return (moment + _DAMPING * mean).sqrt()
     lifted = (moment + moment.T) / 2 + _DAMPING * mean * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    return torch.linalg.cholesky(lifted)
+    root: torch.Tensor = torch.linalg.cholesky(lifted)
+    return root
 
 
 def _svd(M: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -4,10 +4,10 @@ Notation
     x (n,), W (m, n)   a layer's input and weight;  y = W x = (W diag(s)) (x / s)
     s (n,)             scales, powers of two: dividing by them is exact in any binary floating point format
 
-An engine rounds x with one scale a token, so all inputs get the error of the largest. s_j = a_j^alpha / w_j^(1 - alpha), a_j the size
-of input j and w_j the largest entry of its column, makes sizes even (arXiv 2211.10438, section 4, equation 4). The model gives x / s
-at no cost: what comes before the layer is linear in its own weights, a norm's, or the rows of `v` and `up`, and `fold` divides those
-(`Family.scaled_by`). Query heads that share a value head share its scales.
+An engine rounds x with one scale a token, so all inputs get the error of the largest. s_j = a_j^alpha / w_j^(1 - alpha), with a_j
+the size of input j and w_j the largest entry of its column, makes sizes even (arXiv 2211.10438, section 4, equation 4). The model
+then gives x / s at no cost: inputs are linear in the parameters of the norm or linear before the layer (`Family.scaled_by`), and
+`fold` divides those. Query heads that share a value head share its scales.
 """
 
 from __future__ import annotations

@@ -150,7 +150,9 @@ def gradient_of(m: int, kind: str | None, seed: int = 0) -> torch.Tensor | None:
     tokens=st.integers(1, 20),
     kind=st.sampled_from(["full", "diagonal", None]),
 )
-def test_the_residual_of_every_rank_is_optimal_and_its_error_is_known(m: int, n: int, seed: int, tokens: int, kind: str | None) -> None:
+def test_the_residual_of_every_rank_is_optimal_and_its_error_is_known(
+    m: int, n: int, seed: int, tokens: int, kind: str | None
+) -> None:
     E, H = problem(m, n, seed, tokens)
     gradient = gradient_of(m, kind, seed)
     spectrum = residual_spectrum(E, H, gradient)
