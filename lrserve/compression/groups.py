@@ -48,8 +48,8 @@ class GroupNames:
 class Family:
     """Where an architecture keeps its decoder layers, and the fused groups inside one layer, by kind.
 
-    `scaled_by`, by kind: the norm or linear inside the layer whose parameters scale the group's inputs one by one, all of them in
-    proportion. None for norms that multiply by 1 + w.
+    `scaled_by`, by kind: the norm or linear inside the layer to whose parameters the group's inputs are proportional, one by one. A
+    kind without one is left out: the norms of Gemma multiply by 1 + w.
     """
 
     layers: str
