@@ -79,8 +79,8 @@ def tune(
         InputError: the database cannot be used, or `search.choose` is no finished trial.
         EngineError: the engine failed.
     """
-    merged = MergedLevels(model, job.units, store, rounding)
     device = next(model.parameters()).device
+    merged = MergedLevels(model, job.units, store, rounding)
     merged.to("cpu")  # an engine takes the GPU
     runtime = runtime_of(job.recipe.engine)
     settings, target = job.recipe.search, job.recipe.target
@@ -91,18 +91,12 @@ def tune(
         merged.to(device)
         validation, validated = choose_windows(job, merged, store, folder)
         goal = Goal(target, settings.speed_weight, validation.dense_perplexity)
-        stage, place = _study_place(
-            job, folder, {"latency": latency, "validation": validated, "spectra": store.folder.name}, storage
-        )
+        inputs = {"latency": latency, "validation": validated, "spectra": store.folder.name}
+        stage, place = _study_place(job, folder, inputs, storage)
         if isinstance(place, tuple):
             table = published(open_study(place[1], place[0], goal.metrics), table)
         runnable = speed_model(job, table)
-        speed = runnable if target.max_bytes else runnable.without_what_never_pays()
-        if gradients is not None and any(SCHEMES[precision].bits < 8 for precision in runnable.offers.precisions):
-            merged.apply({})
-            rounding.measure_by(weigh_tokens(job, model, gradients, folder))
-        _say_offers(job, runnable.offers, speed.offers)
-        losses = probed_losses(job, merged, store, speed.offers, folder)
+        speed, losses = known_losses(job, merged, store, rounding, gradients, runnable, folder)
         space = SearchSpace(job.units, target, settings, losses, speed, speed.offers, job.dtype.itemsize)
         trials = _search(job, merged, space, goal, speed, validation, place)
         picked = _picked(trials, settings.choose)
@@ -118,6 +112,28 @@ def tune(
         path.unlink(missing_ok=True)
         copy_study(place, path)
     return Tuned(chosen, measured, trials, goal, speed, validation, path)
+
+
+def known_losses(
+    job: Job,
+    merged: MergedLevels,
+    store: SpectrumStore,
+    rounding: Rounding,
+    gradients: GradientStore | None,
+    runnable: SpeedModel,
+    folder: WorkFolder,
+) -> tuple[SpeedModel, dict[str, losses.Losses]]:
+    """Find out which levels are worth offering, and what each of them loses by the name of the allocator that minimises it.
+
+    Args:
+        runnable: the speed model of what the engine can run; what never pays is not offered, unless bytes count.
+    """
+    if gradients is not None and any(SCHEMES[precision].bits < 8 for precision in runnable.offers.precisions):
+        merged.apply({})
+        rounding.measure_by(weigh_tokens(job, merged.model, gradients, folder))
+    speed = runnable if job.recipe.target.max_bytes else runnable.without_what_never_pays()
+    _say_offers(job, runnable.offers, speed.offers)
+    return speed, probed_losses(job, merged, store, speed.offers, folder)
 
 
 def _say_offers(job: Job, runnable: Offers, offered: Offers) -> None:
