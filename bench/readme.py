@@ -1,4 +1,4 @@
-"""README's table: a dense model, the same in int8 by stock vLLM, and artifacts of it, in one run.
+"""README's table: a dense model, the same in int8 and int4 by stock vLLM, and artifacts of it, in one run.
 
     lrserve compress-and-export --recipe $(python bench/inputs.py) --min-speedup 1.1 -o first --work readme.work
     lrserve compress-and-export --recipe $(python bench/inputs.py) --min-speedup 1.25 -o second --work readme.work
@@ -12,9 +12,7 @@ texts, workloads and rounds are those of the first artifact's recipe.
     speedups     output tokens a second over the dense engine, measured in turns on the same prompts: median of the rounds (spread);
                  for each workload and for the mix of all
 
-The int8 row is a checkpoint in compressed-tensors' format, which vLLM serves without lrserve: weights rounded to nearest with one
-scale for each output channel, activations rounded with one scale for each token while the engine runs. vLLM 0.32 has no online int8
-for linear layers.
+bench/stock.py writes the checkpoints of stock vLLM, which are rounded to nearest.
 
 Run it with nothing else on the machine. The last line is JSON.
 """
@@ -22,11 +20,10 @@ Run it with nothing else on the machine. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -34,12 +31,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from exporters.companions import copy_companions
+from lrserve.compression.level import Precision
 from lrserve.engines.protocol import EngineProcess
 from lrserve.engines.workloads import compare, open_engine
-from lrserve.inputs.source import Source
 from lrserve.pipeline.job import Job, first_tokens, open_job
 from lrserve.plugins.versions import engine_version
 from lrserve.recipe import Recipe, Workload
@@ -47,38 +42,10 @@ from lrserve.report.card import table
 from lrserve.report.console import progress_bar
 from lrserve.storage.store import read_manifest
 from publishing import add_results_option, conclude
-from speed import STOCK_CHECKPOINTS
+from stock import write_stock
 
-INT8_MAX = 127
-
-
-def write_int8(source: Source, linears: Collection[str], folder: Path) -> Path:
-    """Write a checkpoint of which vLLM serves these linears in int8; returns the folder.
-
-    A weight (m, n) becomes int8 and a float32 scale (m, 1), the largest entry of each row over 127.
-
-    Raises:
-        ValueError: the model has not all of the linears' weights.
-    """
-    weights = {f"{linear}.weight" for linear in linears}
-    for shard in sorted(source.path.glob("*.safetensors")):
-        tensors = {}
-        for name, tensor in load_file(shard).items():
-            if name in weights:
-                weights.remove(name)
-                exact = tensor.float()
-                scale = exact.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / INT8_MAX
-                tensors[name], tensors[f"{name}_scale"] = (exact / scale).round().to(torch.int8), scale
-            else:
-                tensors[name] = tensor
-        save_file(tensors, folder / shard.name, metadata={"format": "pt"})
-    if weights:
-        raise ValueError(f"{source.path} lacks {len(weights)} weights, first {min(weights)}")
-    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = STOCK_CHECKPOINTS["int8 by vLLM"]
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    copy_companions(source.path, folder)
-    return folder
+STOCK: Mapping[str, Precision] = {"int8, stock vLLM": "int8", "int4, stock vLLM": "int4_g32"}
+"""What users would serve instead, by its row."""
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
@@ -124,11 +91,10 @@ def measure(job: Job, artifacts: Mapping[str, Path], windows: torch.Tensor, roun
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrserve-")))
         linears = {member for group in job.groups for member in group.members}
-        checkpoints = {
-            f"dense, {recipe.engine.dtype}": job.source.path,
-            "int8, stock vLLM": write_int8(job.source, linears, folder),
-            **artifacts,
-        }
+        checkpoints = {f"dense, {recipe.engine.dtype}": job.source.path}
+        for label, precision in STOCK.items():
+            checkpoints[label] = write_stock(job.source, linears, precision, folder / precision, job.dtype)
+        checkpoints |= artifacts
         steps = len(checkpoints) * (1 + len(windows) + rounds * len(recipe.workloads))
         progress, done = stack.enter_context(progress_bar(steps, "engines")), count(1)
 

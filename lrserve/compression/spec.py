@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -68,6 +68,19 @@ def quantization_config(groups: Mapping[str, GroupSpec]) -> dict[str, Any]:
         "format_version": 2 if any(spec.weights for spec in groups.values()) else 1,
         "groups": {name: spec.to_json() for name, spec in groups.items()},
     }
+
+
+def compressed_tensors_config(precision: Precision, targets: Sequence[str], ignored: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the `quantization_config` of a compressed-tensors checkpoint whose linears are all in this precision."""
+    scheme = SCHEMES[precision]
+    common = {"num_bits": scheme.bits, "type": "float" if scheme.floating else "int", "symmetric": True}
+    weights: dict[str, Any] = {**common, "dynamic": False, "strategy": "group" if scheme.group else "channel"}
+    if scheme.group:
+        weights["group_size"] = scheme.group
+    inputs = {**common, "dynamic": True, "strategy": "token"} if scheme.rounds_inputs else None
+    kind = "float-quantized" if scheme.floating else "pack-quantized" if scheme.group else "int-quantized"
+    group = {"targets": list(targets), "weights": weights, "input_activations": inputs, "format": kind}
+    return {"quant_method": "compressed-tensors", "format": kind, "ignore": list(ignored), "config_groups": {"group_0": group}}
 
 
 def parse_groups(config: Mapping[str, Any]) -> dict[str, GroupSpec]:

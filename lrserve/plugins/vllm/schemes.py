@@ -17,6 +17,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 
 from lrserve.compression.level import SCHEMES, Precision
 from lrserve.compression.packing import unpack_int4
+from lrserve.compression.spec import compressed_tensors_config
 from lrserve.errors import EngineError
 
 _log = init_logger(__name__)
@@ -24,22 +25,9 @@ _NO_KERNEL: Final = (ValueError, NotImplementedError, RuntimeError, AssertionErr
 """What vLLM raises where it has no kernel for a platform, a shape or a dtype."""
 
 
-def checkpoint_config(precision: Precision) -> dict[str, Any]:
-    """Return the `quantization_config` of a compressed-tensors checkpoint, every linear of which is in this precision."""
-    scheme = SCHEMES[precision]
-    common = {"num_bits": scheme.bits, "type": "float" if scheme.floating else "int", "symmetric": True}
-    weights: dict[str, Any] = {**common, "dynamic": False, "strategy": "group" if scheme.group else "channel"}
-    if scheme.group:
-        weights["group_size"] = scheme.group
-    inputs = {**common, "dynamic": True, "strategy": "token"} if scheme.rounds_inputs else None
-    kind = "float-quantized" if scheme.floating else "pack-quantized" if scheme.group else "int-quantized"
-    group = {"targets": ["re:.*"], "weights": weights, "input_activations": inputs, "format": kind}
-    return {"quant_method": "compressed-tensors", "format": kind, "ignore": [], "config_groups": {"group_0": group}}
-
-
 @functools.cache
 def _config(precision: Precision) -> CompressedTensorsConfig:
-    return CompressedTensorsConfig.from_config(checkpoint_config(precision))
+    return CompressedTensorsConfig.from_config(compressed_tensors_config(precision, ["re:.*"]))
 
 
 def linear_method(precision: Precision) -> Any:
