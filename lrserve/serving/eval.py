@@ -44,7 +44,7 @@ def evaluate(
     Args:
         out: the artifact.
         tasks: names of lm-evaluation-harness (also several with commas), YAML files or folders of them; without any, the task that
-            `inputs.cloze` makes from `text`.
+            `write_cloze` makes from `text`.
         dense: the dense model; the one that the artifact was made from when None.
         engine: what runs both models.
         limit: items of each task; None is all, and 200 for the task made from text.
