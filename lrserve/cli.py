@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -225,6 +226,58 @@ def bench(
         overrides={f"engine.{name}": value for name, value in checked.engine.model_dump(exclude_unset=True).items()},
         report=report,
         vllm_arguments=context.obj,
+        say=_silent if as_json else print,
+    )
+    if as_json:
+        _print_json(figures)
+
+
+class _EvalEngine(str, Enum):
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+@app.command("eval")
+def evaluate(
+    out: Annotated[Path, typer.Argument(help="An artifact of lrserve.")],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK", help="Name in lm-evaluation-harness, YAML file or folder; repeatable [default: made from text]."
+        ),
+    ] = None,
+    dense: Annotated[str | None, typer.Option(metavar="MODEL", help="The dense model [default: the artifact's own].")] = None,
+    engine: Annotated[_EvalEngine, typer.Option(help="What runs both models.")] = _EvalEngine.transformers,
+    limit: Annotated[
+        int | None, typer.Option(metavar="NUMBER", min=1, help="Items of each task [default: all; 200 if made from text].")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(metavar="NUMBER", min=0, help="Examples before each item [default: the task's own number].")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Text from which to make the task [default: the recipe's report text].")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also write eval.json and eval.md there.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Evaluate an artifact and its dense model on tasks.
+
+    lm-evaluation-harness runs both. What the artifact keeps of dense, task by task, is added to its model card and metrics.json.
+    Without --tasks, the task is to find the sentence that follows a passage, made from text that no step has seen.
+    """
+    if tasks and text is not None:
+        raise InputError("eval: --text is for the task made from text; leave out --tasks or --text")
+    from lrserve.serving.eval import evaluate as run
+
+    figures = run(
+        out,
+        tasks=tasks or (),
+        dense=dense,
+        engine=engine.value,
+        limit=limit,
+        shots=shots,
+        text=text,
+        report=report,
         say=_silent if as_json else print,
     )
     if as_json:

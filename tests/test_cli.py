@@ -49,7 +49,7 @@ def without_torch(*arguments: str, cwd: Path | None = None) -> subprocess.Comple
     return shown
 
 
-VERBS = ("compress-and-export", "serve", "bench", "inspect", "verify")
+VERBS = ("compress-and-export", "serve", "bench", "eval", "inspect", "verify")
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
@@ -159,6 +159,10 @@ def test_a_wrong_flag_or_setting_is_answered_before_torch_is_imported(arguments:
         (["bench", "A", "--enforce-eager"], "No such option: --enforce-eager"),
         (["bench", "A", "--concurrency", "0"], "error: --concurrency: must be at least 1; got '0'"),
         (["bench", "A", "--repeats", "few"], "error: --repeats: must be a whole number; got 'few'"),
+        (["eval", "A", "B"], "unexpected extra argument"),
+        (["eval", "A", "--limit", "0"], "Invalid value for '--limit'"),
+        (["eval", "A", "--engine", "onnx"], "Invalid value for '--engine'"),
+        (["eval", "A", "--tasks", "a", "--text", "b"], "error: eval: --text is for the task made from text"),
         (["serve", "A", "B"], "serve: unexpected 'B'; give one model first, then vLLM's flags"),
         (["serve", "A", "B", "--port", "8001"], "serve: unexpected 'B'"),
         (["serve", "--port", "8001", "A"], "serve: unexpected '--port'; give one model first"),
@@ -297,6 +301,21 @@ def test_bench_prints_its_figures_as_json(monkeypatch: pytest.MonkeyPatch) -> No
     assert CliRunner().invoke(cli.app, ["bench", "A"]).stdout == "| a table |\n"
 
 
+def test_eval_prints_its_figures_as_json_and_hands_on_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def evaluate(out: Path, say: Any, **options: Any) -> dict[str, Any]:
+        say("| a table |")
+        given.update(options)
+        return {"tasks": {}}
+
+    monkeypatch.setattr("lrserve.serving.eval.evaluate", evaluate)
+    arguments = ["eval", "A", "--tasks", "a,b", "--tasks", "c.yaml", "--engine", "vllm", "--limit", "7", "--json"]
+    assert CliRunner().invoke(cli.app, arguments).stdout == '{"tasks": {}}\n'
+    assert (given["tasks"], given["engine"], given["limit"], given["shots"]) == (["a,b", "c.yaml"], "vllm", 7, None)
+    assert CliRunner().invoke(cli.app, ["eval", "A"]).stdout == "| a table |\n"
+
+
 @pytest.mark.parametrize("verb", ["inspect", "serve"])
 def test_a_torchvision_that_does_not_fit_torch_is_named(verb: str, model: Path, tmp_path: Path) -> None:
     (tmp_path / "torchvision").mkdir()
@@ -308,7 +327,7 @@ def test_a_torchvision_that_does_not_fit_torch_is_named(verb: str, model: Path, 
     assert "pip uninstall torchvision torchaudio torchcodec" in shown.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("verb", ["verify", "bench"])
+@pytest.mark.parametrize("verb", ["verify", "bench", "eval"])
 def test_what_is_no_artifact_is_refused(verb: str, model: Path, tmp_path: Path) -> None:
     for folder, message in ((tmp_path / "nowhere", "no folder at"), (model, "has no manifest.json")):
         shown = run(verb, str(folder))

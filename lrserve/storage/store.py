@@ -14,7 +14,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +165,26 @@ def write_manifest(folder: Path, versions: Mapping[str, str], inputs: Mapping[st
     }
     data = {"format_version": MANIFEST_VERSION, "created_by": dict(versions), "inputs": dict(inputs), "files": files}
     write_json(folder / MANIFEST, data)
+
+
+def replace_files(folder: Path, contents: Mapping[str, str]) -> None:
+    """Replace text files of a finished folder, and their entries in the manifest; all are written before the first is put in place.
+
+    Raises:
+        ArtifactError: as `read_manifest`, or one of the files is not as the manifest has it.
+        OSError: the folder cannot be written.
+    """
+    manifest = read_manifest(folder)
+    with ExitStack() as stack:  # the manifest, which is entered first, is put in place last
+        partial_manifest = stack.enter_context(atomic_path(folder / MANIFEST))
+        for name, content in contents.items():
+            entry = manifest["files"].get(name)
+            if entry is None or not (folder / name).is_file() or file_sha256(folder / name) != entry["sha256"]:
+                raise ArtifactError(f"{name} is not the file that the manifest names")
+            partial = stack.enter_context(atomic_path(folder / name))
+            partial.write_text(content, encoding="utf-8")
+            manifest["files"][name] = {"bytes": partial.stat().st_size, "sha256": file_sha256(partial)}
+        partial_manifest.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def file_sha256(path: Path) -> str:

@@ -18,9 +18,11 @@ from lrserve.errors import EngineError, InputError
 from lrserve.plugins import versions
 from lrserve.plugins.versions import (
     COMPRESS,
+    EVAL,
     TESTED,
     is_tested,
     require_compress,
+    require_eval,
     require_onnx,
     require_sound_torchvision,
     require_vllm,
@@ -207,6 +209,26 @@ def test_a_base_install_says_what_compressing_needs(package: str, monkeypatch: p
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
     with pytest.raises(InputError, match=rf"compress-and-export needs {package}, not .*pip install 'lrserve\[compress\]'"):
         require_compress("compress-and-export")
+
+
+def test_the_extra_eval_has_what_the_harness_imports(project: Any) -> None:
+    assert {requirement.name for extra, requirement in requirements(project) if extra == "eval"} == set(EVAL.values())
+
+
+@pytest.mark.parametrize(("module", "name"), EVAL.items())
+def test_an_install_without_the_harness_says_what_to_install(module: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_eval()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == module else find(wanted))
+    with pytest.raises(InputError, match=rf"eval needs {name}, not installed here\. Run: pip install 'lrserve\[eval\]'"):
+        require_eval()
+
+
+def test_an_untested_harness_is_refused(install: Install) -> None:
+    assert versions.eval_version().startswith("lm-eval 0.4.")
+    install({"lm-eval": "0.5.0"})
+    with pytest.raises(EngineError, match=r"lm-eval 0\.5\.0 is installed; lrserve is tested with >=0\.4\.13,<0\.5"):
+        require_eval()
 
 
 def test_serving_needs_nothing_of_the_extra() -> None:

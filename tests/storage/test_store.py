@@ -20,6 +20,7 @@ from lrserve.storage.store import (
     check_place,
     disk_errors_named,
     read_manifest,
+    replace_files,
     replace_folder,
     staged,
     verify_files,
@@ -55,6 +56,22 @@ def test_publishing_replaces_and_verifies(tmp_path: Path) -> None:
     assert "bytes, the manifest says 6" in verify_files(out)[0]
     (out / "sub" / "file").unlink()
     assert verify_files(out) == ["sub/file is missing"]
+
+
+def test_files_are_replaced_together_with_their_entries(tmp_path: Path) -> None:
+    for name in ("card", "metrics", "weights"):
+        (tmp_path / name).write_text(name)
+    write_manifest(tmp_path, {"lrserve": "0"}, {"seed": 0})
+    replace_files(tmp_path, {"card": "new", "metrics": "newer"})
+    assert verify_files(tmp_path) == []
+    assert read_manifest(tmp_path)["inputs"] == {"seed": 0}
+    assert [(tmp_path / name).read_text() for name in ("card", "metrics", "weights")] == ["new", "newer", "weights"]
+    (tmp_path / "metrics").write_text("changed")
+    before = sorted((path.name, path.read_text()) for path in tmp_path.iterdir())
+    for contents in ({"card": "newest", "metrics": "x"}, {"card": "newest", "unknown": "x"}):
+        with pytest.raises(ArtifactError, match="is not the file that the manifest names"):
+            replace_files(tmp_path, contents)
+    assert sorted((path.name, path.read_text()) for path in tmp_path.iterdir()) == before
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o027])
