@@ -213,7 +213,7 @@ def test_config_round_trip_and_what_is_refused() -> None:
     assert parse_groups(config) == specs
     name = groups[0].name
     for broken, message in [
-        ({**config, "format_version": 2}, "format_version is 2"),
+        ({**config, "format_version": 3}, "format_version is 3"),
         ({**config, "groups": None}, "groups is missing"),
         ({**config, "groups": {name: {"structure": "magic", "rank": 8, "members": ["q"]}}}, "unknown structure 'magic'"),
         ({**config, "groups": {name: {"structure": "low_rank", "rank": 0, "members": ["q"]}}}, "rank 0"),
