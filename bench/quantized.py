@@ -1,4 +1,4 @@
-"""What int8 does to the perplexity of artifacts, beside their dense model in bfloat16, int8 and int4.
+"""What artifacts do to the perplexity, beside their dense model in bfloat16, int8 and int4.
 
     python bench/quantized.py demo
     python bench/quantized.py demo other --tokens 16384        artifacts of one dense model
@@ -6,10 +6,8 @@
 Each row is a vLLM engine that computes in bfloat16. The perplexity is by its own log probabilities, on the report text of the first
 artifact's recipe. The bytes are those that one decode step reads. bench/readme.py has int8 by stock vLLM, and speeds.
 
-    int8   8-bit weights and activations by lrserve's layers, as with
-           `vllm serve --quantization-config '{"linear": "int8_per_channel_static"}'`
-    int4   the linears' weights rounded to nearest in groups of 32 with one scale each, multiplied in bfloat16: values that GPTQ's
-           format can hold, without GPTQ's choice among them
+    int8   8-bit weights, rounded to nearest with a scale for each row, and 8-bit activations
+    int4   weights rounded to nearest in groups of 32 with a scale each, activations in bfloat16
 
 The last line is JSON.
 """
@@ -17,7 +15,6 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +25,10 @@ import torch
 
 from exporters.vllm import VllmExporter
 from lrserve.allocation.plan import RankPlan
-from lrserve.compression.spec import quantization_config
+from lrserve.compression.level import Precision
+from lrserve.compression.lowrank import load_rounded
+from lrserve.compression.quantize import round_to_nearest
+from lrserve.compression.spectra import stacked_weight
 from lrserve.engines.vllm import Engine
 from lrserve.pipeline.job import Job, first_tokens, open_job
 from lrserve.plugins.versions import engine_version
@@ -39,25 +39,20 @@ from publishing import add_results_option, conclude
 from readme import one_dense_model, perplexity
 from speed import Contender
 
-GROUP = 32  # weights that share one scale in int4
+WEIGHTS: dict[str, Precision] = {"int8": "int8", "int4": "int4_g32"}
 
 
-@torch.no_grad()
-def round_to_int4(model: Any, job: Job) -> Any:
-    """Round every linear's weight (m, n) in place to 16 steps a group of `GROUP` inputs."""
+def rounded(model: Any, job: Job, precision: Precision) -> Any:
+    """Round every linear of the decoder in place."""
     for group in job.groups:
-        for member in group.members:
-            weight = model.get_submodule(member).weight
-            parts = weight.float().unflatten(1, (-1, GROUP))
-            scale = (parts.abs().amax(-1, keepdim=True) / 7.5).half().float().clamp_min(1e-7)
-            weight.copy_(((parts / scale).round().clamp(-8, 7) * scale).flatten(1))
+        W, _ = stacked_weight(model, group)
+        load_rounded(model, group, "weight", round_to_nearest(W, precision, job.dtype))
     return model
 
 
-def measured(folder: Path, windows: torch.Tensor, precision: str) -> float:
+def measured(folder: Path, windows: torch.Tensor) -> float:
     """Perplexity of windows (sequences, length) in a vLLM engine of its own."""
-    quantization = "int8" if precision == "int8" else None
-    with Engine(folder, max_model_len=windows.shape[1] + 1, max_num_seqs=1, kv_cache_gib=0.5, quantization=quantization) as engine:
+    with Engine(folder, max_model_len=windows.shape[1] + 1, max_num_seqs=1, kv_cache_gib=0.5) as engine:
         return perplexity(engine, windows)
 
 
@@ -66,11 +61,9 @@ def dense_checkpoint(job: Job, precision: str) -> Iterator[Path]:
     """Write the dense model in one of the precisions."""
     model = job.source.load(job.dtype)
     with tempfile.TemporaryDirectory(prefix="lrserve-") as folder:
-        VllmExporter().export(round_to_int4(model, job) if precision == "int4" else model, job.source.path, Path(folder), job.dtype)
-        if precision == "int8":  # lrserve's layers, none of them compressed
-            path = Path(folder) / "config.json"
-            config = json.loads(path.read_text(encoding="utf-8"))
-            path.write_text(json.dumps(config | {"quantization_config": quantization_config({})}), encoding="utf-8")
+        if precision in WEIGHTS:
+            model = rounded(model, job, WEIGHTS[precision])
+        VllmExporter().export(model, job.source.path, Path(folder), job.dtype)
         del model
         yield Path(folder)
 
@@ -89,16 +82,16 @@ def main() -> None:
     rows: list[tuple[str, RankPlan, str, Path | None]] = [("dense", nothing, p, None) for p in ("bfloat16", "int8", "int4")]
     for artifact in arguments.artifact:
         plan = RankPlan.read(artifact / "lrserve" / "plan.json")
-        rows += [(artifact.name, plan, precision, artifact) for precision in ("bfloat16", "int8")]
+        rows.append((artifact.name, plan, "bfloat16", artifact))
     results = []
     with progress_bar(len(rows), "engines") as progress:
         for index, (name, plan, precision, folder) in enumerate(rows):
             megabytes = Contender(job.source.config(), job.groups, plan, precision).read_bytes / 1e6
             if folder is None:
                 with dense_checkpoint(job, precision) as written:
-                    found = measured(written, windows, precision)
+                    found = measured(written, windows)
             else:
-                found = measured(folder, windows, precision)
+                found = measured(folder, windows)
             results.append({"name": name, "precision": precision, "megabytes": megabytes, "perplexity": found})
             progress(index + 1)
     cells = [[f"{row['name']} {row['precision']}", f"{row['megabytes']:.0f}", f"{row['perplexity']:.2f}"] for row in results]
