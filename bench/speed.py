@@ -22,10 +22,9 @@ not see values. Ranks are uniform, except with `--plan`.
               time, median of the rounds
     matmuls   share of the measured time that single layers of these sizes take (lrserve/engines/vllm_latency.py)
 
-With `--quantized` the plans are served in int8 (8-bit weights and activations) by lrserve's layers, as `--quantization-config` of
-`vllm serve` asks for. Beside them are dense models: in bfloat16, in int8 by lrserve's layers (`dense int8`), in int8 by stock vLLM
-(a compressed-tensors checkpoint), and in int4 by stock vLLM (a GPTQ checkpoint, groups of 32). The rates of int8 and int4
-arithmetic are not measured, so these have a bound by reading only, at one request.
+With `--quantized` the plans are in int8 (8-bit weights and activations), what they leave dense too. Beside them are dense models:
+in bfloat16, in int8 by stock vLLM (a compressed-tensors checkpoint), and in int4 by stock vLLM (a GPTQ checkpoint, groups of 32).
+The rates of int8 and int4 arithmetic are not measured, so these have a bound by reading only, at one request.
 
 Finished measurements are kept in the work folder; a new commit measures again. Run it with nothing else on the machine. The last
 line is JSON.
@@ -40,7 +39,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -54,7 +53,7 @@ from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit, RankPlan
 from lrserve.allocation.speed import Shape, shapes_of
 from lrserve.compression.groups import KINDS, STRUCTURES, Group, allocated, find_groups
-from lrserve.compression.spec import quantization_config, specs_of
+from lrserve.compression.spec import GroupSpec, leaves, quantization_config, specs_of
 from lrserve.engines.vllm import Engine
 from lrserve.engines.workloads import in_turns
 from lrserve.pipeline.measure import timing_conditions
@@ -201,8 +200,13 @@ class Contender:
         ranks = self.plan.factorized(self.units)
         if self.precision in STOCK_CHECKPOINTS:
             config.quantization_config = STOCK_CHECKPOINTS[self.precision]
-        elif ranks or self.precision == "int8":
-            config.quantization_config = quantization_config(specs_of(ranks, self.plan.structure))
+        else:
+            specs = specs_of(ranks, self.plan.structure)
+            if self.precision == "int8":
+                dense = {group.name: GroupSpec(0, leaves(group.members), "dense") for group in self.groups}
+                specs = {name: replace(spec, weights="int8") for name, spec in (dense | specs).items()}
+            if specs:
+                config.quantization_config = quantization_config(specs)
         config.save_pretrained(folder)
         return folder
 
@@ -259,7 +263,6 @@ def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int,
                     max_model_len=1024,
                     max_num_seqs=max(CONCURRENCIES),
                     enforce_eager=eager,
-                    quantization="int8" if contender.precision == "int8" else None,
                     load_format="dummy",
                     kv_cache_gib=0.5,
                 )
@@ -388,8 +391,7 @@ def main() -> None:
                     ranks = uniform(fit, (1 - ratio) * total - spent).ranks
                     plans[ratio] = RankPlan({unit.name: ranks.get(unit.name) for unit in units}, structure)
                 if arguments.quantized:
-                    others = {"dense int8": contender(nothing, "int8")}
-                    others |= {f"dense {precision}": contender(nothing, precision) for precision in STOCK_CHECKPOINTS}
+                    others = {f"dense {precision}": contender(nothing, precision) for precision in STOCK_CHECKPOINTS}
                     others |= {f"{structure} {ratio:g} int8": contender(plan, "int8") for ratio, plan in plans.items()}
                 else:
                     others = {f"{structure} {ratio:g}": contender(plan) for ratio, plan in plans.items()}

@@ -275,7 +275,7 @@ class _Nodes:
 
     def linear(self, x: Any, module: nn.Module, where: str) -> Any:
         """Multiply by a dense or a factorized linear; members of a fused group share one z."""
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LowRankLinear) and module.weights is None:
             first = module.first
             if first is None:
                 return self.affine(x, module.B, f"{where}.B")
@@ -290,8 +290,8 @@ class _Nodes:
         if is_dense(module):
             return self.affine(x, module, where)
         raise UnsupportedModelError(
-            f"{where}: the ONNX graph renders dense and factorized linears, this is a {type(module).__name__}; "
-            "merge adapters and dequantize first"
+            f"{where}: the ONNX graph renders dense and factorized linears that are not rounded, this is a {type(module).__name__}"
+            f"{f' in {weights}' if (weights := getattr(module, 'weights', None)) else ''}; merge adapters and dequantize first"
         )
 
 

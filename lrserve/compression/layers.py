@@ -277,7 +277,7 @@ class RoundedLinear(Matrix, Repaired, nn.Linear):
     """y = Q x + b, x (..., n), y (..., m), with a rounded weight Q (m, n), and the residual beside it.
 
     An `nn.Linear` to tools that adapt linear layers (PEFT); `groups.is_dense` tells it from a dense one. The weight's tensors have
-    the names of docs/format.md, so `weight` is not there for 4 bits.
+    the names of docs/format.md; where none of them is `weight`, that is computed when somebody reads it.
     """
 
     def __init__(
@@ -297,6 +297,12 @@ class RoundedLinear(Matrix, Repaired, nn.Linear):
         if keep:
             layer.bias = dense.bias
         return layer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.weights and SCHEMES[self.weights].group:
+            scale = self.weight_scale
+            return DenseWeight((self.out_features, self.in_features), scale, lambda: self.dense().to(scale.dtype))
+        return super().__getattr__(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x (..., n) -> (..., m)."""

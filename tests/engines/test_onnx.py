@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -18,15 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from tiny import VOCABULARY, factorized_model
+from tiny import VOCABULARY, Rounding, factorized_model, rounded_model
 
 from exporters.onnx import OnnxExporter
+from exporters.onnx_graph import build_graph
 from lrserve.allocation.speed import Shape
 from lrserve.engines import onnx_worker
 from lrserve.engines.onnx import OnnxEngine
-from lrserve.engines.onnx_latency import open_layer, random_layer
-from lrserve.engines.timing import time_layers
-from lrserve.errors import ArtifactError, EngineError, InputError
+from lrserve.engines.onnx_latency import latency_table, open_layer, random_layer
+from lrserve.engines.timing import UnsupportedLayerError, time_layers, weight_bytes
+from lrserve.errors import ArtifactError, EngineError, InputError, UnsupportedModelError
 from lrserve.plugins import versions
 
 CONTEXT = 256
@@ -201,3 +202,26 @@ def test_over_seconds_the_time_of_a_layer_is_the_mean(monkeypatch: pytest.Monkey
     assert quartile == pytest.approx(1e3)
     assert mean == pytest.approx(2e3, rel=0.01)
     assert clock.now == pytest.approx(2.05, abs=0.05)  # for so long, however many calls that takes
+
+
+def test_layers_that_the_engine_has_no_kernel_for_have_no_row() -> None:
+    shapes = [{"n": 8, "m": 8, "rank": None, "weights": weights} for weights in (None, "int8", None, "int4_g32")]
+
+    def build(entry: dict[str, Any]) -> Callable[[Any], Any]:
+        if entry["weights"] == "int8":
+            raise UnsupportedLayerError("no kernel")
+        return lambda x: x
+
+    table = time_layers(shapes, [1, 3], 2, build, lambda count, n: (count, n), None)
+    assert [row if row is None else len(row) for row in table] == [2, None, 2, 2]
+    assert time_layers(shapes[1:2], [1], 2, build, lambda *_: None, None) == [None]
+    entry = {"n": 256, "m": 64, "rank": None, "weights": "int4_g32", "residual": 8}
+    assert weight_bytes(entry, 2) == 256 * 64 // 2 + 8 * (256 + 64) * 2
+    assert weight_bytes({**entry, "weights": None, "residual": 0}, 2) == 256 * 64 * 2
+
+
+def test_the_graph_has_no_rounded_weights() -> None:
+    entry = {"n": 64, "m": 64, "rank": None, "weights": "int8"}
+    assert latency_table([entry], [1], 1, None) == [None]
+    with pytest.raises(UnsupportedModelError, match="not rounded, this is a LowRankLinear in int8"):
+        build_graph(rounded_model("LlamaForCausalLM", Rounding("int8", "low_rank")))

@@ -82,19 +82,6 @@ def check_measurements(engine: Engine) -> None:
     assert len(engine.transcribe([[5, 6]], 1)) == 1  # still serving after the errors
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # which have kernels of their own
-def test_factors_and_dense_layers_are_served_in_int8(dtype: str, tmp_path: Path) -> None:
-    folder = write_artifact(factorized_model("LlamaForCausalLM", layers=5, apart=True), tmp_path / "model")
-    reference = transcribe_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), PROMPTS, NEW_TOKENS)
-    settings = {"max_model_len": 64, "max_num_seqs": 4, "threads": 1, "kv_cache_gib": 0.05}
-    with Engine(folder, dtype=dtype, quantization="int8", **settings) as engine:  # type: ignore[arg-type]
-        found = engine.transcribe(PROMPTS, NEW_TOKENS)
-    differences = [
-        abs(a - b) for one, other in zip(reference, found, strict=True) for a, b in zip(one.logprobs, other.logprobs, strict=True)
-    ]
-    assert TOLERANCE < sum(differences) / len(differences) < 0.3  # log probabilities of these models spread over 20 nats
-
-
 def test_missing_factor_fails_the_load_by_name(tmp_path: Path) -> None:
     folder = write_artifact(factorized_model("LlamaForCausalLM"), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")

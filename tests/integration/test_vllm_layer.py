@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FACTORED
+from tiny import FACTORED, random_residual
 from torch import nn
 
 from lrserve.allocation.speed import Shape
 from lrserve.compression.factorize import Factors
 from lrserve.compression.groups import Group, Stored
+from lrserve.compression.layers import Factor as LinearFactor
+from lrserve.compression.level import Precision
+from lrserve.compression.quantize import Rounded, round_to_nearest
 from lrserve.compression.spec import GroupSpec
 from lrserve.errors import ArtifactError, EngineError
 
@@ -555,6 +558,137 @@ def test_other_groupings_than_vllms_are_refused(groups: dict[str, tuple[str, ...
 def test_a_group_of_some_of_the_linears_that_vllm_multiplies_together_is_refused() -> None:
     with pytest.raises(ArtifactError, match=r"lists model\.layers\.0\.q_proj as low_rank of q_proj, k_proj, but vLLM multiplies"):
         config_of(q_proj=("q_proj", "k_proj")).groups_of("model.layers.0.qkv_proj")
+
+
+def test_a_linear_of_a_fused_layer_is_not_rounded_alone() -> None:
+    config = config_of(k_proj=("k_proj",))
+    config.groups["model.layers.0.k_proj"] = GroupSpec(8, ("k_proj",), weights="int8")
+    with pytest.raises(ArtifactError, match=r"k_proj as low_rank of k_proj in int8, but vLLM multiplies .* and not rounded"):
+        config.groups_of("model.layers.0.qkv_proj")
+
+
+def test_rounding_on_load_is_refused() -> None:
+    from vllm.config.quantization import QuantizationConfigArgs
+    from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
+
+    config = config_of()
+    config.online_quantization_config = None
+    asked = OnlineQuantizationConfig(QuantizationConfigArgs(linear="int8_per_channel_static"))
+    with pytest.raises(EngineError, match=r"--quantization-config cannot round the weights .* Leave it out"):
+        config.online_quantization_config = asked
+    assert config.online_quantization_config is None  # or vLLM would replace our layers by its own
+
+
+@pytest.mark.parametrize(
+    ("weights", "scheme"),
+    [("int8", "CompressedTensorsW8A8Int8"), ("int4_g64", "CompressedTensorsWNA16"), ("fp8", "CompressedTensorsW8A8Fp8")],
+)
+def test_vllm_chooses_the_scheme(weights: Precision, scheme: str) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from lrserve.plugins.vllm.schemes import InFloat32, scheme_for
+
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(dtype=torch.bfloat16)
+    with set_current_vllm_config(config):
+        assert type(scheme_for(nn.Module(), weights, "layers.0.o_proj", torch.bfloat16)).__name__ == scheme
+        found = scheme_for(nn.Module(), weights, "layers.0.o_proj", torch.float32)
+    assert isinstance(found, InFloat32) == weights.startswith("int4")
+
+
+def rounded_layer(spec: GroupSpec, n: int, m: int, ranks: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """A row-parallel layer of one rank, in float32."""
+    from vllm.model_executor import parameter
+
+    from lrserve.plugins.vllm.layers import LowRankLinearMethod, StockMethod
+
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: ranks)
+    layer = bare("RowParallelLinear", tp_size=ranks, tp_rank=rank, reduce_results=False)
+    method = (StockMethod if spec.structure == "dense" else LowRankLinearMethod)("layers.0.down_proj", spec)
+    method.create_weights(layer, n // ranks, [m], n, m, torch.float32, weight_loader=layer.weight_loader)
+    return layer, method
+
+
+def load_by_name(layer: Any, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        parameter = layer.get_parameter(name)
+        parameter.weight_loader(parameter, tensor)
+
+
+def stored(prefix: str, rounded: Rounded) -> dict[str, torch.Tensor]:
+    """A rounded weight's tensors, as an artifact has them."""
+    matrix = LinearFactor(rounded.values.shape[1], rounded.values.shape[0], bias=False)
+    matrix.put(rounded)
+    return {f"{prefix}{name}": tensor for name, tensor in matrix.state_dict().items()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("structure", ["dense", "low_rank", "narrow_in"])
+def test_row_parallel_ranks_hold_whole_groups(structure: Stored, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, m, rank = 128, 64, 32
+    torch.manual_seed(0)
+    x, b = torch.randn(5, n), torch.randn(m)
+    residual = random_residual(m, n, 4)
+    tensors = {
+        "residual_A.weight": residual.A,
+        "residual_A.weight_scale": residual.scales[:, None],
+        "residual_B.weight": residual.B,
+    }
+    spec = GroupSpec(
+        {"dense": 0, "low_rank": rank, "narrow_in": n}[structure], ("down_proj",), structure, weights="int4_g32", residual=4
+    )
+    if structure == "low_rank":
+        spec, tensors = replace(spec, residual=0), {}
+        A, B = (round_to_nearest(torch.randn(shape), "int4_g32") for shape in ((rank, n), (m, rank)))
+        tensors = stored("A.", A) | stored("B.", B) | {"B.bias": b}
+        expected = x @ A.dense().T @ B.dense().T + b
+    else:
+        W = round_to_nearest(torch.randn(m, n), "int4_g32")
+        tensors |= stored("", W) if structure == "dense" else stored("B.", W) | {"B.bias": b}
+        expected = x @ (W.dense() + residual.dense()).T + (0 if structure == "dense" else b)
+    parts = []
+    for index, part in enumerate(x.chunk(ranks, -1)):
+        layer, method = rounded_layer(spec, n, m, ranks, index, monkeypatch)
+        load_by_name(layer, tensors)
+        method.process_weights_after_loading(layer)
+        parts.append(method.apply(layer, part.contiguous()))
+    torch.testing.assert_close(sum(parts), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_what_cannot_be_divided_or_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = GroupSpec(0, ("down_proj",), "dense", weights="int4_g128", residual=4)
+    with pytest.raises(ArtifactError, match=r"down_proj: 128 inputs cannot be divided among 2 ranks in whole groups of int4_g128"):
+        rounded_layer(spec, 128, 64, 2, 0, monkeypatch)
+    with pytest.raises(ArtifactError, match=r"down_proj: 96 inputs cannot be divided into groups of int4_g128"):
+        rounded_layer(spec, 96, 64, 1, 0, monkeypatch)
+    block = GroupSpec(32, ("down_proj",), "identity_block", weights="int8")
+    with pytest.raises(ArtifactError, match="an identity block in int8 cannot be divided among ranks"):
+        rounded_layer(block, 128, 64, 2, 0, monkeypatch)
+    with pytest.raises(EngineError, match=r"down_proj: vLLM has no kernel for int4_g128 weights of this layer on this machine \("):
+        rounded_layer(spec, 128, 40, 1, 0, monkeypatch)
+    layer, method = rounded_layer(spec, 128, 64, 1, 0, monkeypatch)
+    with pytest.raises(ArtifactError, match=r"weight_packed is torch\.float32 in the checkpoint; .* torch\.int32"):
+        load_by_name(layer, {"weight_packed": torch.zeros(64, 16)})
+    with pytest.raises(ArtifactError, match=r"residual_A\.weight is \(5, 128\) in the checkpoint"):
+        load_by_name(layer, {"residual_A.weight": torch.zeros(5, 128, dtype=torch.int8)})
+    load_by_name(layer, {"weight_packed": torch.zeros(64, 16, dtype=torch.int32)})
+    with pytest.raises(
+        ArtifactError,
+        match=r"missing .*: layers\.0\.down_proj\.weight_scale, .*weight_shape, .*residual_A\.weight,",
+    ):
+        method.process_weights_after_loading(layer)
+
+
+def test_four_bits_are_loaded_as_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that is made before or while the tensors come is larger than what is stored."""
+    for structure, spec in {"dense": 0, "low_rank": 32}.items():
+        group = GroupSpec(spec, ("down_proj",), structure, weights="int4_g32")  # type: ignore[arg-type]
+        layer, _ = rounded_layer(group, 128, 64, 1, 0, monkeypatch)
+        values = [parameter for name, parameter in layer.named_parameters() if name.endswith("weight_packed")]
+        assert sum(value.nbytes for value in values) * 2 == (32 * (128 + 64) if spec else 128 * 64)
+        floats = [parameter for parameter in layer.parameters() if parameter.is_floating_point()]
+        assert sum(parameter.numel() for parameter in floats) < 128 * 64 // 16
 
 
 def test_embeddings_and_the_output_layer_are_left_alone() -> None:

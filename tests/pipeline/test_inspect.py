@@ -34,7 +34,7 @@ def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
 def test_inspect_tells_structures_and_counts_what_is_stored(artifact: Path) -> None:
     text = inspect(str(artifact))
     rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in text.splitlines() if "|" in row}
-    assert rows["group"] == ["layers", "outputs x inputs", "compressed", "structure", "ranks", "parameters"]
+    assert rows["group"] == ["layers", "outputs x inputs", "compressed", "structure", "ranks", "weights", "residuals", "parameters"]
     assert rows["qkv"][2:5] == ["2", "identity_block, low_rank", "16 to 20"]
     assert rows["o"][2:5] == ["1", "identity_block", "24 to 24"]
     stored = sum(t.numel() for name, t in load_file(artifact / "model.safetensors").items() if not name.endswith(".A.order"))
@@ -42,7 +42,7 @@ def test_inspect_tells_structures_and_counts_what_is_stored(artifact: Path) -> N
 
 
 def test_verify_passes_both_structures(artifact: Path) -> None:
-    assert "the factors of 6 groups have the right shapes" in verify(artifact)
+    assert "the tensors of 6 groups have the right shapes and dtypes" in verify(artifact)
 
 
 def test_linears_apart_from_their_group_are_told_and_verified(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_linears_apart_from_their_group_are_told_and_verified(tmp_path: Path) ->
     ]
     stored = sum(t.numel() for name, t in load_file(folder / "model.safetensors").items() if not name.endswith(".A.order"))
     assert rows["model parameters"][1] == f"{stored:,}"
-    assert "the factors of 8 groups have the right shapes" in verify(folder)
+    assert "the tensors of 8 groups have the right shapes and dtypes" in verify(folder)
     rewrite(folder, **{"model.layers.1.self_attn.v_proj.A.order": None})
     with pytest.raises(ArtifactError, match=r"v_proj.A.order has shape none, expected \(64,\)"):
         verify(folder)
@@ -68,7 +68,7 @@ def test_linears_apart_from_their_group_are_told_and_verified(tmp_path: Path) ->
 def test_verify_names_a_half_of_an_mlp_that_has_other_neurons(tmp_path: Path) -> None:
     folder = write_artifact(factorized_model("LlamaForCausalLM", structure="narrow"), tmp_path / "model")
     write_manifest(folder, {"lrserve": "0"}, {})
-    assert "the factors of 7 groups have the right shapes" in verify(folder)
+    assert "the tensors of 7 groups have the right shapes and dtypes" in verify(folder)
     rewrite(folder, **{"model.layers.0.mlp.up_proj.weight": torch.zeros(39, 64)})
     with pytest.raises(ArtifactError, match=r"mlp.up_proj.weight has shape \(39, 64\), expected \(40, 64\)"):
         verify(folder)
