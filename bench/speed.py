@@ -23,7 +23,7 @@ not see values. Ranks are uniform, except with `--plan`.
     matmuls   share of the measured time that single layers of these sizes take (lrserve/engines/vllm_latency.py)
 
 With `--quantized` the plans are in int8 (8-bit weights and activations), what they leave dense too. Beside them are dense models:
-in bfloat16, in int8 by stock vLLM (a compressed-tensors checkpoint), and in int4 by stock vLLM (a GPTQ checkpoint, groups of 32).
+in bfloat16, and in int8 and int4 by stock vLLM (compressed-tensors checkpoints; int4 in groups of 32).
 The rates of int8 and int4 arithmetic are not measured, so these have a bound by reading only, at one request.
 
 Finished measurements are kept in the work folder; a new commit measures again. Run it with nothing else on the machine. The last
@@ -50,10 +50,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers import __version__ as transformers_version
 
 from lrserve.allocation.losses import uniform
-from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.plan import BudgetFit, Offers, Plan, byte_cost
 from lrserve.allocation.speed import Shape, shapes_of
 from lrserve.compression.groups import KINDS, STRUCTURES, Group, allocated, find_groups
-from lrserve.compression.spec import GroupSpec, leaves, quantization_config, specs_of
+from lrserve.compression.level import DENSE, Precision
+from lrserve.compression.spec import compressed_tensors_config, quantization_config, specs_of
 from lrserve.engines.vllm import Engine
 from lrserve.engines.workloads import in_turns
 from lrserve.pipeline.measure import timing_conditions
@@ -73,6 +74,7 @@ LARGE = Shape(8192, 8192, None)  # whose rates are the bounds
 PREFILL_LOAD = f"prefill of {PREFILL}"
 LOADS = (*(f"{number} request{'s' * (number > 1)}" for number in CONCURRENCIES), PREFILL_LOAD)
 STEP = 64
+STOCK: tuple[Precision, ...] = ("int8", "int4_g32")
 
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "smollm2": {
@@ -104,27 +106,6 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """SmolLM2-135M, TinyLlama-1.1B and Llama-3.2-1B."""
-
-BYTES = {"bfloat16": 2.0, "int8": 1.0, "int8 by vLLM": 1.0, "int4": 0.5 + 2 / 32}
-"""Of a weight, by precision."""
-
-_INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
-STOCK_CHECKPOINTS: Mapping[str, Mapping[str, Any]] = {
-    "int8 by vLLM": {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**_INT8, "strategy": "channel"},
-                "input_activations": {**_INT8, "strategy": "token", "dynamic": True},
-            }
-        },
-    },
-    "int4": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
-}
-"""Checkpoints that vLLM serves without lrserve: `quantization_config` by precision."""
 
 
 @dataclass(frozen=True)
@@ -176,12 +157,12 @@ def measure(engine: Engine, seed: int) -> Timed:
 
 @dataclass(frozen=True)
 class Contender:
-    """What one engine serves: a plan for a model of this config and these groups, in one of `BYTES`' precisions."""
+    """What one engine serves: a plan for a model of this config and these groups; or a precision, by vLLM without lrserve."""
 
     config: LlamaConfig
     groups: Sequence[Group]
-    plan: RankPlan
-    precision: str = "bfloat16"
+    plan: Plan
+    stock: Precision | None = None
 
     @property
     def units(self) -> list[Group]:
@@ -197,22 +178,17 @@ class Contender:
         """Write what vLLM needs to make up the weights."""
         folder.mkdir(parents=True, exist_ok=True)
         config = copy.deepcopy(self.config)
-        ranks = self.plan.factorized(self.units)
-        if self.precision in STOCK_CHECKPOINTS:
-            config.quantization_config = STOCK_CHECKPOINTS[self.precision]
-        else:
-            specs = specs_of(ranks, self.plan.structure)
-            if self.precision == "int8":
-                dense = {group.name: GroupSpec(0, leaves(group.members), "dense") for group in self.groups}
-                specs = {name: replace(spec, weights="int8") for name, spec in (dense | specs).items()}
-            if specs:
-                config.quantization_config = quantization_config(specs)
+        if self.stock is not None:
+            config.quantization_config = compressed_tensors_config(self.stock, ["Linear"], ["lm_head"])
+        elif specs := specs_of(self.plan.changed(self.units), self.plan.structure):
+            config.quantization_config = quantization_config(specs)
         config.save_pretrained(folder)
         return folder
 
     def calls(self) -> Counter[Shape]:
         """Count the single layers that one pass through the model calls, the output layer included."""
-        linears = (shape for unit in self.units for shape in shapes_of(unit, self.plan.ranks[unit.name], self.plan.structure))
+        offers = Offers(1, self.plan.structure)
+        linears = (shape for unit in self.units for shape in shapes_of(unit, self.plan.levels[unit.name], offers))
         return Counter([self.output_layer, *linears])
 
     @property
@@ -222,8 +198,9 @@ class Contender:
 
     @property
     def read_bytes(self) -> float:
-        """Bytes of weights that a decode step reads: linears with the scales of int4's groups, and the output layer in bfloat16."""
-        return BYTES[self.precision] * self.linear_parameters + 2 * self.output_layer.n * self.output_layer.m
+        """Bytes of weights that a decode step reads: linears with their scales, and the output layer in bfloat16."""
+        cost = byte_cost(self.plan.structure, 2)
+        return sum(cost(unit, self.plan.levels[unit.name]) for unit in self.units) + 2 * self.output_layer.n * self.output_layer.m
 
     def operations(self, load: str) -> int:
         """Operations of one of `LOADS`; attention's two multiplications by the positions up to each token in a prefill only."""
@@ -237,7 +214,7 @@ class Contender:
     def bound(self, load: str, rates: Sequence[float]) -> tuple[float, str] | None:
         """Least seconds for one of `LOADS` at these rates, and what bounds them; None where the rate is not known."""
         memory = self.read_bytes / rates[0], "memory"
-        if self.precision == "bfloat16":
+        if not any(level.weights for level in self.plan.levels.values()):
             return max(memory, (self.operations(load) / rates[1], "arithmetic"))
         return memory if load == LOADS[0] else None
 
@@ -251,7 +228,7 @@ def model_config(name: str) -> LlamaConfig:
 
 def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int, eager: bool) -> Any:
     """Measure the contenders, one of which is `dense`, in turns, or read what an earlier run measured."""
-    keys = {label: [contender.plan.key(), contender.precision] for label, contender in contenders.items()}
+    keys = {label: [contender.plan.key(), contender.stock] for label, contender in contenders.items()}
     identity = [name, keys, rounds, eager, engine_version(), transformers_version, timing_conditions(), commit()]
     path = work / f"{name}-{fingerprint(identity)[:16]}.json"
     if not path.is_file():
@@ -353,6 +330,11 @@ def render(name: str, rows: Sequence[Mapping[str, Any]], result: Mapping[str, An
     )
 
 
+def _rounded(plan: Plan, precision: Precision) -> Plan:
+    """Return a plan with all weights rounded."""
+    return Plan({name: replace(level, weights=precision) for name, level in plan.levels.items()}, plan.structure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=MODELS, help="repeatable [default: all]")
@@ -362,7 +344,9 @@ def main() -> None:
         "--dense", action="append", choices=KINDS, default=[], help="kind that stays dense (narrow: an MLP is a down)"
     )
     parser.add_argument("--plan", action="append", type=Path, help="measure this plan.json instead of uniform ones; repeatable")
-    parser.add_argument("--quantized", action="store_true", help="plans in int8, beside dense in bfloat16, int8 and int4")
+    parser.add_argument(
+        "--quantized", action="store_true", help="plans in int8, beside dense in bfloat16, and int8 and int4 by stock vLLM"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--work", type=Path, default=Path("speed.work"), help="folder for what is finished [default: speed.work]")
@@ -375,26 +359,25 @@ def main() -> None:
         with torch.device("meta"):
             groups = find_groups(AutoModelForCausalLM.from_config(model_config(name)))
         contender = partial(Contender, model_config(name), groups)
-        nothing = RankPlan(dict.fromkeys((group.name for group in groups), None), "low_rank")
+        nothing = Plan(dict.fromkeys((group.name for group in groups), DENSE), "low_rank")
         dense = {"dense": contender(nothing)}
         series: list[dict[str, Contender]] = []
         if arguments.plan:
-            series.append(dense | {path.with_suffix("").as_posix(): contender(RankPlan.read(path)) for path in arguments.plan})
+            series.append(dense | {path.with_suffix("").as_posix(): contender(Plan.read(path)) for path in arguments.plan})
         else:
             for structure in arguments.structure or STRUCTURES:
                 units = allocated(groups, structure)
-                fit = BudgetFit([unit for unit in units if unit.kind not in arguments.dense], STEP, structure)
+                fit = BudgetFit([unit for unit in units if unit.kind not in arguments.dense], Offers(STEP, structure))
                 total = sum(unit.dense_parameters for unit in units)
                 spent = total - fit.dense_cost
                 plans = {}
                 for ratio in arguments.ratio or RATIOS:
                     ranks = uniform(fit, (1 - ratio) * total - spent).ranks
-                    plans[ratio] = RankPlan({unit.name: ranks.get(unit.name) for unit in units}, structure)
+                    plans[ratio] = Plan.of_ranks({unit.name: ranks.get(unit.name) for unit in units}, structure)
+                others = {f"{structure} {ratio:g}": contender(plan) for ratio, plan in plans.items()}
                 if arguments.quantized:
-                    others = {f"dense {precision}": contender(nothing, precision) for precision in STOCK_CHECKPOINTS}
-                    others |= {f"{structure} {ratio:g} int8": contender(plan, "int8") for ratio, plan in plans.items()}
-                else:
-                    others = {f"{structure} {ratio:g}": contender(plan) for ratio, plan in plans.items()}
+                    others = {f"dense {precision}": contender(_rounded(nothing, precision), precision) for precision in STOCK}
+                    others |= {f"{structure} {ratio:g} int8": contender(_rounded(plan, "int8")) for ratio, plan in plans.items()}
                 series.append(dense | others)
         for contenders in series:
             result = run(name, contenders, arguments.work, arguments.rounds, arguments.eager)

@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from lrserve.allocation.plan import Plan
 from lrserve.compression.groups import allocated, find_groups
+from lrserve.compression.level import Level
 from speed import LOADS, MODELS, PREFILL, PREFILL_LOAD, Contender, model_config, render, rows_of
 
 LINEARS, HEAD = 106_168_320, 576 * 49152  # of SmolLM2
+SCALES = 4 * 30 * (576 + 2 * 192 + 576 + 2 * 1536 + 576)  # bytes of int8's, one for each output
 READ, MULTIPLIED = 50e9, 500e9  # bytes and operations a second
 
 
@@ -26,7 +28,7 @@ def contenders() -> dict[str, Contender]:
     return {
         "dense": Contender(config, groups, nothing),
         "half": Contender(config, groups, narrow),
-        "int8": Contender(config, groups, nothing, "int8"),
+        "int8": Contender(config, groups, Plan(dict.fromkeys(nothing.levels, Level(weights="int8")), "low_rank"), "int8"),
     }
 
 
@@ -38,7 +40,7 @@ def test_the_bound_is_the_longer_of_reading_and_multiplying(contenders: dict[str
     attention = 30 * 9 * 64 * 4 * PREFILL * (PREFILL + 1) / 2
     prompt = 2 * LINEARS * PREFILL + 2 * HEAD + attention
     assert dense.bound(PREFILL_LOAD, (READ, MULTIPLIED)) == (pytest.approx(prompt / MULTIPLIED), "arithmetic")
-    assert int8.bound("1 request", (READ, MULTIPLIED)) == (pytest.approx((LINEARS + 2 * HEAD) / READ), "memory")
+    assert int8.bound("1 request", (READ, MULTIPLIED)) == (pytest.approx((LINEARS + SCALES + 2 * HEAD) / READ), "memory")
     assert int8.bound("32 requests", (READ, MULTIPLIED)) is None
 
 
