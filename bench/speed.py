@@ -248,10 +248,11 @@ def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int,
                 warm_up(engine)
             done = count(1)
             found = in_turns(engines, measure, rounds, seed=1, progress=lambda *_: progress(next(done)))
-            calls = {label: contender.calls() for label, contender in contenders.items() if contender.precision == "bfloat16"}
+            calls = {label: contender.calls() for label, contender in contenders.items()}
             shapes = list(dict.fromkeys(shape for of_plan in calls.values() for shape in of_plan))
             tokens = [*CONCURRENCIES, PREFILL]
-            rows = dict(zip(shapes, engines["dense"].latency_table(shapes, tokens), strict=True))
+            table_rows = engines["dense"].latency_table(shapes, tokens)
+            rows = {shape: row for shape, row in zip(shapes, table_rows, strict=True) if row is not None}
         last = contenders["dense"].output_layer  # which multiplies one row of a prompt, its last
         prompt = {shape: row[0] if shape == last else row[-1] for shape, row in rows.items()}
         columns = [*({shape: row[i] for shape, row in rows.items()} for i in range(len(CONCURRENCIES))), prompt]
@@ -261,6 +262,7 @@ def run(name: str, contenders: Mapping[str, Contender], work: Path, rounds: int,
                 for load, column in zip(LOADS, columns, strict=True)
             }
             for label, of_plan in calls.items()
+            if rows.keys() >= of_plan.keys()
         }
         result = {"rounds": {label: [asdict(timed) for timed in timeds] for label, timeds in found.items()}, "matmuls": matmuls}
         write_json(path, result)
