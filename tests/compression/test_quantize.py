@@ -11,7 +11,7 @@ from lrserve.compression import quantize as quantizing
 from lrserve.compression import residual as repairing
 from lrserve.compression.level import PRECISIONS, SCHEMES, Precision
 from lrserve.compression.quantize import Rounded, quantize, round_to_nearest, rounded_to
-from lrserve.compression.residual import alternate, residual_spectrum, rounded_factors
+from lrserve.compression.residual import residual_spectrum, rounded_factors
 from lrserve.errors import CalibrationError
 
 FEEDBACK = [precision for precision in PRECISIONS if SCHEMES[precision].bits == 4]
@@ -208,13 +208,3 @@ def test_int8_factors_cost_little() -> None:
 
 def test_zero_factors_stay_zero() -> None:
     assert not rounded_factors(torch.zeros(3, 2), torch.zeros(2, 4)).dense().any()
-
-
-def test_alternating_lowers_the_error() -> None:
-    W, H = problem(64, 128)
-    gradient = gradient_of(64, "full")
-    errors = []
-    for rounds in (1, 3):
-        rounded, residual = alternate(W, "int4_g64", H, gradient, 16, rounds)
-        errors.append(weighted(W - rounded.dense() - residual.dense(), H, gradient))
-    assert errors[1] < errors[0]
