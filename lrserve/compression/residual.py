@@ -8,7 +8,7 @@ Notation, besides that of quantize.py (W, Q, H)
 
 The residual of rank r that minimises tr(Gamma^2 (E - B A) H (E - B A)^T) is the leading part of an SVD, L^T E R = U S V^T:
 B = L^-T U_r S_r and A = V_r^T R^-1, and what is left is the sum of the other squared singular values: twice the expected loss in
-nats per token where Gamma^2 and H are what quantize.py says. Without Gamma this is EoRA (arXiv 2410.21271, section 3.2), whose
+nats per token where Gamma^2 and H are what quantize.py says. Without Gamma this is EoRA (arXiv 2410.21271, section 3), whose
 eigenvectors are one square root of H as a Cholesky factor is another; with diagonal metrics it is the weighted SVD of LQ-LoRA
 (arXiv 2311.12023, section 3.3).
 """
