@@ -7,7 +7,8 @@ Notation
     H    (n, n)          metric of the inputs: rounding costs tr((W - Q) H (W - Q)^T)
 
 H is the second moment of the inputs: layers gain no bias here, so it is not centred. Best is E[|g|^2 x x^T] / E[|g|^2], with g the
-gradient of the loss by the outputs: a token that the loss does not feel then weighs little, however large its activations are.
+gradient of the loss by the outputs (GuidedQuant, arXiv 2505.07004): a token that the loss does not feel weighs little then, however
+large its activations are.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _REPEATS = 2  # of rounding with the best scales and fitting these to what was r
 class Rounded:
     """A rounded weight: `values` (m, n), int8 whatever the bits (float8_e4m3fn for fp8), and float32 `scales` (m, n / g).
 
-    Scales of groups may be negative: a group then has its 2^(b-1) + 1 th value on the positive side.
+    Scales of groups may be negative: the integer -8 is then the largest positive weight of its group.
     """
 
     precision: Precision
@@ -110,8 +111,8 @@ def quantize(W: torch.Tensor, precision: Precision, H: torch.Tensor | None = Non
     """Round W (m, n) with searched scales and, to 4 bits, with error feedback, so that little is lost in the metric H (n, n).
 
     Scales: of `_PEAKS`, and with groups of either sign, the one that loses least in the diagonal of H, each fitted by least
-    squares to the integers that it gives (LQ-LoRA, arXiv 2311.12023, section 3.2, weighs as much). Feedback: column by column,
-    the columns that follow make up for what rounding changed (GPTQ, arXiv 2210.17323, section 3.3). A row that loses less by
+    squares to the integers that it gives, as llama.cpp does with an importance matrix. Feedback: column by column,
+    the columns that follow make up for what rounding changed (GPTQ, arXiv 2210.17323, section 4). A row that loses less by
     rounding to nearest, with the same scales, is rounded so. A singular or zero H is no special case: it is damped.
 
     Args:

@@ -8,7 +8,7 @@ Notation, besides that of quantize.py (W, Q, H)
 
 The residual of rank r that minimises tr(Gamma^2 (E - B A) H (E - B A)^T) is the leading part of an SVD, L^T E R = U S V^T:
 B = L^-T U_r S_r and A = V_r^T R^-1, and what is left is the sum of the other squared singular values: twice the expected loss in
-nats per token where Gamma^2 and H are what quantize.py says. Without Gamma this is EoRA (arXiv 2410.21271, section 3.2), whose
+nats per token where Gamma^2 and H are what quantize.py says. Without Gamma this is EoRA (arXiv 2410.21271, section 3), whose
 eigenvectors are one square root of H as a Cholesky factor is another; with diagonal metrics it is the weighted SVD of LQ-LoRA
 (arXiv 2311.12023, section 3.3).
 """
@@ -19,8 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lrserve.compression.level import Precision
-from lrserve.compression.quantize import Residual, Rounded, quantize
+from lrserve.compression.quantize import Residual
 from lrserve.errors import CalibrationError
 
 _DAMPING = 1e-2  # share of a metric's mean diagonal that is added to it
@@ -101,38 +100,6 @@ def residual_spectrum(
     if R is not None:
         A = torch.linalg.solve_triangular(R.T, A, upper=True)
     return ResidualSpectrum(B.float(), A.T.contiguous().float(), S.double().square(), float(M.double().square().sum()))
-
-
-def alternate(
-    W: torch.Tensor,
-    precision: Precision,
-    H: torch.Tensor | None,
-    gradient: torch.Tensor | None,
-    rank: int,
-    rounds: int,
-    dtype: torch.dtype = torch.bfloat16,
-) -> tuple[Rounded, Residual]:
-    """Round what the residual does not give, and repeat: Q of W - B A, then B A of W - Q (LoftQ, arXiv 2310.08659, section 3.2).
-
-    Args:
-        W: (m, n).
-        precision: as of `quantize`.
-        H: (n, n) or None, of both.
-        gradient: (m, m), (m,) or None, as of `residual_spectrum`.
-        rank: of the residual.
-        rounds: of rounding; one rounds W itself.
-        dtype: in which scales of groups are stored.
-
-    Returns:
-        The rounded weight and the residual of the last round.
-    """
-    W = W.float()
-    target = W
-    for _ in range(rounds):
-        rounded = quantize(target, precision, H, dtype)
-        residual = residual_spectrum(W - rounded.dense(), H, gradient, ranks=rank).cut(rank)
-        target = W - residual.dense()
-    return rounded, residual
 
 
 def _root(moment: torch.Tensor | None) -> torch.Tensor | None:

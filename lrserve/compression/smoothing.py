@@ -19,7 +19,7 @@ import torch
 from lrserve.compression.groups import Group, family_of
 from lrserve.compression.layers import IdentityBlock, LowRankLinear
 
-ALPHA = 0.5
+ALPHA = 0.7  # 0.003 nats on SmolLM2-135M with all linears in int8; 0.005 at 0.5, 0.019 at 0.3, 0.027 unscaled
 _TINY = 1e-12
 
 
@@ -27,7 +27,7 @@ def smoothing(sizes: torch.Tensor, W: torch.Tensor, heads: tuple[int, int] | Non
     """Return scales s (n,), float32 powers of two whose geometric mean is about 1.
 
     Args:
-        sizes: (n,), of the inputs: their root mean squares, or largest magnitudes.
+        sizes: (n,), root mean squares of the inputs. Not their largest magnitudes: one token may have those of all channels.
         W: (m, n).
         heads: query heads and value heads where x is attention's output (`value_heads`); they share scales.
         alpha: how much of the differences moves to the weights: 0 none of the inputs' and all of the weights', 1 all.
