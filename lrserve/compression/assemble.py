@@ -53,6 +53,7 @@ def compress_model(
     """
     ranks = [(unit, level.rank) for unit, level in changed if level.rank is not None]
     specs, orders, kept = specs_of([(unit, Level(rank)) for unit, rank in ranks], structure), [], {}
+    kept_rows: dict[str, torch.Tensor] = {}
     install_low_rank(model, specs)
     for unit, rank in ranks:
         factors = structured(source.cut(unit.name, rank), unit.stored_as(structure))
@@ -61,6 +62,7 @@ def compress_model(
             orders.append((unit, factors.order))
         if unit.fed_by and factors.order is not None:
             kept[unit.name] = factors.order.long()
+            kept_rows[unit.fed_by.name] = rows_of(unit.fed_by, factors.order)
             keep_outputs(model, unit.fed_by, factors.order)
             if factors.feeding is not None:
                 load_feeding(model, unit.fed_by, factors.feeding, dtype)
@@ -68,14 +70,21 @@ def compress_model(
         reorder_outputs(model, unit, order)
     round_parameters(model, dtype)
     if rounding is not None:
-        _round_weights(model, changed, rounding, kept)
+        _round_weights(model, changed, rounding, kept, kept_rows)
     return model
 
 
 def _round_weights(
-    model: Any, changed: Sequence[tuple[Group, Level]], rounding: Rounding, kept: Mapping[str, torch.Tensor]
+    model: Any,
+    changed: Sequence[tuple[Group, Level]],
+    rounding: Rounding,
+    kept: Mapping[str, torch.Tensor],
+    kept_rows: Mapping[str, torch.Tensor],
 ) -> None:
-    """Round the weights of a model whose structure is in place; `kept` are the inputs of MLPs that have fewer neurons."""
+    """Round the weights of a model whose structure is in place.
+
+    Where neurons were removed, `kept` are the inputs that a group still reads, and `kept_rows` the outputs that it still gives.
+    """
     scales: dict[str, torch.Tensor] = {}
     for unit, level in changed:
         for group in parts(unit) if rounds_inputs(level) else ():
@@ -91,7 +100,7 @@ def _round_weights(
                 if len(matrices) > 1:  # factors
                     load_rounded(model, group, name, round_to_nearest(W, level.weights, rounding.dtype))
                     continue
-                found = rounding(group, W, level, inputs=inputs, scales=scales.get(group.name))
+                found = rounding(group, W, level, inputs=inputs, outputs=kept_rows.get(group.name), scales=scales.get(group.name))
                 load_rounded(model, group, name, found.weight)
                 if found.residual is not None:
                     load_residual(model, group, found.residual)
@@ -220,7 +229,7 @@ class MergedLevels:
         if level.residual:
             used = slice(None) if rows is None else rows
             part = found.rows(used)
-            spectrum = self._rounding.residual(group, W[used], part, inputs=inputs, ranks=level.residual)
+            spectrum = self._rounding.residual(group, W[used], part, inputs=inputs, outputs=rows, ranks=level.residual)
             merged[used] += spectrum.cut(min(level.residual, len(spectrum.values))).dense()
         if inputs is not None:
             merged = torch.zeros(group.m, group.n).index_copy_(1, inputs, merged)

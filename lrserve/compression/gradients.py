@@ -32,7 +32,7 @@ from lrserve.errors import CalibrationError
 from lrserve.storage.store import write_tensors
 
 _FILE = "moments.safetensors"
-_POWER = "power"
+_TOKENS, _OUTPUTS = "tokens", "outputs"
 _SAVED_TOKENS = 8192  # between two saves of the running sums: what an interruption costs
 
 
@@ -70,25 +70,31 @@ class _Moment:
 
 
 class _Powers:
-    """|g|^2 of every token (windows, length), summed over the linears of a group; a batch adds to the windows that it begins at."""
+    """Sums of g^2 by the outputs of a group: for every token (windows, length) over the outputs, for every output (m,) over tokens.
 
-    def __init__(self, windows: torch.Tensor, start: torch.Tensor | None) -> None:
+    A batch adds to the windows that it begins at.
+    """
+
+    def __init__(self, group: Group, windows: torch.Tensor, tokens: torch.Tensor | None, outputs: torch.Tensor | None) -> None:
         self.tokens = torch.zeros(windows.shape)
-        if start is not None:
-            self.tokens[: len(start)] = start
+        if tokens is not None:
+            self.tokens[: len(tokens)] = tokens
+        self.outputs = torch.zeros(group.m) if outputs is None else outputs
         self.first = 0
+        self._rows = dict(zip(group.members, self.outputs.split(list(group.out_features)), strict=True))
 
-    def watch(self, module: Any) -> Any:
+    def watch(self, model: Any, member: str) -> Any:
         """Hook into a linear's forward pass; returns the handle."""
-        return module.register_forward_hook(lambda _, inputs, output: self._take(output))
+        return model.get_submodule(member).register_forward_hook(lambda _, inputs, output: self._take(output, member))
 
-    def _take(self, output: torch.Tensor) -> None:
+    def _take(self, output: torch.Tensor, member: str) -> None:
         if output.requires_grad:
-            output.register_hook(self._add)
+            output.register_hook(lambda gradient: self._add(gradient, member))
 
-    def _add(self, gradient: torch.Tensor) -> None:
-        power = gradient.detach().float().square().sum(-1).cpu()
-        self.tokens[self.first : self.first + len(power)] += power
+    def _add(self, gradient: torch.Tensor, member: str) -> None:
+        powers = gradient.detach().float().square()
+        self.tokens[self.first : self.first + len(powers)] += powers.sum(-1).cpu()
+        self._rows[member].add_(powers.flatten(0, -2).sum(0).cpu())
 
 
 def collect_gradients(
@@ -131,13 +137,16 @@ def collect_gradients(
     if reused >= len(windows):
         return reused
     moments = {group.name: _Moment(_width(group), device, saved.get(group.name)) for group in groups}
-    powers = {group.name: _Powers(windows, saved.get(f"{group.name}.{_POWER}")) for group in groups}
+    powers = {
+        group.name: _Powers(group, windows, saved.get(f"{group.name}.{_TOKENS}"), saved.get(f"{group.name}.{_OUTPUTS}"))
+        for group in groups
+    }
     published = reused
     with ExitStack() as hooks:
         for group in groups:
             hooks.callback(moments[group.name].watch(model, group).remove)
             for member in group.members:
-                hooks.callback(powers[group.name].watch(model.get_submodule(member)).remove)
+                hooks.callback(powers[group.name].watch(model, member).remove)
         for start in range(reused, len(windows), batch):
             done = min(start + batch, len(windows))
             for power in powers.values():
@@ -156,7 +165,8 @@ def collect_gradients(
                     )
                 metadata = {"windows": str(done), "tokens": str(done * length)}
                 tensors = {name: moment.sum.cpu() for name, moment in moments.items()}
-                tensors |= {f"{name}.{_POWER}": power.tokens[:done].contiguous() for name, power in powers.items()}
+                tensors |= {f"{name}.{_TOKENS}": power.tokens[:done].contiguous() for name, power in powers.items()}
+                tensors |= {f"{name}.{_OUTPUTS}": power.outputs for name, power in powers.items()}
                 write_tensors(path, tensors, metadata)
                 published = done
             progress(done)
@@ -207,6 +217,15 @@ class GradientStore:
     def token_weights(self, group: Group) -> torch.Tensor:
         """Return w (windows, length) of the tokens that gradients were collected on, over its mean."""
         with safe_open(self._path, framework="pt") as file:
-            power = file.get_tensor(f"{group.name}.{_POWER}")
+            power = file.get_tensor(f"{group.name}.{_TOKENS}")
         mean = power.mean()
         return power / mean if mean > 0 else torch.ones_like(power)
+
+    def outputs(self, group: Group) -> torch.Tensor:
+        """Return Gamma^2 (m, m) per token, float64; its diagonal (m,) where the moment is on the input's side."""
+        side, moment = self.read(group)
+        if side == "output":
+            return moment
+        with safe_open(self._path, framework="pt") as file:
+            powers: torch.Tensor = file.get_tensor(f"{group.name}.{_OUTPUTS}")
+            return powers.double() / int(file.metadata()["tokens"])

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from lrserve.compression.factorize import GradientOf
 from lrserve.compression.groups import Group
 from lrserve.compression.level import SCHEMES, Level, Precision
 from lrserve.compression.quantize import Residual, Rounded, quantize
@@ -32,9 +31,11 @@ class RoundedWeight:
 class Rounding:
     """Rounds the stacked weights of groups."""
 
-    def __init__(self, moments: MomentOf, gradient: GradientOf, dtype: torch.dtype) -> None:
-        """Take what gives groups' moments E[x x^T] and their gradients' moments, and the dtype of what is not an integer."""
-        self._moments, self._metrics, self._gradient, self.dtype = moments, moments, gradient, dtype
+    def __init__(self, moments: MomentOf, gradients: Callable[[Group], torch.Tensor | None], dtype: torch.dtype) -> None:
+        """Take what gives groups' moments E[x x^T], what gives those (m, m) of the gradients by their outputs, or the diagonals (m,)
+        of these, or None; and the dtype of what is not an integer.
+        """
+        self._moments, self._metrics, self._gradients, self.dtype = moments, moments, gradients, dtype
 
     def measure_by(self, metrics: MomentOf) -> None:
         """Let what rounding costs be measured by other moments than E[x x^T]: those in which tokens weigh by their gradients."""
@@ -72,12 +73,17 @@ class Rounding:
         rounded: Rounded,
         *,
         inputs: torch.Tensor | None = None,
+        outputs: torch.Tensor | None = None,
         ranks: int | None = None,
     ) -> ResidualSpectrum:
-        """Return what makes up for rounding a group's weight W (m, n), at every rank or at the leading `ranks`."""
-        found = self._gradient(group)
-        outputs = found[1] if found is not None and found[0] == "output" else None
-        return residual_spectrum(W - rounded.dense(), self._metric(group, inputs, None), outputs, ranks)
+        """Return what makes up for rounding a group's weight W (m, n), at every rank or at the leading `ranks`.
+
+        Where neurons were removed, W reads those `inputs` of the group's only, or gives those `outputs` only.
+        """
+        gradient = self._gradients(group)
+        if gradient is not None and outputs is not None:
+            gradient = gradient[outputs] if gradient.ndim == 1 else gradient[outputs][:, outputs]
+        return residual_spectrum(W - rounded.dense(), self._metric(group, inputs, None), gradient, ranks)
 
     def _metric(self, group: Group, inputs: torch.Tensor | None, scales: torch.Tensor | None) -> torch.Tensor:
         H = self._metrics(group)
@@ -91,14 +97,15 @@ class Rounding:
         level: Level,
         *,
         inputs: torch.Tensor | None = None,
+        outputs: torch.Tensor | None = None,
         scales: torch.Tensor | None = None,
     ) -> RoundedWeight:
-        """Round a group's stacked weight W (m, n) to what a level says, with its residual; otherwise as `weight`."""
+        """Round a group's stacked weight W (m, n) to what a level says, with its residual; otherwise as `weight` and `residual`."""
         assert level.weights is not None
         weight = self.weight(group, W, level.weights, inputs=inputs, scales=scales)
         if not level.residual:
             return RoundedWeight(weight)
-        spectrum = self.residual(group, W, weight, inputs=inputs, ranks=level.residual)
+        spectrum = self.residual(group, W, weight, inputs=inputs, outputs=outputs, ranks=level.residual)
         return RoundedWeight(weight, spectrum.cut(min(level.residual, len(spectrum.values))))
 
 

@@ -29,7 +29,7 @@ def gradient_reader(job: Job, gradients: GradientStore | None) -> GradientOf:
 
 def rounding_of(job: Job, statistics: Path, gradients: GradientStore | None) -> Rounding:
     """Return what rounds the model's weights."""
-    return Rounding(_moments(statistics), gradient_reader(job, gradients), job.dtype)
+    return Rounding(_moments(statistics), lambda group: None if gradients is None else gradients.outputs(group), job.dtype)
 
 
 def weigh_tokens(job: Job, model: Any, gradients: GradientStore, folder: WorkFolder) -> MomentOf:

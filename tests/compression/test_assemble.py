@@ -38,7 +38,9 @@ def made(architecture: str, folder: Path, structure: Structure) -> tuple[Spectru
     gradients = GradientStore(folder / "gradients")
     units = allocated(groups, structure)
     write_spectra(model, units, features(folder / "statistics", gradients.read), folder / "spectra")
-    rounding = Rounding(lambda group: read_statistics(folder / "statistics", group).second_moment(), gradients.read, torch.float32)
+    rounding = Rounding(
+        lambda group: read_statistics(folder / "statistics", group).second_moment(), gradients.outputs, torch.float32
+    )
     return SpectrumStore(folder / "spectra", units), rounding
 
 
