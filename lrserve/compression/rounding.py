@@ -32,8 +32,9 @@ class Rounding:
     """Rounds the stacked weights of groups."""
 
     def __init__(self, moments: MomentOf, gradients: Callable[[Group], torch.Tensor | None], dtype: torch.dtype) -> None:
-        """Take what gives groups' moments E[x x^T], what gives those (m, m) of the gradients by their outputs, or the diagonals (m,)
-        of these, or None; and the dtype of what is not an integer.
+        """Take what gives groups' moments, and the dtype of what is not an integer.
+
+        `moments` are E[x x^T]; `gradients` those of the gradients by the outputs (m, m), or the diagonals (m,) of these, or None.
         """
         self._moments, self._metrics, self._gradients, self.dtype = moments, moments, gradients, dtype
 
