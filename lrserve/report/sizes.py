@@ -1,7 +1,7 @@
 """How large a model is, dense and compressed: the one place that counts it for metrics.json, the model card and `lrserve inspect`.
 
 What is stored follows from two things: the dense model's architecture, and what config.json says about each compressed group
-(`GroupSpec`). A plan becomes the same by `lowrank.specs_of`.
+(`GroupSpec`). A plan becomes the same by `spec.specs_of`.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def test_artifact_and_dense_checkpoint_pass(artifact: Path) -> None:
     ("quantization", "message"),
     [
         ({"quant_method": "awq"}, "quant_method is 'awq'"),
-        ({"quant_method": "lrserve", "format_version": 2, "groups": {}}, "format_version is 2; this lrserve reads 1"),
+        ({"quant_method": "lrserve", "format_version": 3, "groups": {}}, "format_version is 3; this lrserve reads 1 and 2"),
         ({"quant_method": "lrserve", "format_version": 1}, "groups is missing"),
     ],
 )
