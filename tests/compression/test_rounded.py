@@ -9,6 +9,7 @@ import torch
 from tiny import Rounding, dense_model, random_residual, rounded_model
 from torch import nn
 
+from lrserve.compression.assemble import round_parameters
 from lrserve.compression.groups import find_groups, is_dense
 from lrserve.compression.layers import Factor, RoundedLinear, exact_names
 from lrserve.compression.level import PRECISIONS, SCHEMES, Precision
@@ -16,7 +17,6 @@ from lrserve.compression.lowrank import install_low_rank, keep_outputs, load_res
 from lrserve.compression.packing import pack_int4, unpack_int4
 from lrserve.compression.quantize import Rounded, round_to_nearest
 from lrserve.compression.spec import GroupSpec, leaves
-from lrserve.compression.spectra import round_parameters
 from lrserve.errors import ArtifactError
 
 M, N = 24, 128

@@ -13,13 +13,14 @@ import torch
 from exporters.onnx import OnnxExporter
 from exporters.vllm import VllmExporter
 from lrserve.allocation.losses import uniform
-from lrserve.allocation.plan import BudgetFit, RankPlan
+from lrserve.allocation.plan import BudgetFit, Offers, Plan
 from lrserve.allocation.quality import Reference
+from lrserve.compression.assemble import compress_model, round_parameters
 from lrserve.compression.calibrate import calibrate
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.groups import STRUCTURES, Structure, allocated
 from lrserve.compression.matmul import float32_matmuls
-from lrserve.compression.spectra import SpectrumStore, compress_model, features, round_parameters, write_spectra
+from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.engines.runtimes import runtime_of
 from lrserve.engines.transcripts import transcribe_checkpoint, transcribe_model
 from lrserve.errors import AgreementError
@@ -52,13 +53,13 @@ def job() -> Job:
     return open_job(Recipe.load(demo_recipe(), settings), say=lambda line: None)
 
 
-def uniform_plan(job: Job, structure: Structure) -> RankPlan:
-    fit = BudgetFit(allocated(job.groups, structure), 16, structure)
+def uniform_plan(job: Job, structure: Structure) -> Plan:
+    fit = BudgetFit(allocated(job.groups, structure), Offers(16, structure))
     return uniform(fit, 0.8 * fit.dense_cost)
 
 
 @pytest.fixture(scope="module")
-def plan(job: Job) -> RankPlan:
+def plan(job: Job) -> Plan:
     return uniform_plan(job, "identity_block")
 
 
@@ -78,13 +79,13 @@ def stores(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Spec
     return stores | {"narrow": SpectrumStore(folder / "narrow", units)}
 
 
-def test_two_sided_features_keep_more_than_features(job: Job, plan: RankPlan, stores: dict[str, SpectrumStore]) -> None:
+def test_two_sided_features_keep_more_than_features(job: Job, plan: Plan, stores: dict[str, SpectrumStore]) -> None:
     windows = job.windows["validation"][:4]
     reference = Reference(job.source.load(job.dtype), windows)
     assert 10 < math.exp(reference.nll) < 60
     excess = {}
     for name in ("features", "fisher"):
-        model = compress_model(job.source.load(job.dtype), plan.factorized(job.groups), "low_rank", stores[name], job.dtype)
+        model = compress_model(job.source.load(job.dtype), plan.changed(job.groups), "low_rank", stores[name], job.dtype)
         excess[name] = reference(model)["nll"] - reference.nll
     assert 0 < excess["fisher"] < excess["features"]  # by little: 4,096 tokens of gradients are few
 
@@ -102,14 +103,14 @@ def test_fewer_neurons_keep_more_than_two_factors_at_the_same_size(job: Job, sto
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_rounding_the_factors_to_bfloat16_adds_little(
-    job: Job, plan: RankPlan, stores: dict[str, SpectrumStore], structure: Structure
+    job: Job, plan: Plan, stores: dict[str, SpectrumStore], structure: Structure
 ) -> None:
     """Against the very same factors in float32: what storing them costs, identity blocks with their bounded T included."""
     if structure == "narrow":
         plan = uniform_plan(job, structure)
-    ranks = plan.factorized(allocated(job.groups, structure))
+    changed = plan.changed(allocated(job.groups, structure))
     store = stores["narrow" if structure == "narrow" else "fisher"]
-    model = compress_model(job.source.load(torch.float32), ranks, structure, store, torch.float32)
+    model = compress_model(job.source.load(torch.float32), changed, structure, store, torch.float32)
     reference = Reference(model, job.windows["validation"][:1])
     assert reference(round_parameters(model, torch.bfloat16))["divergence"] < 0.01
 

@@ -21,7 +21,7 @@ from lrserve.errors import AgreementError, InputError
 from lrserve.pipeline import prove
 from lrserve.pipeline.baseline import dense_reference, keep_served, kept_served
 from lrserve.pipeline.job import Job, open_job
-from lrserve.pipeline.prove import Proof, prove_agreement
+from lrserve.pipeline.prove import Proof, Rendered, prove_agreement
 from lrserve.pipeline.run import load_exporters
 from lrserve.recipe import Recipe
 from lrserve.report.card import agreement
@@ -107,7 +107,7 @@ def prove_graph(job: Job, model: Any, written: Any, folder: WorkFolder, out: Pat
     exporter = OnnxExporter()
     out.mkdir()
     exporter.export(written, job.source.path, out, torch.float32)
-    return prove_agreement(job, model, [exporter], out, folder)
+    return prove_agreement(job, Rendered(model, [exporter]), [exporter], out, folder)
 
 
 def test_a_graph_is_proven_and_the_dense_engine_started_once(
@@ -174,13 +174,14 @@ class ForeignProving(Foreign):
 
 def test_an_exporter_that_proves_itself_is_compared_in_float32(place: Path, folder: WorkFolder, tmp_path: Path) -> None:
     job = open_tiny(place)
-    proof = prove_agreement(job, dense_model("LlamaForCausalLM"), [ForeignProving()], tmp_path, folder)
+    exporters = [ForeignProving()]
+    proof = prove_agreement(job, Rendered(dense_model("LlamaForCausalLM"), exporters), exporters, tmp_path, folder)
     equal = 2 * NEW_TOKENS
     figures = {"max_logprob_difference": 0.0, "tolerance": 1e-4, "greedy_equal": equal, "greedy_tokens": equal}
     assert proof == Proof({"theirs": figures}, [])
     assert "theirs" in agreement({"agreement": proof.agreement})
     with pytest.raises(AgreementError, match="theirs differs from the model in memory"):
-        prove_agreement(job, factorized_model("LlamaForCausalLM"), [ForeignProving()], tmp_path, folder)
+        prove_agreement(job, Rendered(factorized_model("LlamaForCausalLM"), exporters), exporters, tmp_path, folder)
 
 
 def test_an_exporter_that_nothing_proves_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

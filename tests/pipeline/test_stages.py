@@ -20,7 +20,7 @@ from lrserve.storage.work import WorkFolder
 
 ON_SPECTRA = {"spectra", "propagate"}
 SETTINGS: dict[str, set[str]] = {
-    "compression.covariance._BLOCK": {"calibration", "gradients", "propagate"},
+    "compression.covariance._BLOCK": {"calibration", "gradients", "weighted", "propagate"},
     "compression.factorize._DAMPING": {*ON_SPECTRA, "probe", "validation", "study", "measure"},
     "compression.factorize._RIDGE": {*ON_SPECTRA, "probe", "validation", "study", "measure"},
     "compression.gradients._SAVED_TOKENS": {"gradients"},
