@@ -26,21 +26,26 @@ from torch.func import functional_call
 from lrserve.compression.assemble import parts
 from lrserve.compression.calibrate import run_block
 from lrserve.compression.groups import Group, family_of
-from lrserve.compression.layers import ResidualFactor
-from lrserve.compression.level import Level
+from lrserve.compression.layers import Matrix, ResidualFactor
+from lrserve.compression.level import SCHEMES, Level, Scheme
 from lrserve.compression.quantize import Residual
 from lrserve.compression.recover import Distilled, distil
 from lrserve.compression.refine import train
 from lrserve.compression.sequential import Streams, walk_blocks
 from lrserve.errors import CalibrationError
 
-_SCALE_UNIT: Final = 3.0  # of a scale's relative change
+_SCALE_UNIT: Final = 160.0  # of a scale's relative change, over the number of positive values that can be stored
 _NORM_UNIT: Final = 3.0  # over the root mean square of a norm's weights
-_RESIDUAL_UNIT: Final = 10.0  # over the root mean square of both factors
+_RESIDUAL_UNIT: Final = 30.0  # over the root mean square of both factors
 _LARGEST: Final = 127  # of an int8 factor
 _TINY: Final = 1e-30
 
 Changed = Sequence[tuple[Group, Level]]
+
+
+def worth_repairing(changed: Changed) -> bool:
+    """Whether rounding costs a plan so much that training block by block wins some of it back: not if all of it is to 8 bits."""
+    return any(level.weights is not None and SCHEMES[level.weights].bits < 8 for _, level in changed)
 
 
 class Repairs:
@@ -78,14 +83,15 @@ class _Scales(_Master):
 
     start: torch.Tensor
 
-    def __init__(self, name: str, scales: torch.Tensor) -> None:
+    def __init__(self, name: str, scales: torch.Tensor, scheme: Scheme) -> None:
         super().__init__()
         self.name, self.dtype = name, scales.dtype
+        self.unit = _SCALE_UNIT / 2 ** (scheme.bits - 1)
         self.register_buffer("start", scales.detach().float().clone(), persistent=False)
         self.change = nn.Parameter(torch.zeros_like(self.start))
 
     def forward(self) -> dict[str, torch.Tensor]:
-        return {self.name: (self.start * (_SCALE_UNIT * self.change).exp()).to(self.dtype)}
+        return {self.name: (self.start * (self.unit * self.change).exp()).to(self.dtype)}
 
 
 class _Values(_Master):
@@ -174,7 +180,10 @@ def _group_masters(group: Group, modules: Mapping[str, nn.Module]) -> Iterator[_
                 factors[own] = module
                 continue
             for leaf, value in module.named_parameters(recurse=False):
-                yield _Scales(f"{own}.{leaf}", value) if leaf == "weight_scale" else _Values(f"{own}.{leaf}", value, 1.0)
+                if leaf == "weight_scale" and isinstance(module, Matrix) and module.weights is not None:
+                    yield _Scales(f"{own}.{leaf}", value, SCHEMES[module.weights])
+                else:
+                    yield _Values(f"{own}.{leaf}", value, 1.0)
     first = next((name for name, factor in factors.items() if factor.exact), None)
     if first is not None:
         yield _Residual(first, factors.pop(first), factors)

@@ -10,7 +10,7 @@ from lrserve.compression.gradients import GradientStore
 from lrserve.compression.propagate import propagation
 from lrserve.compression.recover import Distilled, Recovered, recover
 from lrserve.compression.refine import adam
-from lrserve.compression.repair import Repairs, recover_rounded, repair
+from lrserve.compression.repair import Repairs, recover_rounded, repair, worth_repairing
 from lrserve.compression.rounding import Rounding
 from lrserve.compression.sequential import Step, walk
 from lrserve.compression.spectra import SpectrumStore
@@ -50,7 +50,7 @@ def improve_factors(
     """Stage 5, first half: do what the recipe asks to the chosen plan; its levels stay.
 
     1. propagate and refine the factors, block by block
-    2. where the plan rounds weights: round, and repair the rounded model block by block
+    2. where the plan rounds weights to fewer than 8 bits: round, and repair the rounded model block by block
     3. recover: distil the dense model into the factors or, where the plan rounds weights, into the rounded model
     """
     settings, changed = job.recipe.factorization, plan.changed(job.units)
@@ -85,8 +85,9 @@ def improve_factors(
         factors = walked("refine", adam(factors, steps=steps, seed=seed), steps=steps, batch_tokens=batch)
         job.say(f"5/6 refine: factors of {len(ranks)} groups, {steps} steps of Adam in each block")
         done["refine"] = {"method": settings.refinement, "tokens": windows.numel(), "steps": steps}
-    student = job.served_model(plan, factors, rounding) if rounds else None
-    if student is not None and refine:
+    repairs_blocks = refine and worth_repairing(changed)
+    student = job.served_model(plan, factors, rounding) if rounds and (repairs_blocks or settings.recover_minutes) else None
+    if student is not None and repairs_blocks:
         inputs = {"windows": tensor_sha256(windows), "steps": steps, "batch_tokens": batch}
         stage = folder.stage("repair", {**identity, **inputs})
         identity["factors"] = stage.name

@@ -173,7 +173,7 @@ def _say_intent(job: Job, costs: Sequence[StageCost], say: Say) -> None:
     settings = recipe.factorization
     backwards = f" and backwards on {settings.fisher_tokens}" if settings.fisher else ""
     may = {None: ["perhaps propagate errors"] * (recipe.structure != "narrow"), True: ["propagate errors"], False: []}
-    after = may[settings.propagate] + ["refine the factors by Adam"] * (settings.refinement != "none")
+    after = may[settings.propagate] + ["refine the blocks by Adam"] * (settings.refinement != "none")
     after += [f"recover for {settings.recover_minutes:g} minutes"] * bool(settings.recover_minutes)
     then = "".join(f"{step}, " for step in after)
     sequences, length = job.windows["calibration"].shape
