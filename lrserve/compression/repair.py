@@ -35,7 +35,8 @@ from lrserve.compression.sequential import Streams, walk_blocks
 from lrserve.errors import CalibrationError
 
 _SCALE_UNIT: Final = 160.0  # of a scale's relative change, over the number of positive values that can be stored
-_NORM_UNIT: Final = 3.0  # over the root mean square of a norm's weights
+_NORM_UNIT: Final = 3.0  # of a norm's relative change
+_SMALLEST: Final = 0.1  # of a norm's weights that changes in proportion to itself, over their root mean square
 _RESIDUAL_UNIT: Final = 30.0  # over the root mean square of both factors
 _LARGEST: Final = 127  # of an int8 factor
 _TINY: Final = 1e-30
@@ -95,11 +96,14 @@ class _Scales(_Master):
 
 
 class _Values(_Master):
-    """A floating-point tensor, in a unit."""
+    """A floating-point tensor, in a unit: a number, or one for each entry."""
 
-    def __init__(self, name: str, values: torch.Tensor, unit: float) -> None:
+    unit: torch.Tensor
+
+    def __init__(self, name: str, values: torch.Tensor, unit: torch.Tensor) -> None:
         super().__init__()
-        self.name, self.dtype, self.unit = name, values.dtype, unit
+        self.name, self.dtype = name, values.dtype
+        self.register_buffer("unit", unit, persistent=False)
         self.values = nn.Parameter(values.detach().float() / unit)
 
     def forward(self) -> dict[str, torch.Tensor]:
@@ -155,7 +159,7 @@ class Masters(nn.Module):
             inside = name.startswith(blocks) if name.startswith(f"{layers}.") else whole
             if inside and "Norm" in type(module).__name__:
                 for own, weight in module.named_parameters(recurse=False):
-                    found.append(_Values(f"{name}.{own}", weight, _NORM_UNIT * _root_mean_square(weight)))
+                    found.append(_Values(f"{name}.{own}", weight, _norm_unit(weight)))
         self._masters, self._registered = found, nn.ModuleList(found)
 
     def forward(self, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -183,10 +187,15 @@ def _group_masters(group: Group, modules: Mapping[str, nn.Module]) -> Iterator[_
                 if leaf == "weight_scale" and isinstance(module, Matrix) and module.weights is not None:
                     yield _Scales(f"{own}.{leaf}", value, SCHEMES[module.weights])
                 else:
-                    yield _Values(f"{own}.{leaf}", value, 1.0)
+                    yield _Values(f"{own}.{leaf}", value, torch.ones((), device=value.device))
     first = next((name for name, factor in factors.items() if factor.exact), None)
     if first is not None:
         yield _Residual(first, factors.pop(first), factors)
+
+
+def _norm_unit(weight: torch.Tensor) -> torch.Tensor:
+    """Return the unit of each weight of a norm: its own size, which smoothing may have made another for each input."""
+    return _NORM_UNIT * weight.detach().float().abs().clamp_min(_SMALLEST * _root_mean_square(weight))
 
 
 def _root_mean_square(values: torch.Tensor) -> float:
@@ -211,7 +220,7 @@ def repair(
 
     Args:
         model: the dense model.
-        compressed: the compressed model in the same dtype; it gets the trained values, of an interrupted run those trained since.
+        compressed: the compressed model in the same dtype; the repairs are applied to it.
         changed: the units that its plan changes, and their levels.
         windows, folder, batch_tokens, progress: as of `walk_blocks`.
         steps, learning_rate, seed: as of `refine.train`.
@@ -239,7 +248,9 @@ def repair(
         return layer, tensors
 
     blocks = 1 + max((unit.layer for unit, _ in changed), default=-1)
-    return Repairs(walk_blocks(model, blocks, windows, folder, improve, batch_tokens=batch_tokens, progress=progress))
+    repairs = Repairs(walk_blocks(model, blocks, windows, folder, improve, batch_tokens=batch_tokens, progress=progress))
+    repairs.apply(compressed)  # those of an interrupted walk as well
+    return repairs
 
 
 class _RoundedStudent:

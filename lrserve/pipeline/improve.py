@@ -93,7 +93,6 @@ def improve_factors(
         identity["factors"] = stage.name
         with progress_bar(job.layers, "5/6 repair") as progress:
             repairs = repair(model, student, changed, windows, stage, steps=steps, seed=seed, batch_tokens=batch, progress=progress)
-        repairs.apply(student)  # an interrupted walk left the first blocks as they were
         job.say(f"5/6 repair: what rounding left of {len(changed)} groups, {steps} steps of Adam in each block")
         done["repair"] = {"tokens": windows.numel(), "steps": steps}
     if settings.recover_minutes:
