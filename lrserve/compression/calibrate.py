@@ -135,7 +135,7 @@ def embed(model: Any, layers: nn.ModuleList, windows: torch.Tensor) -> torch.Ten
     raise CalibrationError("the model's forward pass did not reach its first decoder block")
 
 
-def run_block(block: nn.Module, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+def run_block(block: Callable[..., Any], hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
     """Run one decoder block: some give a tuple that begins with the hidden states."""
     y = block(hidden_states, **kwargs)
     states: torch.Tensor = y[0] if isinstance(y, tuple) else y

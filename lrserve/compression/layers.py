@@ -107,9 +107,10 @@ class Matrix(KeepsDtypes):
         """Return W (m, n); float32 where it is rounded."""
         if self.weights is None:
             return self.weight
-        values = self.weight if SCHEMES[self.weights].group is None else unpack_int4(self.weight_packed)
-        scales = self.weight_scale.float()
-        return (values.float().view(*scales.shape, -1) * scales[:, :, None]).flatten(1)
+        scheme, scales = SCHEMES[self.weights], self.weight_scale.float()
+        values = self.weight if scheme.group is None else unpack_int4(self.weight_packed)
+        values = values.float() if scheme.floating else values  # integers are what the scales' gradient keeps: one byte each
+        return (values.view(*scales.shape, -1) * scales[:, :, None]).flatten(1)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply x (..., n) -> (..., m), its values rounded first where the engines do so."""

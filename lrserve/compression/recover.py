@@ -1,7 +1,8 @@
-"""Recovery: distilling the dense model into the factors of a chosen plan; their ranks, and so the export and its speed, stay.
+"""Recovery: distilling the dense model into the compressed one; ranks and integers, and so the export and its speed, stay.
 
-The student is the dense model with trainable factors (training.py), the loss KL(teacher || student) per token, on calibration text
-that neither the search's validation nor the report sees. Only the factors learn. Three economies make minutes count:
+The student is the dense model with trainable factors (training.py) or, where weights are rounded, the compressed model with what
+can be trained of it (repair.py). The loss is KL(teacher || student) per token, on calibration text that neither the search's
+validation nor the report sees. Three economies make minutes count:
 - Windows are short (`_LENGTH`): attention and its backward pass are a third of the cost at 512 tokens, and little of what
   compression broke is far away.
 - The output layer, a fifth of a small model, runs on every second token only: its gradient is formed in closed form from
@@ -18,19 +19,20 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group
 from lrserve.compression.logits import logits_of
-from lrserve.compression.training import TrainableGroup, TrainedFactors, install_trainable
+from lrserve.compression.training import TrainedFactors, install_trainable
 from lrserve.errors import CalibrationError
 from lrserve.storage.store import atomic_path, write_tensors
 
@@ -47,9 +49,66 @@ _SAVE_SECONDS: Final = 120.0
 _AVERAGED: Final = 20  # steps whose divergence is averaged for the outcome
 
 
+class Student(Protocol):
+    """What is trained: a model of which some float32 parameters learn."""
+
+    @property
+    def model(self) -> Any:
+        """The model that it is, or is computed from: the owner of the output layer."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return what learns."""
+
+    def hidden(self, windows: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden states (windows, length, width) of tokens (windows, length)."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs to go on."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up a state."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what was learnt, by unique names."""
+
+
+class _FactorStudent:
+    """A dense model with trainable factors in the place of its factorized linears."""
+
+    def __init__(self, model: Any, ranks: Sequence[tuple[Group, int]], source: FactorSource) -> None:
+        self.model = model
+        self._trainable = install_trainable(model, ranks, source)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self._trainable.values() for parameter in group.parameters()]
+
+    def hidden(self, windows: torch.Tensor) -> torch.Tensor:
+        return last_hidden_states(self.model, windows)
+
+    def state(self) -> dict[str, Any]:
+        return {name: group.state_dict() for name, group in self._trainable.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for name, group in self._trainable.items():
+            group.load_state_dict(state[name])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return TrainedFactors({name: group.factors() for name, group in self._trainable.items()}).tensors()
+
+
+class Distilled(NamedTuple):
+    """What a student learnt, in how many steps, and the mean KL divergence in nats over the first and the last of them."""
+
+    tensors: dict[str, torch.Tensor]
+    steps: int
+    first_divergence: float
+    last_divergence: float
+    reused: bool
+
+
 @dataclass(frozen=True)
 class Recovered:
-    """The improved factors, how many steps it took, and the mean KL divergence in nats over the first and the last steps."""
+    """The improved factors, and the rest as `Distilled` has it."""
 
     factors: TrainedFactors
     steps: int
@@ -76,13 +135,39 @@ def recover(
     seed: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Recovered:
-    """Train the factors for a time; an interrupted run goes on from its last save, at most two minutes back.
+    """Train the factors of a plan that rounds nothing.
 
     Args:
         teacher: the dense model.
         student: a second copy of it; its factorized linears are replaced by trainable factors.
         ranks: the factorized groups and their ranks.
         source: the factors to start from.
+        windows, folder, seconds, seed, progress: as of `distil`.
+
+    Raises:
+        CalibrationError: the divergence is no longer finite.
+    """
+    found = distil(
+        teacher, lambda: _FactorStudent(student, ranks, source), windows, folder, seconds=seconds, seed=seed, progress=progress
+    )
+    return Recovered(TrainedFactors.from_tensors(found.tensors), *found[1:])
+
+
+def distil(
+    teacher: Any,
+    make: Callable[[], Student],
+    windows: torch.Tensor,
+    folder: Path,
+    *,
+    seconds: float,
+    seed: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Distilled:
+    """Train a student for a time; an interrupted run goes on from its last save, at most two minutes back.
+
+    Args:
+        teacher: the dense model.
+        make: builds the student, unless a finished run is found.
         windows: calibration tokens, int64 (sequences, length).
         folder: private to these inputs.
         seconds: time to spend, without what an interruption lost.
@@ -98,16 +183,15 @@ def recover(
         with safe_open(done, framework="pt") as file:
             outcome = json.loads(file.metadata()["outcome"])
         progress(round(seconds))
-        return Recovered(factors=TrainedFactors.from_tensors(load_file(done)), reused=True, **outcome)
+        return Distilled(load_file(done), reused=True, **outcome)
     teacher.requires_grad_(False)
-    trainable = install_trainable(student, ranks, source)
+    student = make()
     device = next(teacher.parameters()).device
-    parameters = [parameter for group in trainable.values() for parameter in group.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, betas=_BETAS, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=_LEARNING_RATE, betas=_BETAS, weight_decay=0.0, fused=True)
     state = _Progress(seconds=0.0, divergences=[])
     checkpoint = folder / "state.pt"
     if checkpoint.is_file():
-        _restore(checkpoint, trainable, optimizer, state)
+        _restore(checkpoint, student, optimizer, state)
     texts = _texts(windows)
     batch = min(max(1, _BATCH_TOKENS // texts.shape[1]), len(texts))
     began, saved = time.monotonic() - state.seconds, state.seconds
@@ -117,7 +201,8 @@ def recover(
             rate = min(1.0, (step + 1) / _WARMUP_STEPS) * max(_FLOOR, 1 - state.seconds / seconds)
             for group in optimizer.param_groups:
                 group["lr"] = _LEARNING_RATE * rate
-            divergence = _backward(teacher, student, _batch(texts, step, batch, seed).to(device), seed + step)
+            drawn = _batch(texts, step, batch, seed).to(device)
+            divergence = _backward(teacher, student.model, drawn, seed + step, student.hidden)
             if not math.isfinite(divergence):
                 raise CalibrationError(
                     f"recovery: the divergence is {divergence} after {step} steps; try bfloat16, or leave --recover out"
@@ -128,20 +213,19 @@ def recover(
             state.seconds = time.monotonic() - began
             progress(round(min(state.seconds, seconds)))
             if state.seconds - saved > _SAVE_SECONDS:
-                _save(checkpoint, trainable, optimizer, state)
+                _save(checkpoint, student, optimizer, state)
                 saved, began = state.seconds, time.monotonic() - state.seconds  # saving is not training
     except (KeyboardInterrupt, SystemExit):
-        _save(checkpoint, trainable, optimizer, state)
+        _save(checkpoint, student, optimizer, state)
         raise
-    factors = TrainedFactors({name: group.factors() for name, group in trainable.items()})
-    tensors = factors.tensors()
+    tensors = student.tensors()
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise CalibrationError("recovery: a factor is not finite; leave --recover out")
     found = state.divergences
     outcome = {"steps": len(found), "first_divergence": _mean(found[:_AVERAGED]), "last_divergence": _mean(found[-_AVERAGED:])}
     write_tensors(done, tensors, {"outcome": json.dumps(outcome)})
     checkpoint.unlink(missing_ok=True)
-    return Recovered(factors=factors, reused=False, **outcome)
+    return Distilled(tensors, reused=False, **outcome)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -166,12 +250,23 @@ def _batch(texts: torch.Tensor, step: int, batch: int, seed: int) -> torch.Tenso
     return texts[order[index * batch : (index + 1) * batch]]
 
 
+def last_hidden_states(model: Any, windows: torch.Tensor) -> torch.Tensor:
+    """Return what reaches the output layer (windows, length, width) of tokens (windows, length)."""
+    states: torch.Tensor = model.base_model(input_ids=windows, use_cache=False).last_hidden_state
+    return states
+
+
 @torch.enable_grad()
-def _backward(teacher: Any, student: Any, windows: torch.Tensor, seed: int) -> float:
-    """Run one batch forwards and backwards; returns the mean KL divergence of the drawn tokens."""
+def _backward(
+    teacher: Any, student: Any, windows: torch.Tensor, seed: int, run: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> float:
+    """Run one batch forwards and backwards; returns the mean KL divergence of the drawn tokens.
+
+    `run` gives the student's last hidden states where its own forward pass does not.
+    """
     with torch.no_grad():
-        wanted = teacher.base_model(input_ids=windows, use_cache=False).last_hidden_state.flatten(0, 1)
-    hidden = student.base_model(input_ids=windows, use_cache=False).last_hidden_state.flatten(0, 1)
+        wanted = last_hidden_states(teacher, windows).flatten(0, 1)
+    hidden = (last_hidden_states(student, windows) if run is None else run(windows)).flatten(0, 1)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(hidden), generator=generator)[: max(1, int(_TOKEN_SHARE * len(hidden)))].to(hidden.device)
     gradient = torch.zeros_like(hidden)
@@ -201,15 +296,13 @@ def _divergence(teacher: Any, student: Any, wanted: torch.Tensor, hidden: torch.
     return divergence, gradient
 
 
-def _save(path: Path, trainable: Mapping[str, TrainableGroup], optimizer: torch.optim.Optimizer, state: _Progress) -> None:
-    groups = {name: group.state_dict() for name, group in trainable.items()}
+def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, state: _Progress) -> None:
     with atomic_path(path) as partial:
-        torch.save({"groups": groups, "optimizer": optimizer.state_dict(), "progress": asdict(state)}, partial)
+        torch.save({"groups": student.state(), "optimizer": optimizer.state_dict(), "progress": asdict(state)}, partial)
 
 
-def _restore(path: Path, trainable: Mapping[str, TrainableGroup], optimizer: torch.optim.Optimizer, state: _Progress) -> None:
+def _restore(path: Path, student: Student, optimizer: torch.optim.Optimizer, state: _Progress) -> None:
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    for name, group in trainable.items():
-        group.load_state_dict(saved["groups"][name])
+    student.restore(saved["groups"])
     optimizer.load_state_dict(saved["optimizer"])
     state.seconds, state.divergences = saved["progress"]["seconds"], list(saved["progress"]["divergences"])

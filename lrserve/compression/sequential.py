@@ -1,4 +1,4 @@
-"""The walk over the decoder blocks that improves a plan's factors where they will work: behind the blocks compressed before them.
+"""The walk over the decoder blocks that improves what a plan makes of them where it will work: behind the blocks improved before.
 
 Notation
     x, x^ (t, n)   a group's inputs for t tokens, in the dense and in the compressed model;  mu, mu^ (n,) their means
@@ -8,10 +8,11 @@ Notation
 1. The embedded calibration windows begin two streams of hidden states, the dense and the compressed model's, on disk as one memory
    map in the model's dtype.
 2. The dense block takes the dense stream through: what the compressed block should give.
-3. A copy of the block that shares its weights gets the factors of its groups from `step`, which sees both streams. A group's
-   inputs are taken from forward passes that end there, so no activation of a group is kept.
-4. The copy takes the compressed stream through.
-5. The block's factors are published as one safetensors file. Only then are the streams before it removed, so an interrupted walk
+3. The compressed block is improved. `walk` improves factors: a copy of the block that shares its weights gets the factors of its
+   groups from `step`, which sees both streams. A group's inputs are taken from forward passes that end there, so no activation of
+   a group is kept. `repair` improves the block of a compressed model.
+4. The compressed block takes the compressed stream through.
+5. What was improved is published as one safetensors file. Only then are the streams before it removed, so an interrupted walk
    resumes at the block where it stopped, with the same result.
 
 The walk ends behind the last block that the plan compresses. Memory: the model, one block's factors and moments, and one batch.
@@ -84,27 +85,43 @@ class PairedAccumulator:
 
 
 @dataclass(frozen=True)
-class Block:
-    """One decoder block on the walk.
+class Streams:
+    """One decoder block on the walk, and what flows through it.
 
-    `ranks`: its groups that the plan factorizes, in the plan's order. `dense_inputs`, `compressed_inputs`, `dense_outputs`
-    (sequences, length, hidden): memory maps on the CPU. `compressed`: the copy; a group's linears in it are dense until `install`.
+    `model`: the dense one, `layers` its blocks. `dense_inputs`, `compressed_inputs`, `dense_outputs` (sequences, length, hidden):
+    memory maps on the CPU. `batch`: windows in one forward pass.
     """
 
     model: Any
     layers: nn.ModuleList
     index: int
-    ranks: Sequence[tuple[Group, int]]
     dense_inputs: torch.Tensor
     compressed_inputs: torch.Tensor
     dense_outputs: torch.Tensor
-    compressed: nn.Module
     batch: int
     rehearsal: Rehearsal
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def kwargs(self, windows: int) -> dict[str, Any]:
         """Return the keyword arguments that the block wants for a batch of so many windows."""
         return self.rehearsal(windows, self.index)
+
+
+@dataclass(frozen=True)
+class Block(Streams):
+    """A decoder block whose factors are improved.
+
+    `ranks`: its groups that the plan factorizes, in the plan's order. `compressed`: the copy; a group's linears in it are dense
+    until `install`.
+    """
+
+    ranks: Sequence[tuple[Group, int]]
+    compressed: nn.Module
 
     def weight(self, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a group's dense W (m, n) and beta (m,), float64 on the CPU."""
@@ -121,7 +138,7 @@ class Block:
         dense, compressed = self.layers[self.index], self.compressed
         prefix = f"{family_of(self.model.config).layers}.{self.index}."
         linear, replacement = self.model.get_submodule(name), compressed.get_submodule(name.removeprefix(prefix))
-        device = next(self.model.parameters()).device
+        device = self.device
         accumulator = PairedAccumulator(group.n, self.dense_inputs.dtype, device)
         streams = self.dense_inputs, self.compressed_inputs
         for x, x_hat in zip(*(torch.split(stream, self.batch) for stream in streams), strict=True):
@@ -158,7 +175,6 @@ def group_by_group(solve: Solve) -> Step:
     return step
 
 
-@torch.no_grad()
 def walk(
     model: Any,
     ranks: Sequence[tuple[Group, int]],
@@ -169,22 +185,58 @@ def walk(
     batch_tokens: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> TrainedFactors:
-    """Take both streams through the blocks, improve each block's factors, and return those of the whole plan.
+    """Improve each block's factors and return those of the whole plan.
 
     Args:
         model: the dense model; its parameters' `requires_grad` is switched off.
         ranks: the factorized groups with their ranks; within a block in the order in which the forward pass reaches them.
-        windows: calibration tokens, int64 (sequences, length).
-        folder: private to this walk; what is found there must come from the same arguments.
+        windows, folder, batch_tokens, progress: as of `walk_blocks`.
         step: what happens to a block.
-        batch_tokens: tokens in one forward pass, rounded down to whole sequences.
-        progress: called with the number of blocks that are done, of those up to the last one with a factorized group.
 
     Raises:
         CalibrationError: activations or factors that are not finite.
     """
-    layers = model.get_submodule(family_of(model.config).layers)
+
+    def improve(streams: Streams) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+        own = [(group, rank) for group, rank in ranks if group.layer == streams.index]
+        if not own:
+            return streams.layers[streams.index], {}
+        block = Block(**vars(streams), ranks=own, compressed=_copy(streams.layers[streams.index]))
+        factors = {name: trainable.factors() for name, trainable in step(block).items()}
+        return block.compressed, TrainedFactors(factors).tensors()
+
     blocks = 1 + max((group.layer for group, _ in ranks), default=-1)
+    return TrainedFactors.from_tensors(
+        walk_blocks(model, blocks, windows, folder, improve, batch_tokens=batch_tokens, progress=progress)
+    )
+
+
+@torch.no_grad()
+def walk_blocks(
+    model: Any,
+    blocks: int,
+    windows: torch.Tensor,
+    folder: Path,
+    improve: Callable[[Streams], tuple[nn.Module, Mapping[str, torch.Tensor]]],
+    *,
+    batch_tokens: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, torch.Tensor]:
+    """Take both streams through the first blocks, improve each, and return the tensors of all.
+
+    Args:
+        model: the dense model.
+        blocks: how many, from the first on.
+        windows: calibration tokens, int64 (sequences, length).
+        folder: private to this walk; what is found there must come from the same arguments.
+        improve: returns the improved compressed block, and what is to be kept of it by unique names.
+        batch_tokens: tokens in one forward pass, rounded down to whole sequences.
+        progress: called with the number of blocks that are done.
+
+    Raises:
+        CalibrationError: activations or tensors that are not finite.
+    """
+    layers = model.get_submodule(family_of(model.config).layers)
     paths = [folder / f"factors-{index:05d}.safetensors" for index in range(blocks)]
     start = resume_at(folder, paths)
     parameter = next(model.parameters())
@@ -200,14 +252,11 @@ def walk(
         os.replace(partial, states_path(folder, 0))
     progress(start)
     for index in range(start, blocks):
-        own = [(group, rank) for group, rank in ranks if group.layer == index]
         before = memory_map(states_path(folder, index), shape, parameter.dtype)
         after = memory_map(partial, shape, parameter.dtype)
-        compressed = _copy(layers[index]) if own else layers[index]
-        block = Block(model, layers, index, own, before[0], before[1], after[0], compressed, batch, rehearsal)
+        block = Streams(model, layers, index, before[0], before[1], after[0], batch, rehearsal)
         _take_through(layers[index], block, before[0], after[0])
-        installed = step(block) if own else {}
-        tensors = TrainedFactors({name: trainable.factors() for name, trainable in installed.items()}).tensors()
+        compressed, tensors = improve(block)
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise CalibrationError(f"{name} is not finite; keep this group dense, or give more calibration text")
@@ -217,13 +266,12 @@ def walk(
         states_path(folder, index).unlink()
         progress(index + 1)
     states_path(folder, blocks).unlink(missing_ok=True)
-    return TrainedFactors.from_tensors(dict(chain.from_iterable(load_file(path).items() for path in paths)))
+    return dict(chain.from_iterable(load_file(path).items() for path in paths))
 
 
-def _take_through(module: nn.Module, block: Block, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-    device = next(block.model.parameters()).device
+def _take_through(module: nn.Module, block: Streams, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
     for x, y in zip(torch.split(inputs, block.batch), torch.split(outputs, block.batch), strict=True):
-        states = run_block(module, x.to(device), block.kwargs(len(x)))
+        states = run_block(module, x.to(block.device), block.kwargs(len(x)))
         if not torch.isfinite(states).all():
             raise CalibrationError(
                 f"the outputs of decoder block {block.index} are not finite: the model overflows in this dtype on this text; "

@@ -167,7 +167,8 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     costs.append(StageCost("4 measure", measured, weights + dense_graph, 2 * weights + float32 + 2 * engine))
     seconds, disk, memory = 0.0, 0, 0
     if settings.refinement != "none":
-        seconds = (_REFINE * settings.refine_steps * batch + 3 * refined) * forward.decoder
+        walks = 1 + bool(settings.weights)  # at most: of the factors, and of what rounding leaves
+        seconds = walks * (_REFINE * settings.refine_steps * batch + 3 * refined) * forward.decoder
         disk, memory = trained, 2 * weights + activations * 4
     if settings.recover_minutes:
         seconds, disk, memory = seconds + 60 * settings.recover_minutes, 3 * trained, 2 * weights + 4 * trained

@@ -1,14 +1,15 @@
-"""Stage 5: improve the chosen plan's factors as the recipe asks, and keep them if the validation text agrees."""
+"""Stage 5: improve what the chosen plan makes of the model as the recipe asks, and keep that if the validation text agrees."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from lrserve.allocation.plan import Plan
 from lrserve.compression.factorize import FactorSource, GradientOf
 from lrserve.compression.propagate import propagation
-from lrserve.compression.recover import recover
+from lrserve.compression.recover import Distilled, Recovered, recover
 from lrserve.compression.refine import adam
+from lrserve.compression.repair import Repairs, recover_rounded, repair, worth_repairing
 from lrserve.compression.rounding import Rounding
 from lrserve.compression.sequential import Step, walk
 from lrserve.compression.spectra import SpectrumStore
@@ -23,24 +24,40 @@ _PROPAGATED_RATIO = 0.3
 """Plans of factors alone that remove this share of the linears' parameters get propagated ones unless the recipe says otherwise."""
 
 
-def improve_factors(
-    job: Job, plan: Plan, store: SpectrumStore, gradient: GradientOf, folder: WorkFolder
-) -> tuple[FactorSource, dict[str, Any]]:
-    """Stage 5, first half: do what the recipe asks to the chosen plan's factors; their ranks stay.
+class Improved(NamedTuple):
+    """What an improvement leaves.
 
-    Returns:
-        The factors, and what was done to them: the settings, and of a recovery its steps and divergences. Empty for nothing.
+    factors: of the units that have a rank.
+    repairs: what to apply to the model that is rounded from them; None for nothing.
+    done: the settings, and of a recovery its steps and divergences; empty if nothing was done.
     """
-    settings = job.recipe.factorization
-    ranks = [(unit, level.rank) for unit, level in plan.changed(job.units) if level.rank is not None]
+
+    factors: FactorSource
+    repairs: Repairs | None
+    done: dict[str, Any]
+
+
+def improve_factors(
+    job: Job, plan: Plan, store: SpectrumStore, gradient: GradientOf, folder: WorkFolder, rounding: Rounding | None = None
+) -> Improved:
+    """Stage 5, first half: do what the recipe asks to the chosen plan; its levels stay.
+
+    1. propagate and refine the factors, block by block
+    2. where the plan rounds weights to fewer than 8 bits: round, and repair the rounded model block by block
+    3. recover: distil the dense model into the factors or, where the plan rounds weights, into the rounded model
+    """
+    settings, changed = job.recipe.factorization, plan.changed(job.units)
+    ranks = [(unit, level.rank) for unit, level in changed if level.rank is not None]
+    rounds = rounding is not None and any(level.weights is not None for _, level in changed)
     factors: FactorSource = store
+    repairs: Repairs | None = None
     done: dict[str, Any] = {}
     propagate = settings.propagate
     if propagate is None:
         propagate = plan.structure != "narrow" and plan.ratio(job.units) >= _PROPAGATED_RATIO and not settings.recover_minutes
-    refine = settings.refinement
-    if not ranks or not (propagate or refine != "none" or settings.recover_minutes):
-        return factors, done
+    refine, steps = settings.refinement != "none", settings.refine_steps
+    if not (ranks or rounds) or not ((propagate and ranks) or refine or settings.recover_minutes):
+        return Improved(factors, repairs, done)
     calibration, seed = job.windows["calibration"], job.recipe.seed
     windows = first_tokens(calibration, settings.refine_tokens or calibration.numel() // 4)
     batch = job.recipe.calibration.batch_tokens
@@ -53,22 +70,36 @@ def improve_factors(
         with progress_bar(job.layers, f"5/6 {name}") as progress:
             return walk(model, ranks, windows, stage, step, batch_tokens=batch, progress=progress)
 
-    if propagate:
+    if propagate and ranks:
         factors = walked("propagate", propagation(gradient))
         job.say(f"5/6 propagate: factors of {len(ranks)} groups for their compressed inputs")
         done["propagate"] = windows.numel()
-    if refine != "none":
-        steps = settings.refine_steps
+    if refine and ranks:
         factors = walked("refine", adam(factors, steps=steps, seed=seed), steps=steps, batch_tokens=batch)
         job.say(f"5/6 refine: factors of {len(ranks)} groups, {steps} steps of Adam in each block")
-        done["refine"] = {"method": refine, "tokens": windows.numel(), "steps": steps}
+        done["refine"] = {"method": settings.refinement, "tokens": windows.numel(), "steps": steps}
+    repairs_blocks = refine and worth_repairing(changed)
+    student = job.served_model(plan, factors, rounding) if rounds and (repairs_blocks or settings.recover_minutes) else None
+    if student is not None and repairs_blocks:
+        inputs = {"windows": tensor_sha256(windows), "steps": steps, "batch_tokens": batch}
+        stage = folder.stage("repair", {**identity, **inputs})
+        identity["factors"] = stage.name
+        with progress_bar(job.layers, "5/6 repair") as progress:
+            repairs = repair(model, student, changed, windows, stage, steps=steps, seed=seed, batch_tokens=batch, progress=progress)
+        job.say(f"5/6 repair: what rounding left of {len(changed)} groups, {steps} steps of Adam in each block")
+        done["repair"] = {"tokens": windows.numel(), "steps": steps}
     if settings.recover_minutes:
         seconds, texts = 60 * settings.recover_minutes, job.recovery_windows()
-        stage = folder.stage("recover", {**identity, "windows": tensor_sha256(texts), "seconds": seconds})
-        student = job.source.load(job.dtype)
+        inputs = {**identity, "windows": tensor_sha256(texts), "seconds": seconds}
         with progress_bar(round(seconds), "5/6 recover") as progress:
-            outcome = recover(model, student, ranks, factors, texts, stage, seconds=seconds, seed=seed, progress=progress)
-        factors = outcome.factors
+            how: dict[str, Any] = {"seconds": seconds, "seed": seed, "progress": progress}
+            outcome: Recovered | Distilled
+            if student is not None:
+                repairs, outcome = recover_rounded(model, student, changed, texts, folder.stage("distil", inputs), **how)
+            else:
+                student = job.source.load(job.dtype)
+                outcome = recover(model, student, ranks, factors, texts, folder.stage("recover", inputs), **how)
+                factors = outcome.factors
         job.say(
             f"5/6 recover: {outcome.steps} steps, KL divergence {outcome.first_divergence:.3f} to {outcome.last_divergence:.3f} "
             f"nats on calibration text{reused(int(outcome.reused), 1)}"
@@ -78,15 +109,27 @@ def improve_factors(
             "steps": outcome.steps,
             "divergence": [outcome.first_divergence, outcome.last_divergence],
         }
-    return factors, done
+    return Improved(factors, repairs, done)
 
 
-def validate_improved(job: Job, tuned: Tuned, factors: FactorSource, rounding: Rounding) -> float | None:
-    """Return the validation perplexity of improved factors; None where it is above that of the factors that were searched."""
+def validate_improved(
+    job: Job, tuned: Tuned, improved: Improved, store: FactorSource, rounding: Rounding
+) -> tuple[Improved, float]:
+    """Return what is kept of an improvement, and its validation perplexity, which is not above that of the search.
+
+    Where all of it is worse than the search, the factors are tried without the repairs, and then given up.
+    """
     candidate = tuned.chosen.candidate
     searched = candidate.perplexity
-    found = tuned.validation(job.served_model(candidate.plan, factors, rounding)).perplexity
-    better = found <= searched
-    kept = "" if better else "; worse, so the searched factors are kept"
-    job.say(f"5/6 improved: validation perplexity {searched:.2f} to {found:.2f}{kept}")
-    return found if better else None
+    tried = [improved] if improved.done else []
+    before = {step: value for step, value in improved.done.items() if step in ("propagate", "refine")}
+    if improved.repairs is not None and before:
+        tried.append(Improved(improved.factors, None, before))
+    for kept in tried:
+        found = tuned.validation(job.served_model(candidate.plan, kept.factors, rounding, kept.repairs)).perplexity
+        better = found <= searched
+        worse = "" if better else "; worse, so it is given up"
+        job.say(f"5/6 improved ({', '.join(kept.done)}): validation perplexity {searched:.2f} to {found:.2f}{worse}")
+        if better:
+            return kept, found
+    return Improved(store, None, {}), searched

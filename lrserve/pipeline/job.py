@@ -13,6 +13,7 @@ from lrserve.allocation.plan import Offers, Plan
 from lrserve.compression.assemble import compress_model
 from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group, allocated, family_of, find_groups
+from lrserve.compression.repair import Repairs
 from lrserve.compression.rounding import Rounding
 from lrserve.inputs.source import Source, open_source
 from lrserve.inputs.text import Documents, load_texts, shortage, token_windows
@@ -81,21 +82,38 @@ class Job:
         """Cut all of the calibration text into windows: training goes through more of it than the covariances need."""
         return token_windows(self.source.tokenizer(), self.calibration_text, self.recipe.calibration.length)
 
-    def compressed_model(self, plan: Plan, factors: FactorSource, rounding: Rounding | None = None) -> Any:
+    def compressed_model(
+        self, plan: Plan, factors: FactorSource, rounding: Rounding | None = None, repairs: Repairs | None = None
+    ) -> Any:
         """Build the compressed model in float32 on the CPU, every value rounded to what it is stored in."""
-        return self._compressed(self.source.load(torch.float32).cpu(), plan, factors, rounding)
+        return self._compressed(self.source.load(torch.float32).cpu(), plan, factors, rounding, repairs)
 
     def served_model(
-        self, plan: Plan, factors: FactorSource, rounding: Rounding | None = None, units: Sequence[Group] | None = None
+        self,
+        plan: Plan,
+        factors: FactorSource,
+        rounding: Rounding | None = None,
+        repairs: Repairs | None = None,
+        units: Sequence[Group] | None = None,
     ) -> Any:
-        """Build the compressed model as it is served, in its own dtype; `units` are the plan's, if they are no fused groups."""
-        return self._compressed(self.source.load(self.dtype), plan, factors, rounding, units)
+        """Build the compressed model as it is served, in its own dtype.
+
+        `repairs` are what an improvement left of these factors; `units` are the plan's, if they are no fused groups.
+        """
+        return self._compressed(self.source.load(self.dtype), plan, factors, rounding, repairs, units)
 
     def _compressed(
-        self, model: Any, plan: Plan, factors: FactorSource, rounding: Rounding | None, units: Sequence[Group] | None = None
+        self,
+        model: Any,
+        plan: Plan,
+        factors: FactorSource,
+        rounding: Rounding | None,
+        repairs: Repairs | None,
+        units: Sequence[Group] | None = None,
     ) -> Any:
         changed = plan.changed(allocated(self.groups, plan.structure) if units is None else units)
-        return compress_model(model, changed, plan.structure, factors, self.dtype, rounding)
+        compressed = compress_model(model, changed, plan.structure, factors, self.dtype, rounding)
+        return compressed if repairs is None else repairs.apply(compressed)
 
 
 def first_tokens(windows: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -13,7 +13,6 @@ import torch
 from exporters.base import Exporter, SelfProving
 from lrserve.allocation.plan import Plan
 from lrserve.allocation.quality import perplexity
-from lrserve.compression.factorize import FactorSource
 from lrserve.compression.lowrank import dequantized, is_rounded
 from lrserve.compression.rounding import Rounding
 from lrserve.engines.runtimes import Runtime, loader_of
@@ -21,6 +20,7 @@ from lrserve.engines.transcripts import Transcript, transcribe_checkpoint, trans
 from lrserve.inputs.source import Source
 from lrserve.pipeline.agreement import Pair, agree, agree_as_served
 from lrserve.pipeline.baseline import dense_reference, keep_served, kept_served
+from lrserve.pipeline.improve import Improved
 from lrserve.pipeline.job import Job
 from lrserve.pipeline.measure import dense_checkpoint
 from lrserve.recipe import EngineSettings
@@ -150,7 +150,7 @@ def _samples(job: Job, dense: Pair, compressed: Pair) -> list[dict[str, str]]:
     ]
 
 
-def report_perplexity(job: Job, plan: Plan, factors: FactorSource, rounding: Rounding, staging: Path) -> dict[str, Any]:
+def report_perplexity(job: Job, plan: Plan, improved: Improved, rounding: Rounding, staging: Path) -> dict[str, Any]:
     """Perplexity on the report text: the dense model, and the exported checkpoint as transformers loads it."""
     windows = job.windows["report"]
     with progress_bar(2 * len(windows), "6/6 perplexity") as progress:
@@ -158,7 +158,7 @@ def report_perplexity(job: Job, plan: Plan, factors: FactorSource, rounding: Rou
         if (staging / "config.json").is_file():
             model = Source(name="export", path=staging).load(job.dtype)
         else:  # no checkpoint was asked for
-            model = job.served_model(plan, factors, rounding)
+            model = job.served_model(plan, improved.factors, rounding, improved.repairs)
         compressed = perplexity(model, windows, lambda done: progress(len(windows) + done))
     increase = compressed / dense - 1
     job.say(f"6/6 perplexity on the report text: dense {dense:.2f}, compressed {compressed:.2f} ({increase:+.1%})")

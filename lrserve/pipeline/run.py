@@ -50,7 +50,7 @@ def compress_and_export(
     """Compress a model, search the ranks, export the result and prove it.
 
     1. open the model and the texts          4. search: probe, time single layers, run the study, measure its front
-    2. calibrate, block by block             5. improve the factors, if asked to, and export
+    2. calibrate, block by block             5. improve the result, if asked to, and export
     3. factorize, every rank at once         6. prove it: the engines agree, perplexity, throughput
 
     Finished stages are kept in the work folder and reused when the same inputs come again; `out` appears when it is whole.
@@ -112,21 +112,18 @@ def compress_and_export(
         tuned = tune(job, model, store, rounding, gradients, folder, storage)
         del model
         plan = tuned.chosen.candidate.plan
-        factors, improved = improve_factors(job, plan, store, gradient_reader(job, gradients), folder)
-        validation = tuned.chosen.candidate.perplexity
-        if improved and (found := validate_improved(job, tuned, factors, rounding)) is not None:
-            validation = found
-        else:
-            factors, improved = store, {}
+        found = improve_factors(job, plan, store, gradient_reader(job, gradients), folder, rounding)
+        improved, validation = validate_improved(job, tuned, found, store, rounding)
+        del found
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # engines are to come
         with staged(out, replace=overwrite) as staging:
-            rendered = Rendered(job.compressed_model(plan, factors, rounding), exporters)
+            rendered = Rendered(job.compressed_model(plan, improved.factors, rounding, improved.repairs), exporters)
             _export(job, rendered, exporters, staging)
             proof = prove_agreement(job, rendered, exporters, staging, folder)
             del rendered
-            report = report_perplexity(job, plan, factors, rounding, staging)
-            metrics = collect_metrics(job, tuned, improved, validation, proof, report)
+            report = report_perplexity(job, plan, improved, rounding, staging)
+            metrics = collect_metrics(job, tuned, improved.done, validation, proof, report)
             write_evidence(job, tuned, metrics, staging)
     _say_summary(metrics, out, say)
     return metrics
@@ -176,7 +173,7 @@ def _say_intent(job: Job, costs: Sequence[StageCost], say: Say) -> None:
     settings = recipe.factorization
     backwards = f" and backwards on {settings.fisher_tokens}" if settings.fisher else ""
     may = {None: ["perhaps propagate errors"] * (recipe.structure != "narrow"), True: ["propagate errors"], False: []}
-    after = may[settings.propagate] + ["refine the factors by Adam"] * (settings.refinement != "none")
+    after = may[settings.propagate] + ["refine the blocks by Adam"] * (settings.refinement != "none")
     after += [f"recover for {settings.recover_minutes:g} minutes"] * bool(settings.recover_minutes)
     then = "".join(f"{step}, " for step in after)
     sequences, length = job.windows["calibration"].shape

@@ -27,6 +27,7 @@ from lrserve.compression import (
     quantize,
     recover,
     refine,
+    repair,
     residual,
     rounding,
     sequential,
@@ -60,7 +61,9 @@ MODULES: Final[Mapping[str, tuple[ModuleType, ...]]] = {
     "transcripts-onnxruntime": (protocol, transcripts, matmul, onnx, onnx_graph),
     "propagate": (propagate, factorize, narrow, covariance, *_WALK),
     "refine": (refine, *_WALK),
+    "repair": (repair, refine, sequential, calibrate, matmul, *_CUT),
     "recover": (recover, logits, training, structure, matmul),
+    "distil": (recover, repair, logits, matmul, *_CUT),
 }
 """By the stage's name; a stage that is not listed depends on all of them."""
 

@@ -212,7 +212,7 @@ def model_card(metrics: Mapping[str, Any]) -> str:
     model, plan, speed = metrics["model"], metrics["plan"], metrics["throughput"]
     report = metrics["perplexity"]["report"]
     improved = metrics.get("improved", {})
-    after = f" After the search the factors were improved: {', '.join(improved)}." if improved else ""
+    after = f" After the search it was improved: {', '.join(improved)}." if improved else ""
     compiled = "" if metrics["runtime"] == "onnx" else f" {'without' if metrics['enforce_eager'] else 'with'} torch.compile"
     return f"""---
 {_front_matter(metrics)}---
