@@ -110,12 +110,12 @@ def test_a_rounded_plan_is_recovered_as_a_rounded_model(place: Path, folder: Wor
     assert run.logits(found).isfinite().all()
 
 
-def test_a_plan_that_rounds_nothing_has_no_repairs(place: Path, folder: WorkFolder) -> None:
+def test_plans_without_few_bits_have_no_repairs(place: Path, folder: WorkFolder) -> None:
     found = Run(place, folder, {"down": Level(64)}).improved()
     assert list(found.done) == ["refine"]
     assert found.repairs is None
-    nothing = Run(place, folder, ROUNDED, refine="none")
-    assert nothing.improved() == Improved(nothing.store, None, {})
+    for nothing in (Run(place, folder, ROUNDED, refine="none"), Run(place, folder, {"o": Level(weights="int8")})):
+        assert nothing.improved() == Improved(nothing.store, None, {})
 
 
 def test_what_is_worse_than_the_search_is_given_up(place: Path, folder: WorkFolder) -> None:
