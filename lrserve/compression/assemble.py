@@ -276,8 +276,11 @@ class MergedLevels:
                 linear.bias = nn.Parameter(b, requires_grad=False)
 
     def _hook(self, group: Group, weights: Precision, scales: torch.Tensor | None, inputs: torch.Tensor | None) -> None:
-        """Let a group's linears round their inputs, those that are left of them, in units of `scales`."""
-        device = self.model.get_submodule(group.members[0]).weight.device
+        """Let a group's linears round their inputs, those that are left of them, in units of `scales`; not in float32."""
+        weight = self.model.get_submodule(group.members[0]).weight
+        if weight.dtype.itemsize > 2:
+            return
+        device = weight.device
         units = torch.ones(group.n)
         if scales is not None:
             units = scales.float() if inputs is None else units.index_copy(0, inputs, scales.float())

@@ -113,11 +113,11 @@ class Matrix(KeepsDtypes):
         return (values.view(*scales.shape, -1) * scales[:, :, None]).flatten(1)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Multiply x (..., n) -> (..., m), its values rounded first where the engines do so."""
+        """Multiply x (..., n) -> (..., m), its values rounded first where the engines do so: in 16 bits, not in float32."""
         if self.weights is None:
             return linear(x, self.weight, bias)
         scheme = SCHEMES[self.weights]
-        if not scheme.rounds_inputs:
+        if not scheme.rounds_inputs or x.dtype.itemsize > 2:
             return linear(x, self.dense().to(x.dtype), bias)
         near, token = inputs_in_units(x, scheme)
         # Both sides are exact in 16 bits. Their product overflows float16.

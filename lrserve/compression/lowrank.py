@@ -222,6 +222,12 @@ def is_rounded(model: nn.Module) -> bool:
     return any(isinstance(module, (RoundedLinear, LowRankLinear)) and module.weights is not None for module in model.modules())
 
 
+def has_rounded_inputs(model: nn.Module) -> bool:
+    """Whether some of a model's layers round their inputs in 16 bits."""
+    weights = (module.weights for module in model.modules() if isinstance(module, Matrix))
+    return any(precision is not None and SCHEMES[precision].rounds_inputs for precision in weights)
+
+
 @torch.no_grad()
 def dequantized(model: Any) -> Any:
     """Let a model compute in floating point numbers: rounded weights become what they stand for, residuals are merged into them.

@@ -2,6 +2,10 @@
 
 In float32 the reference is the model in memory, and the bound is the exporter's tolerance. As served, in a dtype that rounds, two
 engines differ even on the dense model; so the bound there is what they differ by on the dense model, times `FACTOR`.
+
+Where a model rounds inputs to 8 bits the last bit of a sum decides to which side an input falls, and two engines differ by as much
+as rounding inputs changes. That is known without the engine: it is what transformers in that dtype differs by from itself in
+float32, which rounds no inputs. The bound is then that of the larger of the two. What it cannot see is found in float32.
 """
 
 from __future__ import annotations
@@ -92,7 +96,7 @@ def agree(engine: str, reference: Sequence[Transcript], transcripts: Sequence[Tr
     }
 
 
-def agree_as_served(engine: str, dense: Pair, compressed: Pair) -> dict[str, Any]:
+def agree_as_served(engine: str, dense: Pair, compressed: Pair, rounded: Pair | None = None) -> dict[str, Any]:
     """Hold the compressed model's differences to those of the dense model, between the same two engines on the same prompts.
 
     The mean difference may be `FACTOR` times the dense model's, and the largest the square of that; and `FLOOR` more. Where greedy
@@ -102,16 +106,19 @@ def agree_as_served(engine: str, dense: Pair, compressed: Pair) -> dict[str, Any
         engine: names the engine, with its dtype, in messages.
         dense: the dense model's transcripts.
         compressed: the exported model's.
+        rounded: of a model that rounds inputs, transformers' transcripts in float32 and in the dtype.
 
     Returns:
-        `factor`, `floor`, and `Differences` as `dense` and `compressed`.
+        `factor`, `floor`, and `Differences` as `dense`, `compressed` and, where it was given, `rounded`.
 
     Raises:
         AgreementError: a difference beyond its bound, or the dense model gives no bound, since its own differences are not finite.
     """
-    expected, found = differences(dense), differences(compressed)
+    expected, found = [differences(dense)], differences(compressed)
+    expected += [] if rounded is None else [differences(rounded)]
+    of = "the dense model" if rounded is None else "the dense model or of rounding inputs"
     for statistic, factor in (("mean", FACTOR), ("largest", FACTOR**2)):
-        own, measure = getattr(found, statistic), getattr(expected, statistic)
+        own, measure = getattr(found, statistic), max(getattr(known, statistic) for known in expected)
         if not math.isfinite(measure):
             raise AgreementError(
                 f"{engine}: the dense model's log probabilities are not finite, so there is nothing to hold the compressed "
@@ -120,10 +127,11 @@ def agree_as_served(engine: str, dense: Pair, compressed: Pair) -> dict[str, Any
         if not own <= factor * measure + FLOOR:  # written so that a NaN fails
             raise AgreementError(
                 f"{engine} differs from transformers by {own:.3g} nats ({statistic} difference of prompt tokens' log "
-                f"probabilities); the bound is {factor:g} x {measure:.3g} of the dense model + {FLOOR:g}; {_ACTION}"
+                f"probabilities); the bound is {factor:g} x {measure:.3g} of {of} + {FLOOR:g}; {_ACTION}"
             )
-    _require_ties(engine, "transformers", compressed, FACTOR * expected.largest + FLOOR)
-    return {"factor": FACTOR, "floor": FLOOR, "dense": asdict(expected), "compressed": asdict(found)}
+    _require_ties(engine, "transformers", compressed, FACTOR * max(known.largest for known in expected) + FLOOR)
+    sides = dict(zip(("dense", "rounded"), map(asdict, expected), strict=False))
+    return {"factor": FACTOR, "floor": FLOOR, **sides, "compressed": asdict(found)}
 
 
 def _equal_tokens(expected: Transcript, found: Transcript) -> int:

@@ -13,7 +13,7 @@ import torch
 from exporters.base import Exporter, SelfProving
 from lrserve.allocation.plan import Plan
 from lrserve.allocation.quality import perplexity
-from lrserve.compression.lowrank import dequantized, is_rounded
+from lrserve.compression.lowrank import dequantized, has_rounded_inputs, is_rounded
 from lrserve.compression.rounding import Rounding
 from lrserve.engines.runtimes import Runtime, loader_of
 from lrserve.engines.transcripts import Transcript, transcribe_checkpoint, transcribe_model
@@ -61,7 +61,8 @@ def prove_agreement(job: Job, rendered: Rendered, exporters: Sequence[Exporter],
     """Run the prompts through every exported rendering and hold them against transformers.
 
     1. in float32, against the model in memory
-    2. as the recipe's settings serve it, against transformers in the same dtype, held to what the dense model shows there
+    2. as the recipe's settings serve it, against transformers in the same dtype, held to what the dense model shows there or, where
+       inputs are rounded, to what that changes in transformers
 
     Args:
         job: the opened inputs.
@@ -89,7 +90,7 @@ def prove_agreement(job: Job, rendered: Rendered, exporters: Sequence[Exporter],
                 for engine, transcripts in exporter.transcribe(staging, prompts, new_tokens).items():
                     agreement[engine] = agree(engine, reference, transcripts, exporter.tolerance)
             else:
-                found, proven[exporter.name] = _prove_rendering(job, exporter, reference, staging, folder)
+                found, proven[exporter.name] = _prove_rendering(job, exporter, model, reference, staging, folder)
                 agreement |= found
             progress(index + 1)
     job.say(f"6/6 agreement: {'; '.join(_one_line(name, found) for name, found in agreement.items())}")
@@ -98,7 +99,7 @@ def prove_agreement(job: Job, rendered: Rendered, exporters: Sequence[Exporter],
 
 
 def _prove_rendering(
-    job: Job, exporter: Exporter, reference: Sequence[Transcript], staging: Path, folder: WorkFolder
+    job: Job, exporter: Exporter, model: Any, reference: Sequence[Transcript], staging: Path, folder: WorkFolder
 ) -> tuple[dict[str, dict[str, Any]], tuple[Pair, Pair]]:
     """Prove a rendering of one of lrserve's exporters; returns its figures by engine, and the dense and compressed transcripts."""
     report = job.recipe.report
@@ -111,15 +112,17 @@ def _prove_rendering(
     with plain.open(staging, {"": report.workload}) as engine:
         compressed = Pair(reference, engine.transcribe(prompts, new_tokens))
     agreement[plain.name] = agree(plain.name, reference, compressed.engine, exporter.tolerance)
+    rounded: Pair | None = None
     if (served.dtype, served.compiled) != (plain.dtype, plain.compiled):
         loaded = transcribe_checkpoint(staging, getattr(torch, served.dtype), prompts, new_tokens)
         with served.open(staging, job.recipe.requests) as engine:
             compressed = Pair(loaded, engine.transcribe(prompts, new_tokens))
+        rounded = Pair(reference, loaded) if has_rounded_inputs(model) else None
     dense = _dense(job, served, folder)
     agreement[served.name]["as_served"] = {
         "dtype": served.dtype,
         "compiled": served.compiled,
-        **agree_as_served(f"{served.name} in {served.dtype}", dense, compressed),
+        **agree_as_served(f"{served.name} in {served.dtype}", dense, compressed, rounded),
     }
     return agreement, (dense, compressed)
 

@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
-from lrserve.compression.level import SCHEMES, Precision
+from lrserve.compression.level import Precision
 from lrserve.compression.packing import unpack_int4
 from lrserve.compression.spec import compressed_tensors_config
 from lrserve.errors import EngineError
@@ -45,7 +45,7 @@ def scheme_for(layer: nn.Module, precision: Precision, prefix: str, dtype: torch
         scheme = _config(precision).get_scheme(layer, prefix)
     except _NO_KERNEL as error:
         raise no_kernel(prefix, precision, error) from error
-    return InFloat32(scheme) if dtype == torch.float32 and not SCHEMES[precision].rounds_inputs else scheme
+    return InFloat32(scheme) if dtype == torch.float32 else scheme
 
 
 def create_weights(scheme: Any, layer: nn.Module, precision: Precision, prefix: str, sizes: Mapping[str, Any]) -> None:
@@ -70,9 +70,11 @@ def no_kernel(prefix: str, precision: Precision, error: Exception) -> EngineErro
 
 
 class InFloat32:
-    """A weight-only scheme where vLLM computes in float32, which its int4 kernels do not: multiplies by Q (m, n) in float32.
+    """A scheme where vLLM computes in float32: multiplies by Q (m, n) in float32, and does not round inputs.
 
-    The same map without the kernel's rounding. It takes 8 times the memory of 4 bits, so vLLM's log says that it is used.
+    The map without any rounding but that of the stored weights, against which others can be held: where inputs are rounded, the last
+    bit of one decides to which side it falls, and a deep model makes of that what it makes of all rounding. vLLM's kernels for 4
+    bits do not compute in float32 at all. It takes 4 to 8 times the memory, so vLLM's log says that it is used.
     """
 
     def __init__(self, scheme: Any) -> None:
@@ -86,13 +88,13 @@ class InFloat32:
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Dequantize."""
-        _log.warning_once(
-            "vLLM's 4-bit kernels compute in 16 bits only: for float32, lrserve dequantizes the weights when they are loaded"
-        )
+        _log.warning_once("lrserve: for float32, rounded weights are dequantized when they are loaded, and inputs are not rounded")
         scales = layer.weight_scale.data
-        values = unpack_int4(layer.weight_packed.data).view(*scales.shape, -1)
-        weight = (values * scales[:, :, None]).flatten(1)
-        del layer.weight_packed, layer.weight_scale, layer.weight_shape
+        packed = hasattr(layer, "weight_packed")
+        values = unpack_int4(layer.weight_packed.data) if packed else layer.weight.data.float()
+        weight = (values.view(*scales.shape, -1) * scales[:, :, None]).flatten(1)
+        for name in ("weight_packed", "weight_scale", "weight_shape") if packed else ("weight_scale", "weight"):
+            delattr(layer, name)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         self._float.process_weights_after_loading(layer)
 
