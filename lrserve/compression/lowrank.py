@@ -21,6 +21,7 @@ from lrserve.compression.layers import (
     SharedResidual,
     first_factor,
 )
+from lrserve.compression.level import SCHEMES
 from lrserve.compression.quantize import Residual, Rounded
 from lrserve.compression.spec import GroupSpec, check_groups, leaves
 from lrserve.errors import ArtifactError, CalibrationError

@@ -72,9 +72,9 @@ def no_kernel(prefix: str, precision: Precision, error: Exception) -> EngineErro
 class InFloat32:
     """A scheme where vLLM computes in float32: multiplies by Q (m, n) in float32, and does not round inputs.
 
-    The map without any rounding but that of the stored weights, against which others can be held: where inputs are rounded, the last
-    bit of one decides to which side it falls, and a deep model makes of that what it makes of all rounding. vLLM's kernels for 4
-    bits do not compute in float32 at all. It takes 4 to 8 times the memory, so vLLM's log says that it is used.
+    The map without any rounding but that of the stored weights, against which others can be held: where inputs are rounded, the
+    last bit of one decides to which side it falls, and a deep model makes of that what it makes of all rounding. vLLM's kernels
+    for 4 bits do not compute in float32 at all. It takes 4 to 8 times the memory, so vLLM's log says that it is used.
     """
 
     def __init__(self, scheme: Any) -> None:
