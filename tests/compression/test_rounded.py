@@ -15,7 +15,7 @@ from lrserve.compression.layers import Factor, RoundedLinear, exact_names
 from lrserve.compression.level import PRECISIONS, SCHEMES, Precision
 from lrserve.compression.lowrank import install_low_rank, keep_outputs, load_residual, load_rounded, reorder_outputs
 from lrserve.compression.packing import pack_int4, unpack_int4
-from lrserve.compression.quantize import Rounded, round_to_nearest
+from lrserve.compression.quantize import Rounded, inputs_in_units, round_to_nearest
 from lrserve.compression.spec import GroupSpec, leaves
 from lrserve.errors import ArtifactError
 
@@ -74,10 +74,23 @@ def test_casts_leave_what_is_rounded_alone(weights: Precision) -> None:
 
 def test_gradients_pass_rounded_inputs() -> None:
     layer, rounded = linear_of("int8")
-    x = torch.randn(3, N, requires_grad=True)
-    layer(x).sum().backward()
-    torch.testing.assert_close(x.grad, rounded.dense().sum(0).expand(3, N), atol=1e-4, rtol=1e-4)
+    x = torch.randn(3, N, dtype=torch.bfloat16, requires_grad=True)
+    layer.to(torch.bfloat16)(x).sum().backward()
+    torch.testing.assert_close(x.grad.float(), rounded.dense().sum(0).expand(3, N), atol=0.02, rtol=0.02)
     assert layer.weight_scale.grad is not None
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_inputs_are_rounded_in_sixteen_bits_only(weights: Precision) -> None:
+    layer, rounded = linear_of(weights, bias=False)
+    x = torch.randn(3, N)
+    torch.testing.assert_close(layer(x), x @ rounded.dense().T)
+    near, scale = inputs_in_units(x.bfloat16(), SCHEMES[weights])
+    assert near.unique().numel() <= 255
+    expected = (near * scale) @ rounded.dense().T
+    found = layer.to(torch.bfloat16)(x.bfloat16()).float()
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+    assert (expected - layer.to(torch.float32)(x.bfloat16().float())).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4_g32", "fp8"])

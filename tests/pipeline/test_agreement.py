@@ -123,3 +123,15 @@ def test_as_served_passes_exactly_what_both_bounds_allow(dense: tuple[float, ...
         assert not within
     else:
         assert within
+
+
+def test_as_served_a_model_that_rounds_inputs_may_differ_by_what_that_changes() -> None:
+    dense, compressed = moved(0.01, 0.01, 0.01), moved(0.1, -0.1, 0.1)
+    with pytest.raises(AgreementError, match="the bound is 3 x 0.01 of the dense model"):
+        agree_as_served("engine", dense, compressed)
+    found = agree_as_served("engine", dense, compressed, rounded=moved(0.05, 0.05, -0.05))
+    assert found["rounded"]["mean"] == pytest.approx(0.05)
+    with pytest.raises(AgreementError, match="the bound is 3 x 0.03 of the dense model or of rounding inputs"):
+        agree_as_served("engine", dense, compressed, rounded=moved(0.03, 0.03, -0.03))
+    with pytest.raises(AgreementError):
+        agree_as_served("engine", dense, compressed, rounded=moved(math.nan, 0.05, 0.05))
