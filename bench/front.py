@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from inputs import readme_recipe
+from lrserve.allocation.goal import Evaluated, Goal
 from lrserve.allocation.plan import BudgetFit, Plan
 from lrserve.compression.assemble import MergedLevels
 from lrserve.compression.matmul import float32_matmuls
@@ -32,10 +33,10 @@ from lrserve.compression.rounding import Rounding
 from lrserve.compression.spectra import SpectrumStore
 from lrserve.engines.runtimes import runtime_of
 from lrserve.pipeline.job import Job, first_tokens, open_job
-from lrserve.pipeline.measure import DenseEngine, measure_layers, speed_model
+from lrserve.pipeline.measure import DenseEngine, measure_front, measure_layers, speed_model
 from lrserve.pipeline.rounding import rounding_of
 from lrserve.pipeline.run import backpropagate, calibrate_blocks, factorize_groups
-from lrserve.pipeline.search import known_losses
+from lrserve.pipeline.search import everywhere, known_losses, rounding_metric
 from lrserve.pipeline.stages import MODULES
 from lrserve.plugins.versions import engine_version
 from lrserve.recipe import Recipe
@@ -59,8 +60,17 @@ def plans_for(job: Job, speeds: Sequence[float], folder: WorkFolder) -> tuple[di
     merged = MergedLevels(model, job.units, store, rounding)
     runtime = runtime_of(job.recipe.engine)
     with DenseEngine(runtime, job.source.path, job.recipe.requests, folder.root / "dense-engine.log") as dense:
-        measured, _ = measure_layers(job, runtime, dense, folder)
-    speed, losses = known_losses(job, merged, store, rounding, gradients, speed_model(job, measured), folder)
+        layers, _ = measure_layers(job, runtime, dense, folder)
+        speed = speed_model(job, layers)
+        rounding_metric(job, merged, rounding, gradients, speed, folder)
+        plans = [
+            everywhere(job.units, precision, speed.offers) for precision in STOCK.values() if precision in speed.offers.precisions
+        ]
+        goal = Goal(job.recipe.target, job.recipe.search.speed_weight, 1.0)
+        usual = [Evaluated(plan, 1.0, 0.0, f"{plan.levels}", None) for plan in plans]
+        found_of = measure_front(job, store, folder, runtime, dense, goal, speed, rounding, usual)
+    speed = speed.corrected([(m.candidate.plan, m.comparison.relative_times) for m in found_of])
+    speed, losses = known_losses(job, merged, store, speed, folder)
     fit = BudgetFit(job.units, speed.offers, speed.cost)
     found: dict[str, tuple[Plan, float]] = {}
     for asked in speeds:

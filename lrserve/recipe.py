@@ -107,9 +107,10 @@ class Factorization(_Frozen):
     """`narrow` removes neurons of the MLPs, which stay dense layers, and splits other layers into two factors where that pays.
     `low_rank` splits every layer into two factors. `identity_block` keeps a higher rank per parameter, and is slower to serve.
     """
-    weights: tuple[Precision, ...] = ("int8", "int4_g32", "fp8")
+    weights: tuple[Precision, ...] | None = None
     """What weights may be rounded to, if the engine can multiply by it here and it pays: `int8` (and `fp8`) round the inputs of a
-    layer too, `int4_g32` has 4 bits and one scale for 32 weights (also `_g64`, `_g128`). An empty list rounds nothing.
+    layer too, `int4_g32` has 4 bits and one scale for 32 weights (also `_g64`, `_g128`). null is `int8` and `int4_g32`, and `fp8`
+    on a GPU. An empty list rounds nothing.
     """
     residuals: tuple[Annotated[int, Field(ge=1)], ...] = (8, 16, 32)
     """Ranks of the factors that may be added to weights of 4 bits, to make up for their rounding."""

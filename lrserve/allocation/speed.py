@@ -4,7 +4,7 @@ One run of a workload with P prompt tokens, S output tokens and c requests at on
 most `PREFILL_CHUNK`) and S - 1 decode steps of c tokens. The dense model's run is measured as a whole, in T seconds; a plan is
 predicted to take T plus, for each group, the difference between its factors' and its dense latency over all those calls.
 Everything outside the linear layers is thus measured, not modelled, and the dense plan is predicted exactly. What the engine then
-says of whole plans corrects the differences by one factor for each workload (`SpeedModel.corrected`).
+says of whole plans corrects times and differences by factors for each workload (`SpeedModel.corrected`).
 
 Several workloads are a mix: a machine that serves the dense model spends a given share of its time on each. A plan's *relative
 time* is what the same requests take it, over the dense model's: the mean over the workloads, weighted by their shares. So
@@ -150,6 +150,7 @@ class SpeedModel:
         self.groups = list(groups)
         self._shares = shares(workloads)
         self._factors = dict.fromkeys(workloads, 1.0)
+        self._rounded: dict[str, dict[Precision, float]] = {name: {} for name in workloads}
         # microseconds of a call become relative time of its workload
         self._weights = {
             name: {rows: 1e-6 * number / dense_seconds[name] for rows, number in calls(workload).items()}
@@ -212,44 +213,69 @@ class SpeedModel:
         return whole in levels and self.cost(group, whole) < min(self.cost(group, level) for level in others)
 
     def corrected(self, measured: Sequence[tuple[Plan, Mapping[str, float]]]) -> SpeedModel:
-        """Return the uncorrected model of the same table with one factor for each workload on all predicted changes of time.
+        """Return the uncorrected model of the same table with factors, for each workload, on what it predicts.
 
-        The least-squares factor through what was measured, drawn towards 1: one plan that changes the time by 5 % counts as
-        much as the table.
+        One on the times of each precision, from the plan that rounds most units to it and removes nothing: layers are timed one by
+        one, and an engine that compiles the model starts them at another cost. And one on the changes of time by ranks, the
+        least-squares factor through all plans, drawn towards 1: one plan that changes the time by 5 % counts as much as the table.
 
         Args:
             measured: plans, and for each workload the relative time that the engine found.
         """
         model = copy.copy(self)
         model._factors = dict.fromkeys(self._factors, 1.0)
-        predicted = [model.relative_times(plan) for plan, _ in measured]
-        factors = {}
+        model._rounded = {name: self._rounded_factors(name, measured) for name in self._factors}
         for name in self._factors:
-            pairs = [(table[name] - 1, times[name] - 1) for table, (_, times) in zip(predicted, measured, strict=True)]
+            pairs = []
+            for plan, times in measured:
+                kept = sum(model._change(name, group, replace(level, rank=None)) for group, level in plan.changed(self.groups))
+                whole = sum(model._change(name, group, level) for group, level in plan.changed(self.groups))
+                pairs.append((whole - kept, times[name] - 1 - kept))
             products, squares = sum(x * y for x, y in pairs), sum(x * x for x, _ in pairs)
-            factors[name] = max((products + _TRUST) / (squares + _TRUST), 0.0)
-        model._factors = factors
+            model._factors[name] = max((products + _TRUST) / (squares + _TRUST), 0.0)
         return model
+
+    def _rounded_factors(self, name: str, measured: Sequence[tuple[Plan, Mapping[str, float]]]) -> dict[Precision, float]:
+        """Return the factors on a workload's times of each precision that a plan was measured in alone."""
+        factors: dict[Precision, float] = {}
+        for precision in self.offers.precisions:
+            alone = [
+                (changed, times[name])
+                for plan, times in measured
+                if (changed := plan.changed(self.groups)) and {level for _, level in changed} == {Level(weights=precision)}
+            ]
+            if alone:
+                changed, time = max(alone, key=lambda found: len(found[0]))
+                before, after = (sum(self._table(name, group, to) for group, _ in changed) for to in (DENSE, changed[0][1]))
+                factors[precision] = max(time - 1 + before, _TRUST) / after
+        return factors
 
     def _key(self, group: Group, weights: Precision | None) -> tuple[bool, tuple[Shape, ...], Precision | None]:
         return group.ordered, tuple(shapes_of(group, DENSE, self.offers)), weights
 
-    def _time(self, name: str, group: Group, level: Level) -> float:
+    def _table(self, name: str, group: Group, level: Level) -> float:
         curve = self._curves[self._key(group, level.weights)]
-        table = sum(weight * curve.microseconds(level, rows) for rows, weight in self._weights[name].items())
-        return self._factors[name] * table
+        return sum(weight * curve.microseconds(level, rows) for rows, weight in self._weights[name].items())
+
+    def _change(self, name: str, group: Group, level: Level) -> float:
+        """Predict the relative time that a unit takes beyond dense."""
+        whole = Level(weights=level.weights)
+        rounded = self._rounded[name].get(level.weights, 1.0) if level.weights else 1.0
+        kept = rounded * self._table(name, group, whole) - self._table(name, group, DENSE) if level.weights else 0.0
+        if level == whole:
+            return kept
+        return kept + self._factors[name] * rounded * (self._table(name, group, level) - self._table(name, group, whole))
 
     def cost(self, group: Group, level: Level) -> float:
         """Predict the unit's part of the mix's relative time; a `Cost` for `BudgetFit`."""
-        return sum(share * self._time(name, group, level) for name, share in self._shares.items())
+        return sum(
+            share * (self._table(name, group, DENSE) + self._change(name, group, level)) for name, share in self._shares.items()
+        )
 
     def relative_times(self, plan: Plan) -> dict[str, float]:
         """Predict, for each workload, the plan's time over the dense model's."""
         changed = plan.changed(self.groups)
-        return {
-            name: max(1 + sum(self._time(name, group, level) - self._time(name, group, DENSE) for group, level in changed), 1e-9)
-            for name in self._shares
-        }
+        return {name: max(1 + sum(self._change(name, group, level) for group, level in changed), 1e-9) for name in self._shares}
 
     def speedups(self, plan: Plan) -> dict[str, float]:
         """Predict, for each workload, the throughput over the dense model's."""

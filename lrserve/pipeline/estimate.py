@@ -154,7 +154,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
         kept = activations * job.layers // 2
         costs.append(StageCost("2 gradients", _GRADIENTS * tokens * forward.total, 2 * moments, weights + moments + kept))
     costs.append(StageCost("3 factorize", _DECOMPOSE * cubes * _seconds_per_cube(), spectra, weights + 8 * 6 * largest**2))
-    precisions = 1 + len(recipe.factorization.weights)  # at most
+    precisions = 1 + len(job.precisions)  # at most
     probes = precisions * len(job.units) * search.probe_tokens * (forward.decoder / 2 + forward.head)
     judged = search.trials * search.validation_tokens + 2 * min(search.validation_pool, job.windows["validation"].numel())
     searched = probes + _TRIAL * judged * forward.total

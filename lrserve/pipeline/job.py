@@ -13,6 +13,7 @@ from lrserve.allocation.plan import Offers, Plan
 from lrserve.compression.assemble import compress_model
 from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group, allocated, family_of, find_groups
+from lrserve.compression.level import Precision
 from lrserve.compression.repair import Repairs
 from lrserve.compression.rounding import Rounding
 from lrserve.inputs.source import Source, open_source
@@ -51,7 +52,13 @@ class Job:
     def offers(self) -> Offers:
         """The levels that the recipe allows; what the engine cannot run is not known yet."""
         settings = self.recipe.factorization
-        return Offers(self.recipe.search.rank_step, settings.structure, settings.weights, settings.residuals)
+        return Offers(self.recipe.search.rank_step, settings.structure, self.precisions, settings.residuals)
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """What weights may be rounded to."""
+        asked = self.recipe.factorization.weights
+        return asked if asked is not None else ("int8", "int4_g32", *(("fp8",) if torch.cuda.is_available() else ()))
 
     @property
     def layers(self) -> int:

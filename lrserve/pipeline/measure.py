@@ -187,16 +187,16 @@ def measure_front(
     folder: WorkFolder,
     runtime: Runtime,
     dense: DenseEngine,
-    trials: Sequence[Evaluated],
     goal: Goal,
     speed: SpeedModel,
     rounding: Rounding,
     first: Sequence[Evaluated],
-    only: Evaluated | None = None,
+    before: Sequence[Measured] = (),
+    trials: Sequence[Evaluated] = (),
 ) -> list[Measured]:
-    """Export the plans `first`, and the most promising ones of the front or `only` one, and measure each in turns with dense.
+    """Export the plans `first`, and the most promising ones of the front of `trials`, and measure each in turns with dense.
 
-    What was measured corrects the predictions by which the next plan is picked.
+    What was measured corrects the predictions by which the next plan is picked. Returns it all, with what was measured `before`.
     """
     recipe = job.recipe
     workloads, settings = recipe.workloads, recipe.engine
@@ -210,19 +210,19 @@ def measure_front(
     }
     stage = folder.stage("measure", identity)
     checkpoint = folder.root / "candidate"
-    measured: list[Measured] = []
+    measured, waiting = list(before), list(first)
     runs = count(1)
-    plans = len(first) + (recipe.search.measured_plans if only is None else 1)
-    with progress_bar(plans * len(workloads) * 2 * settings.repeats, "4/6 measure") as progress:
+    plans = len(before) + len(first) + (recipe.search.measured_plans if trials else 0)
+    with progress_bar((plans - len(before)) * len(workloads) * 2 * settings.repeats, "4/6 measure") as progress:
         while len(measured) < plans:
             now = speed.corrected([(m.candidate.plan, m.comparison.relative_times) for m in measured])
             known = [m.candidate for m in measured]
-            candidate = first[len(known)] if len(known) < len(first) else only or next_candidate(trials, known, goal, now.speedup)
+            candidate = waiting.pop(0) if waiting else next_candidate(trials, known, goal, now.speedup)
             if candidate is None:
                 break
             path = stage / f"{fingerprint(candidate.plan.key())[:16]}.json"
-            before = path.is_file()
-            if not before:
+            reuse = path.is_file()
+            if not reuse:
                 shutil.rmtree(checkpoint, ignore_errors=True)
                 checkpoint.mkdir()
                 runtime.exporter.export(
@@ -247,6 +247,6 @@ def measure_front(
             job.say(
                 f"4/6 measure: {candidate.origin}: validation perplexity {candidate.perplexity:.2f}, {found.speedup:.2f}x of dense "
                 f"({found.spread[0]:.2f} to {found.spread[1]:.2f}), predicted {speed.speedup(plan):.2f}x, corrected "
-                f"{now.speedup(plan):.2f}x; {parts}{reused(int(before), 1)}"
+                f"{now.speedup(plan):.2f}x; {parts}{reused(int(reuse), 1)}"
             )
     return measured

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,21 @@ def tune(
         stage, place = _study_place(job, folder, inputs, storage)
         if isinstance(place, tuple):
             table = published(open_study(place[1], place[0], goal.metrics), table)
-        runnable = speed_model(job, table)
-        speed, losses = known_losses(job, merged, store, rounding, gradients, runnable, folder)
+        table_speed = speed_model(job, table)
+        rounding_metric(job, merged, rounding, gradients, table_speed, folder)
+        measure = partial(measure_front, job, store, folder, runtime, dense, goal, table_speed, rounding)
+        usual = _usual(job, table_speed.offers, merged, validation, table_speed)
+        merged.to("cpu")
+        measured = measure(usual)
+        dense.leave_gpu()
+        merged.to(device)
+        speed = table_speed.corrected([(m.candidate.plan, m.comparison.relative_times) for m in measured])
+        speed, losses = known_losses(job, merged, store, speed, folder)
         space = SearchSpace(job.units, target, settings, losses, speed, speed.offers, job.dtype.itemsize)
         trials = _search(job, merged, space, goal, speed, validation, place)
         picked = _picked(trials, settings.choose)
-        usual = [] if picked else _usual(job, runnable.offers, merged, validation, speed)
         merged.to("cpu")
-        measured = measure_front(job, store, folder, runtime, dense, trials, goal, speed, rounding, usual, picked)
+        measured = measure([picked] if picked else [], measured, [] if picked else trials)
     best = picked or choose([measured_speed(m, goal) for m in measured], goal)
     chosen = next(m for m in measured if m.candidate is best)
     share = best.plan.byte_share(job.units, job.dtype.itemsize)
@@ -114,23 +122,28 @@ def tune(
     return Tuned(chosen, measured, trials, goal, speed, validation, path)
 
 
-def known_losses(
+def rounding_metric(
     job: Job,
     merged: MergedLevels,
-    store: SpectrumStore,
     rounding: Rounding,
     gradients: GradientStore | None,
     runnable: SpeedModel,
     folder: WorkFolder,
+) -> None:
+    """Let rounding to 4 bits be measured by moments in which tokens weigh by their gradients, if the engine can run it."""
+    if gradients is not None and any(SCHEMES[precision].bits < 8 for precision in runnable.offers.precisions):
+        merged.apply({})
+        rounding.measure_by(weigh_tokens(job, merged.model, gradients, folder))
+
+
+def known_losses(
+    job: Job, merged: MergedLevels, store: SpectrumStore, runnable: SpeedModel, folder: WorkFolder
 ) -> tuple[SpeedModel, dict[str, losses.Losses]]:
     """Find out which levels are worth offering, and what each of them loses by the name of the allocator that minimises it.
 
     Args:
         runnable: the speed model of what the engine can run; what never pays is not offered, unless bytes count.
     """
-    if gradients is not None and any(SCHEMES[precision].bits < 8 for precision in runnable.offers.precisions):
-        merged.apply({})
-        rounding.measure_by(weigh_tokens(job, merged.model, gradients, folder))
     speed = runnable if job.recipe.target.max_bytes else runnable.without_what_never_pays()
     _say_offers(job, runnable.offers, speed.offers)
     return speed, probed_losses(job, merged, store, speed.offers, folder)
@@ -138,10 +151,9 @@ def known_losses(
 
 def _say_offers(job: Job, runnable: Offers, offered: Offers) -> None:
     """Say which precisions the search may use, and why not the others."""
-    asked = job.recipe.factorization.weights
-    if not asked:
+    if not job.precisions:
         return
-    cannot = [p for p in asked if p not in runnable.precisions]
+    cannot = [p for p in job.precisions if p not in runnable.precisions]
     slower = [p for p in runnable.precisions if p not in offered.precisions]
     notes = [f"the engine cannot run {', '.join(cannot)} here"] * bool(cannot)
     notes += [f"{', '.join(slower)} is never faster"] * bool(slower)

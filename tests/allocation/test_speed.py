@@ -151,6 +151,23 @@ def test_levels_are_predicted_by_precision_rank_and_residual() -> None:
     assert speed.relative_times(plan)["only"] == pytest.approx(1 - (10 * 50e-6 + 2500e-6) / 0.1)
 
 
+def test_the_plan_that_rounds_everything_corrects_the_times_of_its_precision() -> None:
+    speed = SpeedModel(GROUPS, WORKLOADS, SECONDS, rounded_latencies({2: 20.0, 200: 1000.0}), ROUNDED)
+    int8 = Plan(dict.fromkeys("01", Level(weights="int8")), "low_rank")
+    predicted = speed.relative_times(int8)["only"]
+    corrected = speed.corrected([(int8, {"only": predicted - 0.02})])
+    assert corrected.relative_times(int8)["only"] == pytest.approx(predicted - 0.02)
+    one = Plan({"0": Level(weights="int8"), "1": WHOLE}, "low_rank")
+    assert corrected.relative_times(one)["only"] == pytest.approx(speed.relative_times(one)["only"] - 0.01)
+    ranks = Plan.of_ranks({"0": 16, "1": None}, "low_rank")
+    assert corrected.relative_times(ranks) == speed.relative_times(ranks)  # of ranks nothing was measured
+    both = Plan(dict.fromkeys("01", Level(16, "int8")), "low_rank")
+    slower = corrected.relative_times(both)["only"]
+    again = speed.corrected([(int8, {"only": predicted - 0.02}), (both, {"only": slower + 0.01})])
+    assert slower < again.relative_times(both)["only"] < slower + 0.01
+    assert again.relative_times(int8)["only"] == pytest.approx(predicted - 0.02)
+
+
 def test_a_precision_that_the_engine_cannot_run_or_that_never_pays_is_not_offered() -> None:
     assert SpeedModel(GROUPS, WORKLOADS, SECONDS, rounded_latencies(None), ROUNDED).offers.precisions == ("int8",)
     slower = SpeedModel(GROUPS, WORKLOADS, SECONDS, rounded_latencies({2: 90.0, 200: 4000.0}), ROUNDED)
