@@ -28,9 +28,9 @@ from lrserve.compression.calibrate import run_block
 from lrserve.compression.groups import Group, family_of
 from lrserve.compression.layers import Matrix, ResidualFactor
 from lrserve.compression.level import SCHEMES, Level, Scheme
-from lrserve.compression.quantize import Residual
 from lrserve.compression.recover import Distilled, distil
 from lrserve.compression.refine import train
+from lrserve.compression.residual import rounded_factors
 from lrserve.compression.sequential import Streams, walk_blocks
 from lrserve.errors import CalibrationError
 
@@ -133,13 +133,6 @@ class _Residual(_Master):
     def _tensors(self, A: torch.Tensor, B: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
         seconds = zip(self.members, B.split(self.rows), strict=True)
         return {f"{self.name}.weight": A, f"{self.name}.weight_scale": scales, **{f"{name}.weight": part for name, part in seconds}}
-
-
-def rounded_factors(B: torch.Tensor, A: torch.Tensor) -> Residual:
-    """Round B (m, r) and A (r, n) to int8, each column of B and row of A by its largest entry."""
-    columns = (B.abs().amax(0) / _LARGEST).clamp_min(_TINY)
-    rows = (A.abs().amax(1) / _LARGEST).clamp_min(_TINY)
-    return Residual((A / rows[:, None]).round().to(torch.int8), (B / columns).round().to(torch.int8), columns * rows)
 
 
 class Masters(nn.Module):

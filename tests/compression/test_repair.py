@@ -23,7 +23,8 @@ from lrserve.compression.groups import Group, allocated, find_groups
 from lrserve.compression.layers import LowRankLinear, RoundedLinear
 from lrserve.compression.level import Level
 from lrserve.compression.quantize import Residual
-from lrserve.compression.repair import Masters, Repairs, recover_rounded, repair, rounded_factors
+from lrserve.compression.repair import Masters, Repairs, recover_rounded, repair
+from lrserve.compression.residual import rounded_factors
 from lrserve.compression.rounding import Rounding
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.errors import CalibrationError
