@@ -38,7 +38,6 @@ _SCALE_UNIT: Final = 160.0  # of a scale's relative change, over the number of p
 _NORM_UNIT: Final = 3.0  # of a norm's relative change
 _SMALLEST: Final = 0.1  # of a norm's weights that changes in proportion to itself, over their root mean square
 _RESIDUAL_UNIT: Final = 30.0  # over the root mean square of both factors
-_LARGEST: Final = 127  # of an int8 factor
 _TINY: Final = 1e-30
 
 Changed = Sequence[tuple[Group, Level]]
