@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+_LITTLE = 0.02  # share of perplexity that is hardly a loss
+_FASTER = 1.03  # times the chosen plan's speed
 _WORTH = 1.0  # nats of loss that one nat of speed is worth: one percent of perplexity for one percent of throughput
 
 
@@ -56,10 +58,34 @@ def _verdict(gain: float, low: float, loss: float) -> str:
     return "Verdict: worth trying on your own task before you serve it; perplexity does not see everything."
 
 
+def _faster(metrics: Mapping[str, Any], gain: float) -> str | None:
+    """Name the fastest other plan that was measured, if it is faster than the chosen one for a loss that is hardly more."""
+    dense = metrics["perplexity"]["validation"]["dense"]
+    plans = metrics["measured_plans"]
+    own = next((plan["validation_perplexity"] for plan in plans if plan["chosen"]), dense)
+    near = [
+        plan
+        for plan in plans
+        if not plan["chosen"]
+        and plan["speedup_lowest"] > _FASTER * gain
+        and plan["validation_perplexity"] / dense <= (1 + _LITTLE) * own / dense
+    ]
+    if not near:
+        return None
+    best = max(near, key=lambda plan: plan["speedup"])
+    loss = best["validation_perplexity"] / dense - 1
+    return (
+        f"--min-speedup {math.floor(20 * best['speedup']) / 20:g}: {best['origin']} was measured at {best['speedup']:.2f}x "
+        f"with {loss:+.1%} of validation perplexity"
+    )
+
+
 def _next_steps(metrics: Mapping[str, Any], gain: float, low: float, increase: float) -> list[str]:
     steps = []
     kind, _, asked = metrics["target"].partition(" ")
-    if increase > 0 and "recover" not in metrics["improved"]:
+    if faster := _faster(metrics, gain):
+        steps.append(faster)
+    if increase > _LITTLE and "recover" not in metrics["improved"]:
         steps.append("add --recover 10, which trains this plan against the dense model for ten minutes: same speed, less loss")
     if low > 1 and (kind == "front" or math.log1p(increase) > _WORTH * math.log(gain)):
         halves = [value / 2 for value in (increase, float(asked) if kind == "max-ppl-increase" else 0.0) if value > 0]

@@ -93,7 +93,7 @@ def size_rows(metrics: Mapping[str, Any]) -> Rows:
         "flops_per_token": "FLOPs per token",
     }
     return [
-        [label, _count(size["dense"]), _count(size["compressed"]), f"{-size['ratio']:+.1%}"]
+        [label, _count(size["dense"]), _count(size["compressed"]), f"{0.0 - size['ratio']:+.1%}"]
         for key, label in names.items()
         for size in [metrics["sizes"][key]]
     ]

@@ -13,7 +13,11 @@ from lrserve.report.advice import advice
 def metrics(speedup: float, lowest: float, increase: float, **changes: Any) -> dict[str, Any]:
     return {
         "throughput": {"speedup": speedup, "speedup_lowest": lowest, "speedup_highest": speedup + 0.05},
-        "perplexity": {"report": {"increase": increase, "dense": 20.0, "compressed": 20.0 * (1 + increase)}},
+        "perplexity": {
+            "report": {"increase": increase, "dense": 20.0, "compressed": 20.0 * (1 + increase)},
+            "validation": {"dense": 20.0},
+        },
+        "measured_plans": [],
         "sizes": {"bytes": {"ratio": 0.158}},
         "improved": {"refine": {}},
         "plan": {"origin": "int8 everywhere", "usual": False},
@@ -90,3 +94,17 @@ def test_where_rounding_alone_is_best_it_says_so() -> None:
     usual = {"origin": "int8 everywhere", "usual": True}
     assert "The best answer to this target is int8 everywhere" in advice(metrics(1.2, 1.15, 0.02, plan=usual), Path("demo"))
     assert "best answer" not in advice(metrics(1.2, 1.15, 0.02), Path("demo"))
+
+
+def test_a_faster_plan_that_loses_hardly_more_is_named() -> None:
+    def plan(origin: str, perplexity: float, speedup: float, chosen: bool = False) -> dict[str, Any]:
+        spread = {"speedup": speedup, "speedup_lowest": speedup - 0.04, "speedup_highest": speedup + 0.04}
+        return {"origin": origin, "validation_perplexity": perplexity, "chosen": chosen, **spread}
+
+    chosen, int8 = plan("trial 8", 20.0, 1.16, chosen=True), plan("int8 everywhere", 20.1, 1.28)
+    small = {"measured_plans": [int8, chosen], "target": "min-speedup 1.15"}
+    text = advice(metrics(1.16, 1.1, 0.003, **small), Path("demo"))
+    assert "--min-speedup 1.25: int8 everywhere was measured at 1.28x with +0.5% of validation perplexity" in text
+    assert "--recover" not in text  # there is next to nothing to take back
+    worse = [plan("int4 everywhere", 22.0, 1.5), plan("trial 5", 20.0, 1.2), chosen]
+    assert "was measured at" not in advice(metrics(1.16, 1.1, 0.003, **{**small, "measured_plans": worse}), Path("demo"))
