@@ -248,7 +248,8 @@ def dequantized(model: Any) -> Any:
             module.drop_residual()
     for name, module in list(model.named_modules()):
         if isinstance(module, SharedResidual):
-            model.delete_submodule(name)
+            parent, _, leaf = name.rpartition(".")
+            delattr(model.get_submodule(parent), leaf)
     return model
 
 

@@ -13,7 +13,16 @@ from lrserve.compression.assemble import round_parameters
 from lrserve.compression.groups import find_groups, is_dense
 from lrserve.compression.layers import Factor, RoundedLinear, exact_names
 from lrserve.compression.level import PRECISIONS, SCHEMES, Precision
-from lrserve.compression.lowrank import install_low_rank, keep_outputs, load_residual, load_rounded, reorder_outputs
+from lrserve.compression.lowrank import (
+    dequantized,
+    has_rounded_inputs,
+    install_low_rank,
+    is_rounded,
+    keep_outputs,
+    load_residual,
+    load_rounded,
+    reorder_outputs,
+)
 from lrserve.compression.packing import pack_int4, unpack_int4
 from lrserve.compression.quantize import Rounded, inputs_in_units, round_to_nearest
 from lrserve.compression.spec import GroupSpec, leaves
@@ -160,3 +169,19 @@ def test_installing_on_a_real_model_keeps_biases() -> None:
     assert layer.bias is bias
     assert layer.residual == 4
     assert isinstance(Factor(4, 4, bias=False).weight, nn.Parameter)
+
+
+@pytest.mark.parametrize(
+    "rounding", [Rounding("int8", None, 4), Rounding("int4_g32", "narrow", 8), Rounding("int8", "low_rank")], ids=str
+)
+@torch.no_grad()
+def test_a_model_without_rounded_weights_computes_the_same_in_float32(rounding: Rounding) -> None:
+    model = rounded_model("LlamaForCausalLM", rounding)
+    tokens = torch.arange(3, 23)[None]
+    before = model(tokens).logits
+    assert is_rounded(model)
+    assert has_rounded_inputs(model) == (rounding.weights == "int8")
+    plain = dequantized(model)
+    assert not is_rounded(plain)
+    assert not any("residual" in name or "scale" in name for name in plain.state_dict())
+    torch.testing.assert_close(plain(tokens).logits, before, atol=1e-4, rtol=1e-4)

@@ -29,7 +29,7 @@ from lrserve.inputs.source import Source
 from lrserve.pipeline.agreement import Pair, agree_as_served
 from lrserve.pipeline.baseline import dense_reference, kept_served
 from lrserve.pipeline.job import Job, open_job
-from lrserve.pipeline.prove import prove_agreement
+from lrserve.pipeline.prove import Rendered, prove_agreement
 from lrserve.recipe import Recipe
 from lrserve.storage.work import work_folder
 
@@ -135,7 +135,7 @@ def test_every_engine_agrees_on_real_weights(job: Job, stores: dict[str, Spectru
     for exporter in exporters:
         exporter.export(model, job.source.path, out, job.dtype)
     with work_folder(tmp_path / "work", print) as folder:
-        proof = prove_agreement(job, model, exporters, out, folder)
+        proof = prove_agreement(job, Rendered(model, exporters), exporters, out, folder)
         runtime = runtime_of(job.recipe.engine)
         served = kept_served(job, runtime, folder)
         assert served is not None
