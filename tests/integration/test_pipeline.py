@@ -139,7 +139,7 @@ def test_the_job_leaves_a_whole_artifact(made: tuple[Path, dict[str, Any], list[
     (judged,) = (line for line in lines if line.startswith("5/6 improved"))
     searched, found = map(float, re.findall(r"\d+\.\d\d", judged))
     assert metrics["perplexity"]["validation"]["compressed"] == pytest.approx(min(searched, found), abs=0.01)
-    assert ("the searched factors are kept" in judged) == (found > searched)
+    assert ("worse, so it is given up" in judged) == (found > searched)
     assert set(metrics["improved"]) == (set() if found > searched else {"propagate", "refine", "recover"})
     assert metrics["plan"]["structure"] == "narrow"
     assert any(re.match(r"4/6 search: \d+ trials, \d+ a minute, .*\[\d+ s\]$", line) for line in lines)
