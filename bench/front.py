@@ -63,11 +63,12 @@ def plans_for(job: Job, speeds: Sequence[float], folder: WorkFolder) -> tuple[di
         layers, _ = measure_layers(job, runtime, dense, folder)
         speed = speed_model(job, layers)
         rounding_metric(job, merged, rounding, gradients, speed, folder)
-        plans = [
-            everywhere(job.units, precision, speed.offers) for precision in STOCK.values() if precision in speed.offers.precisions
-        ]
         goal = Goal(job.recipe.target, job.recipe.search.speed_weight, 1.0)
-        usual = [Evaluated(plan, 1.0, 0.0, f"{plan.levels}", None) for plan in plans]
+        usual = [
+            Evaluated(everywhere(job.units, precision, speed.offers), 1.0, 0.0, f"{precision} everywhere", None)
+            for precision in STOCK.values()
+            if precision in speed.offers.precisions
+        ]
         found_of = measure_front(job, store, folder, runtime, dense, goal, speed, rounding, usual)
     speed = speed.corrected([(m.candidate.plan, m.comparison.relative_times) for m in found_of])
     speed, losses = known_losses(job, merged, store, speed, folder)
