@@ -402,7 +402,8 @@ def test_every_figure_is_measured() -> None:
     section = README.read_text(encoding="utf-8").partition("## Results")[2].partition("\n## ")[0]
     table = [line for line in section.splitlines() if line.startswith("|")]
     runs = re.findall(r"`([a-z0-9-]+-smollm2)`", section)
-    assert table and runs
+    assert table
+    assert runs
     kept = "\n".join((ROOT / f"bench/results/{run}.md").read_text(encoding="utf-8") for run in runs)
     assert set(table) <= set(kept.splitlines())
 
