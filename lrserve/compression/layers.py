@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from lrserve.compression.dense_weight import DenseWeight
 from lrserve.compression.groups import Stored
 from lrserve.compression.level import SCHEMES, Precision
-from lrserve.compression.packing import pack_int4, unpack_int4
+from lrserve.compression.packing import dequantize, pack_int4, unpack_int4
 from lrserve.compression.quantize import Residual, Rounded, inputs_in_units
 from lrserve.compression.spec import GroupSpec, weight_tensors
 
@@ -110,7 +110,7 @@ class Matrix(KeepsDtypes):
         scheme, scales = SCHEMES[self.weights], self.weight_scale.float()
         values = self.weight if scheme.group is None else unpack_int4(self.weight_packed)
         values = values.float() if scheme.floating else values  # integers are what the scales' gradient keeps: one byte each
-        return (values.view(*scales.shape, -1) * scales[:, :, None]).flatten(1)
+        return dequantize(values, scales)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply x (..., n) -> (..., m), its values rounded first where the engines do so: in 16 bits, not in float32."""

@@ -1,4 +1,7 @@
-"""Eight 4-bit integers in one int32, as compressed-tensors' `pack-quantized` has them: the first in the lowest bits, plus 8."""
+"""How compressed-tensors stores rounded weights: values with a scale for neighbouring inputs, and 4-bit integers packed.
+
+`pack-quantized` has eight 4-bit integers in one int32: the first in the lowest bits, plus 8.
+"""
 
 from __future__ import annotations
 
@@ -20,3 +23,8 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     """Unpack int32 (m, n / 8) -> int8 (m, n)."""
     nibbles = (packed[:, :, None] >> _shifts(packed.device)) & 15
     return (nibbles - 8).to(torch.int8).flatten(1)
+
+
+def dequantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Multiply values (m, n), integers or of the scales' dtype, by scales (m, n / g), each of g neighbours -> (m, n)."""
+    return (values.view(*scales.shape, -1) * scales[:, :, None]).flatten(1)

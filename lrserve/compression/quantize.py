@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from lrserve.compression.level import SCHEMES, Precision, Scheme
+from lrserve.compression.packing import dequantize
 from lrserve.errors import CalibrationError
 
 _TINY = 1e-12
@@ -50,9 +51,7 @@ class Rounded:
 
     def dense(self) -> torch.Tensor:
         """Return Q (m, n), float32."""
-        m, n = self.values.shape
-        groups = self.values.float().view(m, self.scales.shape[1], -1)
-        return (groups * self.scales[:, :, None]).view(m, n)
+        return dequantize(self.values.float(), self.scales)
 
 
 @dataclass(frozen=True)

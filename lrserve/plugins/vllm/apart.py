@@ -23,8 +23,8 @@ from lrserve.plugins.vllm.loading import (
     LoadingDense,
     Slice,
     check_identity_block,
-    incomplete,
     is_dummy,
+    require_complete,
     rows_of,
     sibling,
 )
@@ -107,9 +107,7 @@ class PerShardMethod(LinearMethodBase):
         Raises:
             ArtifactError: a tensor is missing from the checkpoint, by name.
         """
-        missing = self._loading.finish(biased=layer.bias is not None)
-        if missing and not self._dummy:
-            raise incomplete(self.prefix, missing)
+        require_complete(self.prefix, self._loading.finish(biased=layer.bias is not None), dummy=self._dummy)
         if layer.bias is not None:
             layer.bias.data.zero_()  # see LowRankLinearMethod
         del layer.A.order, layer.B.weight, layer.B.bias

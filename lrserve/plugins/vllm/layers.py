@@ -48,8 +48,8 @@ from lrserve.plugins.vllm.loading import (
     check_identity_block,
     check_members,
     columns_of,
-    incomplete,
     is_dummy,
+    require_complete,
     rows_of,
     share_of_neurons,
 )
@@ -161,8 +161,7 @@ class LowRankLinearMethod(LinearMethodBase):
         missing = self._loading.finish()
         if self._loading_residual is not None:
             missing += self._loading_residual.finish()
-        if missing and not self._dummy:
-            raise incomplete(self.prefix, missing)
+        require_complete(self.prefix, missing, dummy=self._dummy)
         if layer.bias is not None:
             # The whole bias is B.bias. The dense layer's own was never loaded, and whoever still adds it (vLLM hands it
             # out where skip_bias_add is set) must add nothing.
@@ -257,8 +256,7 @@ class StockMethod(LinearMethodBase):
         missing = self._loading.finish(biased=layer.bias is not None)
         if self._loading_residual is not None:
             missing += self._loading_residual.finish()
-        if missing and not self._dummy:
-            raise incomplete(self.prefix, missing)
+        require_complete(self.prefix, missing, dummy=self._dummy)
         self._method.process_weights_after_loading(layer)
         if self._residual is not None:
             self._residual.pack()

@@ -358,12 +358,13 @@ def is_dummy(config: Any) -> bool:
     return config is not None and config.load_config.load_format == "dummy"
 
 
-def incomplete(prefix: str, missing: list[str]) -> ArtifactError:
-    """Return the error that names the tensors which the checkpoint lacks."""
-    return ArtifactError(
-        f"{prefix}: missing from the checkpoint: {', '.join(missing)}. "
-        "The artifact is incomplete: run lrserve verify on it, or export it again"
-    )
+def require_complete(prefix: str, missing: Sequence[str], *, dummy: bool) -> None:
+    """Refuse a checkpoint that lacks tensors, by their names; of `dummy` weights none were loaded."""
+    if missing and not dummy:
+        raise ArtifactError(
+            f"{prefix}: missing from the checkpoint: {', '.join(missing)}. "
+            "The artifact is incomplete: run lrserve verify on it, or export it again"
+        )
 
 
 def share_of_neurons(prefix: str, neurons: int, ranks: int) -> int:

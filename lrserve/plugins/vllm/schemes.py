@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
 from lrserve.compression.level import Precision
-from lrserve.compression.packing import unpack_int4
+from lrserve.compression.packing import dequantize, unpack_int4
 from lrserve.compression.spec import compressed_tensors_config
 from lrserve.errors import EngineError
 
@@ -92,7 +92,7 @@ class InFloat32:
         scales = layer.weight_scale.data
         packed = hasattr(layer, "weight_packed")
         values = unpack_int4(layer.weight_packed.data) if packed else layer.weight.data.float()
-        weight = (values.view(*scales.shape, -1) * scales[:, :, None]).flatten(1)
+        weight = dequantize(values, scales)
         for name in ("weight_packed", "weight_scale", "weight_shape") if packed else ("weight_scale", "weight"):
             delattr(layer, name)
         layer.weight = nn.Parameter(weight, requires_grad=False)
