@@ -1,9 +1,8 @@
 """The compressed model as an ONNX graph, built node by node with onnx_ir: no tracing, seconds instead of minutes.
 
 Notations. B sequences, S new tokens, T = past + S tokens, H hidden width, K key/value heads of width D, V vocabulary,
-P = max_position_embeddings. Activations are (B, S, H); a linear layer's weight is stored transposed, (in, out), as
-MatMul reads it; the factors of a fused group are one MatMul by A (n, r) and one by B (r, m_i) for each member. An
-identity block's z = x_J + T x_Jc is a Gather by `order` (unless x is ordered), a Split, a MatMul by T (n - r, r) and an Add.
+P = max_position_embeddings. Activations are (B, S, H). Linear layers are those of onnx_linear.py; q, k and v are one product
+where attention takes them as one and the plan made the same of all three.
 
 Inputs: input_ids (B, S) and attention_mask (B, T), int64; past_key_values.i.key and .value (B, K, T - S, D), float32.
 Outputs: logits (B, S, V); present.i.key and .value (B, K, T, D), float32.
@@ -14,24 +13,16 @@ batch must be padded on the right, left padding is silently wrong. Its window an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import nn
 
-from lrserve.compression.groups import is_dense
-from lrserve.compression.layers import Factor, IdentityBlock, LowRankLinear
+from exporters.onnx_linear import MICROSOFT, Nodes, Transform, side_by_side
 from lrserve.errors import UnsupportedModelError
-
-OPSET: Final = 23  # the first with RMSNormalization
-IR_VERSION: Final = 10  # onnx writes newer ones by default than ONNX Runtime reads
-MICROSOFT: Final = "com.microsoft"
-
-Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,34 +57,14 @@ _LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 
 
 def build_graph(model: Any) -> Any:
-    """Render a transformers causal LM, some of whose linears may be `LowRankLinear`, as an `onnx_ir.Model`.
+    """Render a transformers causal LM, some of whose linears may be compressed, as an `onnx_ir.Model`.
 
-    Weights become float32 one at a time when the graph is saved: until then the graph refers to the model's tensors.
+    Weights are laid out one at a time when the graph is saved: until then the graph refers to the model's tensors.
 
     Raises:
         UnsupportedModelError: an architecture, layer or option that the graph would not render faithfully, by its name.
     """
     return _Builder(model).build()
-
-
-def build_layer(layer: nn.Module, n: int) -> Any:
-    """Render one dense or factorized linear as an `onnx_ir.Model` of its own, x (B, S, n) -> y (B, S, m), both float32.
-
-    Raises:
-        UnsupportedModelError: a layer that `build_graph` would not render either.
-    """
-    nodes = _Nodes(layer)
-    x = nodes.value("x", ["batch", "sequence_length", n])
-    y = nodes.linear(x, layer, "layer")
-    y.name, y.type = "y", x.type
-    return nodes.finish([x], [y])
-
-
-def save_graph(graph: Any, path: Path) -> None:
-    """Write `graph` to `path`, and its weights to `<name>_data` beside it: the name that transformers.js looks for."""
-    import onnx_ir as ir
-
-    ir.save(graph, path, external_data=f"{path.name}_data", size_threshold_bytes=1024)
 
 
 def head_width(config: Any) -> int:
@@ -166,136 +137,11 @@ def _window(model: Any, attention: Any) -> int:
     return -1 if window is None else int(window)
 
 
-def _transposed(weight: torch.Tensor) -> torch.Tensor:
-    return weight.t()
-
-
 def _plus_one(weight: torch.Tensor) -> torch.Tensor:
     return weight.float() + 1.0
 
 
-class _Nodes:
-    """Nodes and initializers of one graph in the making, and linear layers; values are float32 unless said otherwise."""
-
-    def __init__(self, module: nn.Module) -> None:
-        import onnx_ir
-
-        self.ir: Any = onnx_ir
-        self.parameters = {id(parameter): name for name, parameter in module.named_parameters()}
-        self.nodes: list[Any] = []
-        self.initializers: dict[str, Any] = {}
-        self.shared_inputs: dict[tuple[int, str], Any] = {}  # (A, input) -> z, which the members of a group share
-
-    def finish(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-        graph = self.ir.Graph(
-            inputs,
-            outputs,
-            nodes=self.nodes,
-            initializers=list(self.initializers.values()),
-            opset_imports={"": OPSET, MICROSOFT: 1},
-            name="lrserve",
-        )
-        return self.ir.Model(graph, ir_version=IR_VERSION, producer_name="lrserve")
-
-    # -- values and nodes ---------------------------------------------------------------------------------------------
-
-    def value(self, name: str, shape: Sequence[int | str] | None = None, dtype: str = "FLOAT") -> Any:
-        tensor_type = self.ir.TensorType(self.ir.DataType[dtype])
-        return self.ir.Value(name=name, shape=None if shape is None else self.ir.Shape(shape), type=tensor_type)
-
-    def node(
-        self,
-        operator: str,
-        inputs: Sequence[Any],
-        name: str,
-        *,
-        domain: str = "",
-        outputs: Sequence[Any] | None = None,
-        **attributes: Any,
-    ) -> Any:
-        """Append a node, of one output named after it unless `outputs` are given, and return its first output."""
-        outputs = outputs or [self.ir.Value(name=name)]
-        self.nodes.append(self.ir.node(operator, inputs, attributes, domain=domain, outputs=outputs, name=name))
-        return outputs[0]
-
-    def initializer(self, tensor: Any) -> Any:
-        value = self.ir.Value(name=tensor.name, shape=tensor.shape, type=self.ir.TensorType(tensor.dtype), const_value=tensor)
-        self.initializers[tensor.name] = value
-        return value
-
-    def constant(self, name: str, number: Any, dtype: Any) -> Any:
-        if name in self.initializers:
-            return self.initializers[name]
-        return self.initializer(self.ir.tensor(np.array(number, dtype=dtype), name=name))
-
-    def lazy(self, name: str, shape: Sequence[int], compute: Callable[[], torch.Tensor]) -> Any:
-        """Make an initializer whose float32 values exist only while they are being written."""
-        if name in self.initializers:
-            return self.initializers[name]
-
-        def materialise() -> Any:
-            with torch.no_grad():
-                return self.ir.tensor(compute().to("cpu", torch.float32).contiguous().numpy(), name=name)
-
-        shape = self.ir.Shape(shape)
-        return self.initializer(self.ir.LazyTensor(materialise, self.ir.DataType.FLOAT, shape, name=name))
-
-    def weight(self, parameter: torch.Tensor, where: str, transform: Transform | None = None) -> Any:
-        """Make an initializer from a parameter of the model, under the parameter's own name.
-
-        Raises:
-            UnsupportedModelError: `where` keeps something else than a parameter there (a hook, a parametrization).
-        """
-        name = self.parameters.get(id(parameter))
-        if name is None:
-            raise UnsupportedModelError(
-                f"{where}: its weight is not a parameter of the model; merge adapters and parametrizations first"
-            )
-        transform = transform or (lambda tensor: tensor)
-        shape = transform(torch.empty(parameter.shape, device="meta")).shape
-        return self.lazy(name, shape, lambda: transform(parameter.detach()))
-
-    # -- linear layers ------------------------------------------------------------------------------------------------
-
-    def affine(self, x: Any, linear: nn.Linear | Factor, where: str) -> Any:
-        y = self.node("MatMul", [x, self.weight(linear.weight, where, _transposed)], f"{where}.MatMul")
-        return y if linear.bias is None else self.node("Add", [y, self.weight(linear.bias, where)], f"{where}.Add")
-
-    def interpolate(self, x: Any, block: IdentityBlock, where: str) -> Any:
-        """Return x_J + T x_Jc: (B, S, n) -> (B, S, r)."""
-        widths = [block.rank, block.weight.shape[1]]
-        if block.order is not None:
-            order = self.constant(f"{where}.order", block.order.cpu().numpy(), np.int32)
-            x = self.node("Gather", [x, order], f"{where}.Gather", axis=-1)
-        sizes = self.constant(f"split.{widths[0]}.{widths[1]}", widths, np.int64)
-        pivots, others = (self.ir.Value(name=f"{where}.{part}") for part in ("pivots", "others"))
-        self.node("Split", [x, sizes], f"{where}.Split", outputs=[pivots, others], axis=-1)
-        product = self.node("MatMul", [others, self.weight(block.weight, where, _transposed)], f"{where}.MatMul")
-        return self.node("Add", [product, pivots], f"{where}.Add")
-
-    def linear(self, x: Any, module: nn.Module, where: str) -> Any:
-        """Multiply by a dense or a factorized linear; members of a fused group share one z."""
-        if isinstance(module, LowRankLinear) and module.weights is None:
-            first = module.first
-            if first is None:
-                return self.affine(x, module.B, f"{where}.B")
-            key = (id(first), x.name)
-            if key not in self.shared_inputs:
-                name = self.parameters.get(id(first.weight), f"{where}.A.weight").removesuffix(".weight")
-                if isinstance(first, IdentityBlock):
-                    self.shared_inputs[key] = self.interpolate(x, first, name)
-                else:
-                    self.shared_inputs[key] = self.affine(x, first, name)
-            return self.affine(self.shared_inputs[key], module.B, f"{where}.B")
-        if is_dense(module):
-            return self.affine(x, module, where)
-        raise UnsupportedModelError(
-            f"{where}: the ONNX graph renders dense and factorized linears that are not rounded, this is a {type(module).__name__}"
-            f"{f' in {weights}' if (weights := getattr(module, 'weights', None)) else ''}; merge adapters and dequantize first"
-        )
-
-
-class _Builder(_Nodes):
+class _Builder(Nodes):
     """The whole model's graph."""
 
     def __init__(self, model: Any) -> None:
@@ -361,10 +207,7 @@ class _Builder(_Nodes):
 
     def attention(self, x: Any, index: int, lengths: list[Any], where: str) -> Any:
         attention = self.model.model.layers[index].self_attn
-        q, k, v = (self.linear(x, getattr(attention, name), f"{where}.{name}") for name in ("q_proj", "k_proj", "v_proj"))
-        if hasattr(attention, "q_norm"):
-            q = self.head_norm(q, attention.q_norm, f"{where}.q_norm")
-            k = self.head_norm(k, attention.k_norm, f"{where}.k_norm")
+        q, k, v = self.queries_keys_values(x, attention, where)
         heads = int(self.config.num_key_value_heads)
         past, present = (
             [self.value(f"{kind}.{index}.{part}", ["batch", heads, length, self.head_dim]) for part in ("key", "value")]
@@ -389,6 +232,18 @@ class _Builder(_Nodes):
         )
         return self.linear(y, attention.o_proj, f"{where}.o_proj")
 
+    def queries_keys_values(self, x: Any, attention: Any, where: str) -> tuple[Any, Any, Any]:
+        """Return what GroupQueryAttention takes: q, k and v, or all three as one and no others."""
+        modules = {name: getattr(attention, f"{name}_proj") for name in ("q", "k", "v")}
+        normed = hasattr(attention, "q_norm")
+        if not normed and side_by_side(list(modules.values())):
+            return self.linears(x, list(modules.values()), f"{where}.qkv_proj"), None, None
+        q, k, v = (self.linear(x, module, f"{where}.{name}_proj") for name, module in modules.items())
+        if normed:
+            q = self.head_norm(q, attention.q_norm, f"{where}.q_norm")
+            k = self.head_norm(k, attention.k_norm, f"{where}.k_norm")
+        return q, k, v
+
     def mlp(self, x: Any, mlp: Any, where: str) -> Any:
         gate = self.linear(x, mlp.gate_proj, f"{where}.gate_proj")
         up = self.linear(x, mlp.up_proj, f"{where}.up_proj")
@@ -411,7 +266,8 @@ class _Builder(_Nodes):
         head, embedding = self.model.lm_head, self.model.model.embed_tokens
         if isinstance(head, nn.Linear) and head.weight is embedding.weight:  # one matrix for both ends, stored once
             tied = self.weight(embedding.weight, "model.embed_tokens")
-            x = self.node("FusedMatMul", [x, tied], "lm_head.MatMul", domain=MICROSOFT, transB=1)
+            # ONNX Runtime transposes once, when it loads the graph, and packs the result for its kernel.
+            x = self.node("MatMul", [x, self.node("Transpose", [tied], "lm_head.Transpose", perm=[1, 0])], "lm_head.MatMul")
         else:
             x = self.linear(x, head, "lm_head")
         cap = getattr(self.config, "final_logit_softcapping", None) if self.family.gemma else None
@@ -450,7 +306,7 @@ class _Builder(_Nodes):
 
     def check_complete(self) -> None:
         """Refuse a model with a parameter that no node reads: the graph would compute something else."""
-        unread = sorted(set(self.parameters.values()).difference(self.initializers))
+        unread = sorted(name for key, name in self.parameters.items() if key not in self.read)
         if unread:
             raise UnsupportedModelError(
                 f"the ONNX graph of {type(self.model).__name__} has no place for {len(unread)} of its parameters: "

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from exporters.base import Exporter
 from exporters.onnx import OnnxExporter
+from exporters.onnx_linear import rounding_inputs
 from exporters.vllm import VllmExporter
 from lrserve.engines.onnx import OnnxEngine
 from lrserve.engines.protocol import EngineProcess
@@ -36,6 +38,7 @@ class Runtime:
     version: its name and version.
     dtype: of its arithmetic.
     compiled: whether torch.compile is used.
+    rounding_inputs: where it rounds the inputs of rounded weights though its dtype does not: lets a model in transformers do so.
     exporter: what writes models for it.
     loads_sources: whether it takes the dense model's folder as it is, and not only what `exporter` writes.
     open: builds the engine of a model.
@@ -45,6 +48,7 @@ class Runtime:
     version: str
     dtype: str
     compiled: bool
+    rounding_inputs: Callable[[Any], AbstractContextManager[None]] | None
     exporter: Exporter
     loads_sources: bool
     open: Open
@@ -53,10 +57,13 @@ class Runtime:
 def runtime_of(settings: EngineSettings) -> Runtime:
     """Return the engine that measures and serves with these settings."""
     if settings.runtime == "onnx":
-        return Runtime("onnxruntime", onnx_version(), "float32", False, OnnxExporter(), loads_sources=False, open=_open_onnx)
+        exact = settings.dtype == "float32"
+        opens_onnx = partial(_open_onnx, exact=exact)
+        rounding = None if exact else rounding_inputs
+        return Runtime("onnxruntime", onnx_version(), "float32", False, rounding, OnnxExporter(), False, opens_onnx)
     opens = partial(open_engine, settings=settings)
     compiled = not settings.enforce_eager
-    return Runtime("vllm", engine_version(), settings.dtype, compiled, VllmExporter(), loads_sources=True, open=opens)
+    return Runtime("vllm", engine_version(), settings.dtype, compiled, None, VllmExporter(), True, opens)
 
 
 def loader_of(exporter: Exporter, settings: EngineSettings) -> Runtime:
@@ -75,5 +82,7 @@ def loader_of(exporter: Exporter, settings: EngineSettings) -> Runtime:
     )
 
 
-def _open_onnx(model: Path, workloads: Mapping[str, Workload], *, sharing: int = 1, log: Path | None = None) -> EngineProcess:
-    return OnnxEngine(model, log=log)  # the graph takes any batch
+def _open_onnx(
+    model: Path, workloads: Mapping[str, Workload], *, exact: bool, sharing: int = 1, log: Path | None = None
+) -> EngineProcess:
+    return OnnxEngine(model, exact=exact, log=log)  # the graph takes any batch
