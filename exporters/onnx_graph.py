@@ -19,9 +19,10 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import nn
 
 from exporters.onnx_linear import MICROSOFT, Nodes, Transform, side_by_side
+from lrserve.compression.groups import is_dense
+from lrserve.compression.layers import RoundedEmbedding
 from lrserve.errors import UnsupportedModelError
 
 
@@ -254,17 +255,21 @@ class _Builder(Nodes):
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def embed(self, ids: Any) -> Any:
-        embedding = self.model.model.embed_tokens
-        x = self.node("Gather", [self.weight(embedding.weight, "model.embed_tokens"), ids], "model.embed_tokens")
+        embedding, where = self.model.model.embed_tokens, "model.embed_tokens"
+        rounded = isinstance(embedding, RoundedEmbedding)
+        if rounded:
+            x = self.rows(ids, embedding, where)
+        else:
+            x = self.node("Gather", [self.weight(embedding.weight, where), ids], where)
         if not self.family.gemma:
             return x
         # Gemma rounds the scale to the dtype of the weights, and was trained with the rounded one.
-        scale = float(embedding.embed_scale.to(embedding.weight.dtype))
+        scale = float(embedding.embed_scale if rounded else embedding.embed_scale.to(embedding.weight.dtype))
         return self.node("Mul", [x, self.constant("embed_scale", scale, np.float32)], "model.embed_tokens.scaled")
 
     def head(self, x: Any) -> Any:
         head, embedding = self.model.lm_head, self.model.model.embed_tokens
-        if isinstance(head, nn.Linear) and head.weight is embedding.weight:  # one matrix for both ends, stored once
+        if is_dense(head) and head.weight is getattr(embedding, "weight", None):  # one matrix for both ends, stored once
             tied = self.weight(embedding.weight, "model.embed_tokens")
             # ONNX Runtime transposes once, when it loads the graph, and packs the result for its kernel.
             x = self.node("MatMul", [x, self.node("Transpose", [tied], "lm_head.Transpose", perm=[1, 0])], "lm_head.MatMul")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lrserve.compression.groups import is_dense
-from lrserve.compression.layers import Factor, IdentityBlock, LowRankLinear, Matrix, ResidualFactor, RoundedLinear
+from lrserve.compression.layers import Factor, IdentityBlock, LowRankLinear, Matrix, ResidualFactor, RoundedEmbedding, RoundedLinear
 from lrserve.compression.level import SCHEMES
 from lrserve.compression.quantize import inputs_in_units
 from lrserve.errors import UnsupportedModelError
@@ -83,7 +83,11 @@ def rounding_inputs(model: nn.Module) -> Iterator[None]:
 
         return hook
 
-    matrices = [m for m in model.modules() if isinstance(m, (Matrix, ResidualFactor)) and _bits(m) is not None]
+    matrices = [
+        m
+        for m in model.modules()
+        if isinstance(m, (Matrix, ResidualFactor)) and not isinstance(m, RoundedEmbedding) and _bits(m) is not None
+    ]
     handles = [matrix.register_forward_pre_hook(rounds(matrix)) for matrix in matrices]
     try:
         yield
@@ -270,32 +274,36 @@ class Nodes:
 
     def matmul_blocks(self, x: Any, matrices: Sequence[Linear], where: str, bits: int) -> Any:
         """Multiply by rounded weights (m, n), in blocks."""
-        n, m = matrices[0].in_features, _rows(matrices)
-        size = _block_size(matrices[0])
-        blocks = -(-n // size)
+        size, n, m = _block_size(matrices[0]), matrices[0].in_features, _rows(matrices)
+        sizes = {"K": n, "N": m, "bits": bits, "block_size": size, "accuracy_level": ACCURACY}
+        inputs = [x, *self.blocks(matrices, where, bits)]
+        return self.node("MatMulNBits", inputs, f"{where}.MatMulNBits", domain=MICROSOFT, **sizes)
+
+    def blocks(self, matrices: Sequence[Linear], where: str, bits: int) -> list[Any]:
+        """Return the integers (m, blocks, bytes) of rounded weights, and the scales (m, blocks)."""
+        size, m = _block_size(matrices[0]), _rows(matrices)
+        count = -(-matrices[0].in_features // size)
         for matrix in matrices:
             if not isinstance(matrix, ResidualFactor) or matrix.exact:
                 self.name_of(matrix.weight_scale, where)
-        values = self.lazy(
-            f"{where}.weight",
-            [m, blocks, size * bits // 8],
-            lambda: torch.cat([_blocks(matrix, size) for matrix in matrices]),
-            "UINT8",
-        )
-        scales = self.lazy(
-            f"{where}.weight_scale", [m, blocks], lambda: torch.cat([_scales(matrix, blocks) for matrix in matrices])
-        )
-        return self.node(
-            "MatMulNBits",
-            [x, values, scales],
-            f"{where}.MatMulNBits",
-            domain=MICROSOFT,
-            K=n,
-            N=m,
-            bits=bits,
-            block_size=size,
-            accuracy_level=ACCURACY,
-        )
+
+        def values() -> torch.Tensor:
+            return torch.cat([_blocks(matrix, size) for matrix in matrices])
+
+        def scales() -> torch.Tensor:
+            return torch.cat([_scales(matrix, count) for matrix in matrices])
+
+        stored = self.lazy(f"{where}.weight", [m, count, size * bits // 8], values, "UINT8")
+        return [stored, self.lazy(f"{where}.weight_scale", [m, count], scales)]
+
+    def rows(self, ids: Any, embedding: RoundedEmbedding, where: str) -> Any:
+        """Look rows of a rounded weight up: ids (B, S) -> (B, S, n)."""
+        bits = SCHEMES[embedding.weights].bits if embedding.weights else 8
+        values, scales = self.blocks([embedding], where, bits)
+        shape = self.constant(f"{where}.shape", [embedding.out_features, -1], np.int64)
+        flat = self.node("Reshape", [values, shape], f"{where}.Reshape")  # ONNX Runtime does it once, when it loads the graph
+        sizes = {"bits": bits, "block_size": _block_size(embedding), "gather_axis": 0, "quantize_axis": 1}
+        return self.node("GatherBlockQuantized", [flat, ids, scales], where, domain=MICROSOFT, **sizes)
 
 
 def _block_size(matrix: Matrix | ResidualFactor) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES_TESTED, VOCABULARY, Rounding, rounded_model
+from tiny import FAMILIES_TESTED, VOCABULARY, Rounding, dense_model, rounded_model
 
 from exporters.onnx import OnnxExporter
 from exporters.onnx_linear import rounding_inputs
+from lrserve.compression.level import Precision
+from lrserve.compression.lowrank import dequantize_embedding, round_embedding
 from lrserve.engines.onnx_session import OnnxDecoder, transcribe
 from lrserve.engines.transcripts import Transcript, transcribe_model
 
@@ -55,6 +58,29 @@ def test_rounded_weights_are_rendered_as_they_are(architecture: str, roundings: 
     changed = statistics.fmean(differences(expected, rounded))
     assert statistics.fmean(differences(rounded, served)) < 2 * changed
     assert transcribe_model(model, prompts(), 4) == expected, "the hooks are gone"
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4_g32"])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Gemma3ForCausalLM"])  # untied, tied, scaled
+def test_embedding_and_output_layer_are_rounded(architecture: str, precision: Precision, tmp_path: Path) -> None:
+    import onnx
+
+    model = dense_model(architecture)
+    dense = transcribe_model(model, prompts(), 0)
+    tied = model.config.tie_word_embeddings
+    round_embedding(model, precision, torch.float32)
+    path = export(model, tmp_path)
+    expected = transcribe_model(model, prompts(), 4)
+    assert max(differences(dense, expected)) > TOLERANCE
+    exact = OnnxDecoder(path, exact=True)
+    assert max(differences(expected, [transcribe(exact, prompt, 4) for prompt in prompts()])) < TOLERANCE
+    stored = {tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer}
+    assert ("lm_head.weight" in stored) == (not tied)
+
+    plain = dequantize_embedding(copy.deepcopy(model))
+    assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == tied
+    assert transcribe_model(plain, prompts(), 4)[0].tokens == expected[0].tokens
+    assert max(differences(expected, transcribe_model(plain, prompts(), 4))) < 1e-5
 
 
 def test_integers_are_stored_in_their_bits(tmp_path: Path) -> None:
