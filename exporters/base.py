@@ -18,6 +18,8 @@ class Exporter(Protocol):
     rounds: bool
     """Whether it renders rounded weights. Without this attribute, or if it is false, it is given the model with these weights
     as the floating point numbers that they stand for, and is held against that."""
+    rounds_embedding: bool
+    """Likewise for a rounded embedding and output layer."""
 
     def preflight(self, skeleton: Any) -> None:
         """Check, before any work, that the export and its proof can be done.

@@ -29,6 +29,7 @@ class OnnxExporter:
     name: str = "onnx"
     tolerance: float = 2e-3
     rounds: bool = True
+    rounds_embedding: bool = True
 
     def preflight(self, skeleton: Any) -> None:
         """Check packages and model.

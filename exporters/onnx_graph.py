@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from exporters.onnx_linear import MICROSOFT, Nodes, Transform, side_by_side
+from lrserve.compression.embedding import RoundedEmbedding
 from lrserve.compression.groups import is_dense
-from lrserve.compression.layers import RoundedEmbedding
 from lrserve.errors import UnsupportedModelError
 
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from lrserve.compression.embedding import RoundedEmbedding
 from lrserve.compression.groups import is_dense
-from lrserve.compression.layers import Factor, IdentityBlock, LowRankLinear, Matrix, ResidualFactor, RoundedEmbedding, RoundedLinear
+from lrserve.compression.layers import Factor, IdentityBlock, LowRankLinear, Matrix, ResidualFactor, RoundedLinear
 from lrserve.compression.level import SCHEMES
 from lrserve.compression.quantize import inputs_in_units
 from lrserve.errors import UnsupportedModelError
@@ -31,7 +32,7 @@ _BLOCKS: Final = (128, 64, 32)  # sizes of blocks where a scheme has one scale a
 _SMALLEST_BLOCK: Final = 16  # of MatMulNBits
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
-Linear = nn.Linear | Matrix | ResidualFactor
+Linear: TypeAlias = "nn.Linear | Matrix | ResidualFactor"
 
 
 def build_layer(layer: nn.Module, n: int) -> Any:
@@ -203,9 +204,9 @@ class Nodes:
         first = modules[0]
         if isinstance(first, LowRankLinear):
             z = x if first.first is None else self.shared(x, first.first, where)
-            y = self.product(z, [m.B for m in modules], f"{where}.B")  # type: ignore[union-attr]
+            y = self.product(z, [cast(Factor, module.B) for module in modules], f"{where}.B")
         elif isinstance(first, RoundedLinear) or is_dense(first):
-            y = self.product(x, modules, where)  # type: ignore[arg-type]
+            y = self.product(x, cast("Sequence[Linear]", modules), where)
         else:
             raise UnsupportedModelError(
                 f"{where}: the ONNX graph renders dense linears and those that lrserve compressed, this is a "
@@ -214,7 +215,8 @@ class Nodes:
         A = getattr(first, "residual_first", None)
         if A is None:
             return y
-        repair = self.product(self.shared(x, A, where), [m.residual_B for m in modules], f"{where}.residual_B")  # type: ignore[misc]
+        second = [cast(ResidualFactor, module.residual_B) for module in modules]
+        repair = self.product(self.shared(x, A, where), second, f"{where}.residual_B")
         return self.node("Add", [y, repair], f"{where}.repaired")
 
     def shared(self, x: Any, first: Factor | IdentityBlock | ResidualFactor, where: str) -> Any:
@@ -223,8 +225,10 @@ class Nodes:
         if key not in self.shared_inputs:
             parameter = next(first.parameters())
             where = self.name_of(parameter, where).rpartition(".")[0]
-            block = isinstance(first, IdentityBlock)
-            self.shared_inputs[key] = self.interpolate(x, first, where) if block else self.product(x, [first], where)
+            if isinstance(first, IdentityBlock):
+                self.shared_inputs[key] = self.interpolate(x, first, where)
+            else:
+                self.shared_inputs[key] = self.product(x, [first], where)
         return self.shared_inputs[key]
 
     def interpolate(self, x: Any, block: IdentityBlock, where: str) -> Any:
@@ -245,21 +249,17 @@ class Nodes:
         bits = _bits(matrices[0])
         y = self.matmul(x, matrices, where) if bits is None else self.matmul_blocks(x, matrices, where, bits)
         biases = [getattr(matrix, "bias", None) for matrix in matrices]
-        if all(bias is None for bias in biases):
-            return y
         for bias in biases:
             if bias is not None:
                 self.name_of(bias, where)
 
-        def bias() -> torch.Tensor:
-            return torch.cat(
-                [
-                    torch.zeros(m.out_features) if b is None else b.detach().float().cpu()
-                    for m, b in zip(matrices, biases, strict=True)
-                ]
-            )
+        def stacked() -> torch.Tensor:
+            rows = [matrix.out_features for matrix in matrices]
+            return torch.cat([torch.zeros(m) if b is None else b.detach().float().cpu() for m, b in zip(rows, biases, strict=True)])
 
-        return self.node("Add", [y, self.lazy(f"{where}.bias", [_rows(matrices)], bias)], f"{where}.Add")
+        if all(bias is None for bias in biases):
+            return y
+        return self.node("Add", [y, self.lazy(f"{where}.bias", [_rows(matrices)], stacked)], f"{where}.Add")
 
     def matmul(self, x: Any, matrices: Sequence[Linear], where: str) -> Any:
         """Multiply by weights (m, n) as floating point numbers."""
@@ -275,7 +275,7 @@ class Nodes:
     def matmul_blocks(self, x: Any, matrices: Sequence[Linear], where: str, bits: int) -> Any:
         """Multiply by rounded weights (m, n), in blocks."""
         size, n, m = _block_size(matrices[0]), matrices[0].in_features, _rows(matrices)
-        sizes = {"K": n, "N": m, "bits": bits, "block_size": size, "accuracy_level": ACCURACY}
+        sizes: dict[str, Any] = {"K": n, "N": m, "bits": bits, "block_size": size, "accuracy_level": ACCURACY}
         inputs = [x, *self.blocks(matrices, where, bits)]
         return self.node("MatMulNBits", inputs, f"{where}.MatMulNBits", domain=MICROSOFT, **sizes)
 
@@ -284,8 +284,8 @@ class Nodes:
         size, m = _block_size(matrices[0]), _rows(matrices)
         count = -(-matrices[0].in_features // size)
         for matrix in matrices:
-            if not isinstance(matrix, ResidualFactor) or matrix.exact:
-                self.name_of(matrix.weight_scale, where)
+            if (scale := _own_scale(matrix)) is not None:
+                self.name_of(scale, where)
 
         def values() -> torch.Tensor:
             return torch.cat([_blocks(matrix, size) for matrix in matrices])
@@ -302,11 +302,11 @@ class Nodes:
         values, scales = self.blocks([embedding], where, bits)
         shape = self.constant(f"{where}.shape", [embedding.out_features, -1], np.int64)
         flat = self.node("Reshape", [values, shape], f"{where}.Reshape")  # ONNX Runtime does it once, when it loads the graph
-        sizes = {"bits": bits, "block_size": _block_size(embedding), "gather_axis": 0, "quantize_axis": 1}
+        sizes: dict[str, Any] = {"bits": bits, "block_size": _block_size(embedding), "gather_axis": 0, "quantize_axis": 1}
         return self.node("GatherBlockQuantized", [flat, ids, scales], where, domain=MICROSOFT, **sizes)
 
 
-def _block_size(matrix: Matrix | ResidualFactor) -> int:
+def _block_size(matrix: Linear) -> int:
     """Return how many neighbouring inputs share a scale in the graph: as many as in the scheme, or a number that divides them."""
     group = SCHEMES[matrix.weights].group if isinstance(matrix, Matrix) and matrix.weights else None
     return group or next((size for size in _BLOCKS if matrix.in_features % size == 0), _SMALLEST_BLOCK)
@@ -326,7 +326,13 @@ def _bits(matrix: Linear) -> int | None:
 
 def _parameter(matrix: Linear) -> torch.Tensor:
     """Return the parameter that stands for a weight that is stored as floating point numbers."""
-    return matrix.weight_scale if isinstance(matrix, Matrix) and matrix.weights else matrix.weight
+    scale = _own_scale(matrix)
+    return matrix.weight if scale is None else scale
+
+
+def _own_scale(matrix: Linear) -> torch.Tensor | None:
+    """Return a rounded weight's scales (m, groups); None where there are none."""
+    return cast("torch.Tensor | None", getattr(matrix, "weight_scale", None))
 
 
 def _dense(matrix: Linear) -> torch.Tensor:
@@ -343,6 +349,5 @@ def _blocks(matrix: Linear, size: int) -> torch.Tensor:
 
 def _scales(matrix: Linear, blocks: int) -> torch.Tensor:
     """Return the scale (m, blocks) of each block."""
-    if isinstance(matrix, ResidualFactor) and not matrix.exact:
-        return torch.ones(matrix.out_features, blocks)
-    return matrix.weight_scale.detach().float().cpu().expand(-1, blocks)
+    scale = _own_scale(matrix)
+    return torch.ones(matrix.out_features, blocks) if scale is None else scale.detach().float().cpu().expand(-1, blocks)

@@ -112,6 +112,10 @@ class Factorization(_Frozen):
     layer too, `int4_g32` has 4 bits and one scale for 32 weights (also `_g64`, `_g128`). null is `int8` and `int4_g32`, and `fp8`
     on a GPU. An empty list rounds nothing.
     """
+    embedding: Literal["none", "int8", "int4_g32"] | None = None
+    """What the embedding and the output layer of an ONNX graph are rounded to; vLLM keeps them as they are. null is `int8` where
+    weights may be rounded, and `none` elsewhere.
+    """
     residuals: tuple[Annotated[int, Field(ge=1)], ...] = (8, 16, 32)
     """Ranks of the factors that may be added to weights of 4 bits, to make up for their rounding."""
     fisher: tuple[Kind, ...] = KINDS

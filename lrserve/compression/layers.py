@@ -315,44 +315,6 @@ class RoundedLinear(Matrix, Repaired, nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.weights}{residual}"
 
 
-class RoundedEmbedding(Matrix):
-    """Rows of a rounded weight (m, n) by their numbers: ids (...) -> (..., n).
-
-    `embed_scale`, of the model's dtype, multiplies them: Gemma's, elsewhere 1. `dense_module` is the embedding whose place this
-    takes, with a weight on the meta device.
-    """
-
-    embed_scale: torch.Tensor
-
-    def __init__(self, dense: Any, rounded: Rounded) -> None:
-        super().__init__()
-        weight = dense.weight
-        self._hold(weight.shape[1], weight.shape[0], rounded.precision, weight.dtype, weight.device)
-        self.put(rounded)
-        self.register_buffer("embed_scale", getattr(dense, "embed_scale", torch.ones(())).to(weight), persistent=False)
-        self._dense_module = (dense,)  # a tuple, so that torch does not register it
-        dense.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
-
-    @property
-    def dense_module(self) -> Any:
-        """The embedding whose place this took."""
-        return self._dense_module[0]
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Look rows up: ids (...) -> (..., n)."""
-        assert self.weights is not None
-        packed = SCHEMES[self.weights].group is not None
-        rows = ids.flatten()
-        values = unpack_int4(self.weight_packed[rows]) if packed else self.weight[rows]
-        found = dequantize(values, self.weight_scale[rows].float()).to(self.embed_scale.dtype)
-        return (found * self.embed_scale).view(*ids.shape, -1)
-
-    def share(self, layer: RoundedLinear) -> None:
-        """Let a linear of the same rounded weight hold the same tensors."""
-        for own, others in ((self._parameters, layer._parameters), (self._buffers, layer._buffers)):
-            others.update({name: tensor for name, tensor in own.items() if name in others and name != "bias"})
-
-
 class LowRankLinear(Repaired, nn.Linear):
     """y = B z + b, x (..., n), y (..., m): a linear layer whose weight is computed from its factors when somebody reads it.
 

@@ -17,13 +17,12 @@ from lrserve.compression.layers import (
     LowRankLinear,
     Matrix,
     ResidualFactor,
-    RoundedEmbedding,
     RoundedLinear,
     SharedResidual,
     first_factor,
 )
-from lrserve.compression.level import SCHEMES, Precision
-from lrserve.compression.quantize import Residual, Rounded, quantize, round_to_nearest
+from lrserve.compression.level import SCHEMES
+from lrserve.compression.quantize import Residual, Rounded
 from lrserve.compression.spec import GroupSpec, check_groups, leaves
 from lrserve.errors import ArtifactError, CalibrationError
 
@@ -217,49 +216,6 @@ def reorder_outputs(model: Any, group: Group, order: torch.Tensor) -> None:
             tensors.append(layer.residual_B.weight)
         for tensor in tensors:
             tensor.copy_(tensor[order.to(tensor.device)])
-
-
-@torch.no_grad()
-def round_embedding(model: Any, precision: Precision, dtype: torch.dtype) -> None:
-    """Round the embedding and the output layer of a causal LM, which stay one weight where they are one.
-
-    Args:
-        model: the causal LM.
-        precision: whose groups divide the hidden width.
-        dtype: in which scales of groups are stored.
-    """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied, layer = head.weight is embedding.weight, RoundedLinear.of(head, precision)
-
-    def rounded(weight: torch.Tensor) -> Rounded:
-        if SCHEMES[precision].bits < 8:  # whose scales are worth a search
-            return quantize(weight, precision, dtype=dtype)
-        return round_to_nearest(weight, precision, dtype)
-
-    rows = RoundedEmbedding(embedding, rounded(embedding.weight))
-    if tied:
-        rows.share(layer)
-    else:
-        layer.put(rounded(head.weight))
-    model.set_input_embeddings(rows)
-    model.set_output_embeddings(layer)
-
-
-@torch.no_grad()
-def dequantize_embedding(model: Any) -> Any:
-    """Let the embedding and the output layer be the floating point numbers that they stand for; returns the model, changed."""
-    rows, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(rows, RoundedEmbedding):
-        return model
-    dtype, embedding = rows.embed_scale.dtype, rows.dense_module
-    embedding.weight = nn.Parameter(rows.dense().to(dtype), requires_grad=False)
-    layer = nn.Linear(head.in_features, head.out_features, head.bias is not None, device="meta")
-    tied = head.weight_scale is rows.weight_scale
-    layer.weight = embedding.weight if tied else nn.Parameter(head.dense().to(dtype), requires_grad=False)
-    layer.bias = head.bias
-    model.set_input_embeddings(embedding)
-    model.set_output_embeddings(layer)
-    return model
 
 
 def is_rounded(model: nn.Module) -> bool:

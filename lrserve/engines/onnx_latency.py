@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from exporters.onnx_linear import build_layer, save_graph
+from lrserve.compression.groups import Stored
 from lrserve.compression.level import SCHEMES
 from lrserve.compression.lowrank import install_low_rank
 from lrserve.compression.spec import GroupSpec
@@ -52,7 +53,7 @@ def random_layer(entry: Entry) -> nn.Module:
     model = nn.Module()
     with torch.device("meta"):  # without the values that nn.Linear starts with
         model.layer = nn.Linear(n, entry["m"], bias=False)
-        structure = "dense" if rank is None else entry["structure"]
+        structure: Stored = "dense" if rank is None else entry["structure"]
         if rank is not None or weights:
             spec = GroupSpec(rank or 0, ("layer",), structure, entry["ordered"], weights, entry.get("residual", 0))
             install_low_rank(model, {"layer": spec})

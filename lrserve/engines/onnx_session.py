@@ -59,7 +59,8 @@ def _exact(path: Path) -> bytes:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 0
-    return model.SerializeToString()
+    serialized: bytes = model.SerializeToString()
+    return serialized
 
 
 class OnnxDecoder:

@@ -38,20 +38,20 @@ class Runtime:
     version: its name and version.
     dtype: of its arithmetic.
     compiled: whether torch.compile is used.
-    rounding_inputs: where it rounds the inputs of rounded weights though its dtype does not: lets a model in transformers do so.
     exporter: what writes models for it.
     loads_sources: whether it takes the dense model's folder as it is, and not only what `exporter` writes.
     open: builds the engine of a model.
+    rounding_inputs: where it rounds the inputs of rounded weights though its dtype does not: lets a model in transformers do so.
     """
 
     name: str
     version: str
     dtype: str
     compiled: bool
-    rounding_inputs: Callable[[Any], AbstractContextManager[None]] | None
     exporter: Exporter
     loads_sources: bool
     open: Open
+    rounding_inputs: Callable[[Any], AbstractContextManager[None]] | None = None
 
 
 def runtime_of(settings: EngineSettings) -> Runtime:
@@ -60,10 +60,10 @@ def runtime_of(settings: EngineSettings) -> Runtime:
         exact = settings.dtype == "float32"
         opens_onnx = partial(_open_onnx, exact=exact)
         rounding = None if exact else rounding_inputs
-        return Runtime("onnxruntime", onnx_version(), "float32", False, rounding, OnnxExporter(), False, opens_onnx)
+        return Runtime("onnxruntime", onnx_version(), "float32", False, OnnxExporter(), False, opens_onnx, rounding)
     opens = partial(open_engine, settings=settings)
     compiled = not settings.enforce_eager
-    return Runtime("vllm", engine_version(), settings.dtype, compiled, None, VllmExporter(), True, opens)
+    return Runtime("vllm", engine_version(), settings.dtype, compiled, VllmExporter(), loads_sources=True, open=opens)
 
 
 def loader_of(exporter: Exporter, settings: EngineSettings) -> Runtime:

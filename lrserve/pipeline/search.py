@@ -179,7 +179,7 @@ def _usual(job: Job, offers: Offers, merged: MergedLevels, validation: Validatio
 def everywhere(units: Sequence[Group], precision: Precision, offers: Offers) -> Plan:
     """Return the plan that rounds every unit that can be rounded, and removes nothing."""
     level = Level(weights=precision)
-    return Plan({unit.name: level if level in offers.levels(unit) else DENSE for unit in units}, offers.structure)
+    return Plan({unit.name: level if level in offers.levels(unit) else DENSE for unit in units}, offers.structure, offers.embedding)
 
 
 def _fits(job: Job, plan: Plan) -> bool:

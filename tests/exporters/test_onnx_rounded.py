@@ -13,8 +13,8 @@ from tiny import FAMILIES_TESTED, VOCABULARY, Rounding, dense_model, rounded_mod
 
 from exporters.onnx import OnnxExporter
 from exporters.onnx_linear import rounding_inputs
+from lrserve.compression.embedding import dequantize_embedding, round_embedding
 from lrserve.compression.level import Precision
-from lrserve.compression.lowrank import dequantize_embedding, round_embedding
 from lrserve.engines.onnx_session import OnnxDecoder, transcribe
 from lrserve.engines.transcripts import Transcript, transcribe_model
 
