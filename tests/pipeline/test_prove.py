@@ -10,15 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import dense_model, factorized_model, write_dense, write_text
+from tiny import Rounding, dense_model, factorized_model, rounded_model, write_dense, write_text
+from torch import nn
 
 from exporters.base import Exporter
 from exporters.onnx import OnnxExporter
+from exporters.vllm import VllmExporter
+from lrserve.compression.embedding import round_embedding
+from lrserve.compression.lowrank import is_rounded
 from lrserve.engines.onnx import OnnxEngine
 from lrserve.engines.runtimes import runtime_of
 from lrserve.engines.transcripts import Transcript, transcribe_model
 from lrserve.errors import AgreementError, InputError
 from lrserve.pipeline import prove
+from lrserve.pipeline.agreement import Pair, differences
 from lrserve.pipeline.baseline import dense_reference, keep_served, kept_served
 from lrserve.pipeline.job import Job, open_job
 from lrserve.pipeline.prove import Proof, Rendered, prove_agreement
@@ -170,6 +175,22 @@ class Foreign:
 class ForeignProving(Foreign):
     def transcribe(self, out: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> Mapping[str, Sequence[Any]]:
         return {"theirs": transcribe_model(dense_model("LlamaForCausalLM"), prompts, new_tokens)}
+
+
+def test_exporters_are_given_what_they_can_render() -> None:
+    model = rounded_model("Qwen2ForCausalLM", Rounding("int8"))
+    round_embedding(model, "int8", torch.float32)
+    prompts = torch.arange(3, 30)[None].tolist()
+    expected = transcribe_model(model, prompts, 2)
+    graph, checkpoint, plain = exporters = [OnnxExporter(), VllmExporter(), Foreign()]
+    rendered = Rendered(model, exporters)
+    assert rendered.by(graph) is model
+    kept = {exporter: rendered.by(exporter) for exporter in (checkpoint, plain)}
+    assert [type(found.get_input_embeddings()) for found in kept.values()] == [nn.Embedding, nn.Embedding]
+    assert [is_rounded(found) for found in kept.values()] == [True, False]
+    for found in kept.values():
+        assert differences(Pair(expected, transcribe_model(found, prompts, 2))).largest < 1e-4
+    assert Rendered(dense_model("LlamaForCausalLM"), exporters).by(plain) is not None
 
 
 def test_an_exporter_that_proves_itself_is_compared_in_float32(place: Path, folder: WorkFolder, tmp_path: Path) -> None:
