@@ -53,7 +53,9 @@ class Runtime:
 def runtime_of(settings: EngineSettings) -> Runtime:
     """Return the engine that measures and serves with these settings."""
     if settings.runtime == "onnx":
-        return Runtime("onnxruntime", onnx_version(), "float32", False, OnnxExporter(), loads_sources=False, open=_open_onnx)
+        version = onnx_version() + (f", {profile} graph" if (profile := settings.onnx_profile) != "genai" else "")
+        exporter = OnnxExporter(profile)
+        return Runtime("onnxruntime", version, "float32", False, exporter, loads_sources=False, open=_open_onnx)
     opens = partial(open_engine, settings=settings)
     compiled = not settings.enforce_eager
     return Runtime("vllm", engine_version(), settings.dtype, compiled, VllmExporter(), loads_sources=True, open=opens)
