@@ -4,9 +4,9 @@
 graph, and right where batches are padded on the right, as onnxruntime-genai pads them. The lengths cannot say that a batch is
 padded on the left: one node fails then, and its name says what to do.
 
-`portable`: position_ids (B, S) is an input, RotaryEmbedding turns by it, and GroupQueryAttention gets a mask as its attention bias.
-Any padding is right, also that on the left, which transformers.js and optimum use. GroupQueryAttention's own input position_ids does
-not do: in a prefill its kernel reads one number of it, the offset of all rows.
+`portable`: position_ids (B, S) is an input, RotaryEmbedding turns by it, and GroupQueryAttention gets a mask as its attention
+bias. Any padding is right, also that on the left, which transformers.js and optimum use. GroupQueryAttention's own input
+position_ids does not do: in a prefill its kernel reads one number of it, the offset of all rows.
 
 Notations are those of onnx_graph.py.
 """
@@ -72,7 +72,7 @@ class ByLengths:
     """The profile `genai`."""
 
     def __init__(self, nodes: Any, mask: Any) -> None:
-        self.inputs: list[Any] = []
+        self.inputs: Sequence[Any] = []
         int32 = int(nodes.ir.DataType.INT32)
         zero, one = nodes.constant("zero", 0, np.int64), nodes.constant("one", [1], np.int64)
         tokens = nodes.node("ReduceSum", [mask, one], "mask.tokens", keepdims=0)
@@ -96,7 +96,7 @@ class ByIds:
         self._nodes, self._heads = nodes, heads
         int32, boolean = int(nodes.ir.DataType.INT32), int(nodes.ir.DataType.BOOL)
         self._ids = nodes.value("position_ids", ["batch_size", "sequence_length"], "INT64")
-        self.inputs: list[Any] = [self._ids]
+        self.inputs: Sequence[Any] = [self._ids]
         one = nodes.constant("one", [1], np.int64)
         total = nodes.node("Shape", [mask], "mask.columns", start=1, end=2)
         # Every row is as long as the mask is wide: the bias says what is padding.

@@ -22,7 +22,12 @@ LENGTHS = (3 * WINDOW, 2 * WINDOW + 1, 5)  # of the prompts: longer than a windo
 STEPS = WINDOW + 4  # so that padding leaves the window
 TOLERANCE = 1e-3
 FAMILIES = ("llama", "llama-yarn-rope", "mistral", "qwen2-sliding-tied", "qwen3-sliding", "gemma3")
-PADDED: list[tuple[Profile, str, int]] = [("genai", "right", 0), ("portable", "right", 0), ("portable", "left", 0), ("portable", "left", 1)]
+PADDED: list[tuple[Profile, str, int]] = [
+    ("genai", "right", 0),
+    ("portable", "right", 0),
+    ("portable", "left", 0),
+    ("portable", "left", 1),
+]
 """Profile, side of the padding, and the number of the first position: transformers.js begins at 1 for Gemma 3."""
 
 

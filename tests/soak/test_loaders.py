@@ -1,7 +1,7 @@
 """The ONNX folder of SmolLM2-135M in onnxruntime-genai, optimum and transformers.js, unmodified: `make soak`.
 
-Each loads model, tokenizer and chat template itself and continues the same chats greedily as transformers does. Two chats of unequal
-lengths are padded as each program pads: onnxruntime-genai on the right, the other two on the left.
+Each loads model, tokenizer and chat template itself and continues the same chats greedily as transformers does. Two chats of
+unequal lengths are padded as each program pads: onnxruntime-genai on the right, the other two on the left.
 """
 
 from __future__ import annotations
