@@ -16,6 +16,8 @@ from test_onnx_exporter import MODELS, WINDOW, make, prompts
 from exporters.onnx import OnnxExporter
 from exporters.onnx_profiles import Profile
 from lrserve.engines.onnx_session import OnnxDecoder, open_session, transcribe
+from lrserve.engines.runtimes import runtime_of
+from lrserve.pipeline.run import load_exporters
 from lrserve.recipe import EngineSettings
 
 LENGTHS = (3 * WINDOW, 2 * WINDOW + 1, 5)  # of the prompts: longer than a window, and shorter
@@ -142,12 +144,17 @@ def test_dimensions_have_the_names_that_loaders_know(profile: Profile, tmp_path:
     assert inputs.get("position_ids") == ("position_ids" if profile == "portable" else None)
 
 
-def test_the_exporter_takes_the_profile_of_the_recipe(tmp_path: Path) -> None:
-    model = make("llama")
-    exporter = OnnxExporter().configured(EngineSettings(onnx_profile="portable"))
-    exporter.export(model, tmp_path / "no-source", tmp_path, torch.float32)
-    names = [value.name for value in open_session(tmp_path / "onnx" / "model.onnx").get_inputs()]
-    assert "position_ids" in names
+def test_the_profile_of_the_recipe_is_exported_and_measured(tmp_path: Path) -> None:
+    settings = EngineSettings(runtime="onnx", onnx_profile="portable")
+    [exporter] = load_exporters(["onnx"], settings)
+    runtime = runtime_of(settings)
+    for number, own in enumerate((exporter, runtime.exporter)):
+        out = tmp_path / str(number)
+        out.mkdir()
+        own.export(make("llama"), out / "no-source", out, torch.float32)
+        assert "position_ids" in [value.name for value in open_session(out / "onnx" / "model.onnx").get_inputs()]
+    # What was measured of the other graph is not reused.
+    assert runtime.version != runtime_of(EngineSettings(runtime="onnx")).version
 
 
 def test_families_are_known() -> None:

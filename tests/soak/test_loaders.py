@@ -60,12 +60,14 @@ def folders(source: Source, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def expected(source: Source) -> list[list[int]]:
     """What transformers continues each chat with, alone."""
     model, tokenizer = source.load(torch.float32), source.tokenizer()
-    found = []
+    found, lengths = [], set()
     for prompt in PROMPTS:
         chat = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        lengths.add(inputs["input_ids"].shape[1])
         found.append(tokens[0, inputs["input_ids"].shape[1] :].tolist())
+    assert len(lengths) == len(PROMPTS)
     assert all(len(tokens) == NEW_TOKENS and tokenizer.eos_token_id not in tokens for tokens in found)
     return found
 
