@@ -122,8 +122,10 @@ class ByIds:
         if window not in self._biases:
             nodes, seen, name = self._nodes, self._seen, "bias" if window < 0 else f"bias.window.{window}"
             if window >= 0:
-                distance = nodes.node("Sub", [self._queries, self._keys], f"{name}.distance")
-                near = nodes.node("Less", [distance, nodes.constant(f"{name}.width", window, np.int64)], f"{name}.near")
+                width = nodes.constant(f"{name}.width", window, np.int64)
+                near = nodes.node(
+                    "Greater", [self._keys, nodes.node("Sub", [self._queries, width], f"{name}.begin")], f"{name}.near"
+                )
                 seen = nodes.node("And", [seen, near], f"{name}.seen")
             # Finite, for a row that sees nothing, a token of padding, has a softmax too.
             shown = nodes.constant("bias.shown", 0.0, np.float32)
