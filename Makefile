@@ -42,7 +42,7 @@ engine: setup
 	$(PYTEST) -m "engine or real"
 
 soak: setup $(SOAK)/optimum/ready $(SOAK)/js/ready
-	LRSERVE_SOAK=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
+	LRSERVE_SOAK=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/soak
 
 $(SOAK)/optimum/ready:
 	$(PYTHON) -m venv $(@D)
