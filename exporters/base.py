@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from lrserve.recipe import EngineSettings
+
 
 class Exporter(Protocol):
     """One rendering of the compressed model. Register a class of this shape under the entry point group `lrserve.exporters`."""
@@ -42,6 +44,14 @@ class Exporter(Protocol):
             out: exists and is private to this run; nothing outside it may be written.
             dtype: in which a rendering with a choice stores its weights.
         """
+
+
+@runtime_checkable
+class Configured(Protocol):
+    """An exporter with settings in the recipe's section `engine`; without this method it is used as its class makes it."""
+
+    def configured(self, settings: EngineSettings) -> Exporter:
+        """Return the exporter with these settings."""
 
 
 @runtime_checkable

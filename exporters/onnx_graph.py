@@ -7,8 +7,8 @@ where attention takes them as one and the plan made the same of all three.
 Inputs: input_ids (B, S) and attention_mask (B, T), int64; past_key_values.i.key and .value (B, K, T - S, D), float32.
 Outputs: logits (B, S, V); present.i.key and .value (B, K, T, D), float32.
 
-Attention is ONNX Runtime's GroupQueryAttention, which takes positions and mask from the *lengths* of the sequences: a
-batch must be padded on the right, left padding is silently wrong. Its window and RoPE are part of the operator.
+Attention is ONNX Runtime's GroupQueryAttention. What it is told of positions and padding is the graph's profile
+(onnx_profiles.py); the profile `portable` has the input position_ids (B, S), int64, as well.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from exporters.onnx_linear import MICROSOFT, Nodes, Transform, side_by_side
+from exporters.onnx_profiles import Positions, Profile, positions
 from lrserve.compression.embedding import RoundedEmbedding
 from lrserve.compression.groups import is_dense
 from lrserve.errors import UnsupportedModelError
@@ -57,7 +58,7 @@ _STATIC_ROPE: Final = ("default", "linear", "llama3", "yarn")
 _LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 
 
-def build_graph(model: Any) -> Any:
+def build_graph(model: Any, profile: Profile = "genai") -> Any:
     """Render a transformers causal LM, some of whose linears may be compressed, as an `onnx_ir.Model`.
 
     Weights are laid out one at a time when the graph is saved: until then the graph refers to the model's tensors.
@@ -65,7 +66,7 @@ def build_graph(model: Any) -> Any:
     Raises:
         UnsupportedModelError: an architecture, layer or option that the graph would not render faithfully, by its name.
     """
-    return _Builder(model).build()
+    return _Builder(model).build(profile)
 
 
 def head_width(config: Any) -> int:
@@ -197,47 +198,37 @@ class _Builder(Nodes):
         shape = (length, len(frequencies))
         return [self.lazy(f"{prefix}cos", shape, table(torch.cos)), self.lazy(f"{prefix}sin", shape, table(torch.sin))]
 
-    def lengths(self, mask: Any) -> list[Any]:
-        """What GroupQueryAttention wants of the mask: index (B,) of each sequence's last token, and T; both int32."""
-        int32 = int(self.ir.DataType.INT32)
-        one = self.constant("one", [1], np.int64)
-        tokens = self.node("ReduceSum", [mask, one], "mask.tokens", keepdims=0)
-        last = self.node("Cast", [self.node("Sub", [tokens, one], "mask.last")], "seqlens_k", to=int32)
-        width = self.node("Squeeze", [self.node("Shape", [mask], "mask.shape", start=1, end=2)], "mask.width")
-        return [last, self.node("Cast", [width], "total_sequence_length", to=int32)]
-
-    def attention(self, x: Any, index: int, lengths: list[Any], where: str) -> Any:
+    def attention(self, x: Any, index: int, positions: Positions, where: str) -> Any:
         attention = self.model.model.layers[index].self_attn
-        q, k, v = self.queries_keys_values(x, attention, where)
+        q, k, v = self.queries_keys_values(x, attention, positions.packed, where)
         heads = int(self.config.num_key_value_heads)
         past, present = (
-            [self.value(f"{kind}.{index}.{part}", ["batch", heads, length, self.head_dim]) for part in ("key", "value")]
+            [self.value(f"{kind}.{index}.{part}", ["batch_size", heads, length, self.head_dim]) for part in ("key", "value")]
             for kind, length in (("past_key_values", "past_sequence_length"), ("present", "total_sequence_length"))
         )
         self.inputs += past
         self.presents += present
         caches = self.rotary_caches(self.config.layer_types[index] if self.family.gemma else "")
         name = f"{where}.GroupQueryAttention"
+        told = positions.attention(q, k, caches, _window(self.model, attention), where)
         y = self.node(
             "GroupQueryAttention",
-            [q, k, v, *past, *lengths, *caches],
+            [told.q, told.k, v, *past, *told.inputs],
             name,
             domain=MICROSOFT,
             outputs=[self.ir.Value(name=name), *present],
             num_heads=int(self.config.num_attention_heads),
             kv_num_heads=heads,
             scale=float(attention.scaling),
-            local_window_size=_window(self.model, attention),
-            do_rotary=1,
-            rotary_interleaved=0,
+            **told.attributes,
         )
         return self.linear(y, attention.o_proj, f"{where}.o_proj")
 
-    def queries_keys_values(self, x: Any, attention: Any, where: str) -> tuple[Any, Any, Any]:
-        """Return what GroupQueryAttention takes: q, k and v, or all three as one and no others."""
+    def queries_keys_values(self, x: Any, attention: Any, packed: bool, where: str) -> tuple[Any, Any, Any]:
+        """Return q, k and v or, where they may be `packed` and can be, all three as one and no others."""
         modules = {name: getattr(attention, f"{name}_proj") for name in ("q", "k", "v")}
         normed = hasattr(attention, "q_norm")
-        if not normed and side_by_side(list(modules.values())):
+        if packed and not normed and side_by_side(list(modules.values())):
             return self.linears(x, list(modules.values()), f"{where}.qkv_proj"), None, None
         q, k, v = (self.linear(x, module, f"{where}.{name}_proj") for name, module in modules.items())
         if normed:
@@ -282,11 +273,12 @@ class _Builder(Nodes):
             x = self.node("Mul", [x, limit], "softcap.Mul")
         return x
 
-    def build(self) -> Any:
-        ids = self.value("input_ids", ["batch", "sequence_length"], "INT64")
-        mask = self.value("attention_mask", ["batch", "total_sequence_length"], "INT64")
-        self.inputs += [ids, mask]
-        lengths = self.lengths(mask)
+    def build(self, profile: Profile) -> Any:
+        ids = self.value("input_ids", ["batch_size", "sequence_length"], "INT64")
+        mask = self.value("attention_mask", ["batch_size", "total_sequence_length"], "INT64")
+        heads = (int(self.config.num_attention_heads), int(self.config.num_key_value_heads))
+        told = positions(profile, self, ids, mask, heads)
+        self.inputs += [ids, mask, *told.inputs]
         residual, y = self.embed(ids), None
         for index, layer in enumerate(self.model.model.layers):
             where = f"model.layers.{index}"
@@ -295,7 +287,7 @@ class _Builder(Nodes):
                 x = self.norm(residual, layer.input_layernorm, f"{where}.input_layernorm")
             else:
                 residual, x = self.add_norm(residual, y, layer.input_layernorm, f"{where}.input_layernorm")
-            y = self.attention(x, index, lengths, f"{where}.self_attn")
+            y = self.attention(x, index, told, f"{where}.self_attn")
             if self.family.gemma:
                 y = self.norm(y, layer.post_attention_layernorm, f"{where}.post_attention_layernorm")
             residual, x = self.add_norm(residual, y, getattr(layer, before_mlp), f"{where}.{before_mlp}")
@@ -305,7 +297,7 @@ class _Builder(Nodes):
         _, x = self.add_norm(residual, y, self.model.model.norm, "model.norm", last=True)
         logits = self.head(x)
         logits.name, logits.type = "logits", self.ir.TensorType(self.ir.DataType.FLOAT)
-        logits.shape = self.ir.Shape(["batch", "sequence_length", int(self.config.vocab_size)])
+        logits.shape = self.ir.Shape(["batch_size", "sequence_length", int(self.config.vocab_size)])
         self.check_complete()
         return self.finish(self.inputs, [logits, *self.presents])
 

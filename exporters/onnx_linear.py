@@ -42,7 +42,7 @@ def build_layer(layer: nn.Module, n: int) -> Any:
         UnsupportedModelError: a layer that `onnx_graph.build_graph` would not render either.
     """
     nodes = Nodes(layer)
-    x = nodes.value("x", ["batch", "sequence_length", n])
+    x = nodes.value("x", ["batch_size", "sequence_length", n])
     y = nodes.linear(x, layer, "layer")
     y.name, y.type = "y", x.type
     return nodes.finish([x], [y])

@@ -99,6 +99,9 @@ def compress_and_export(
     export: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="vllm (a checkpoint) or onnx (a graph), repeatable [default: both].")
     ] = None,
+    onnx_profile: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Graph for batches padded as genai does, or portable [default: genai].")
+    ] = None,
     recover: Annotated[
         str | None, typer.Option(metavar="MINUTES", help="Train the result against the dense model for so long [default: 0].")
     ] = None,
@@ -137,6 +140,7 @@ def compress_and_export(
         "--max-ppl-increase": ("target.max_ppl_increase", max_ppl_increase),
         "--max-bytes": ("target.max_bytes", max_bytes),
         "--export": ("export", export or None),
+        "--onnx-profile": ("engine.onnx_profile", onnx_profile),
         "--recover": ("factorization.recover_minutes", recover),
         "--target": ("engine.runtime", target),
         "--trials": ("search.trials", trials),

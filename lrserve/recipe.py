@@ -212,6 +212,10 @@ class EngineSettings(_Frozen):
     """`vllm`, or `onnx` for ONNX Runtime on the CPU in float32; `--target`."""
     dtype: Dtype = "bfloat16"
     """Number format of the stored weights, and of vLLM's arithmetic."""
+    onnx_profile: Literal["genai", "portable"] = "genai"
+    """Padding that the ONNX graph takes: `genai` that on the right only, `portable` any, at some cost in speed; `--onnx-profile`.
+    docs/guide.md says which program needs which.
+    """
     enforce_eager: bool = False
     """Run vLLM without torch.compile: it starts sooner and serves more slowly."""
     repeats: Annotated[int, Field(ge=1), "rounds"] = 5

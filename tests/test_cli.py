@@ -125,6 +125,7 @@ def test_bad_input_is_one_clear_line(arguments: list[str], message: str, model: 
         (["--ratio", "nan"], "error: --ratio: must be"),
         (["--ratio", "0.2", "--min-speedup", "2"], "error: --ratio and --min-speedup: give only one of ratio"),
         (["--trials", "0"], "error: --trials: must be at least 3; got '0'"),
+        (["--onnx-profile", "hf"], "error: --onnx-profile: must be 'genai' or 'portable'; got 'hf'"),
         (["--recover", "-1"], "error: --recover: must be at least 0; got '-1'"),
         (["--seed", "-1"], "error: --seed: must be at least 0; got '-1'"),
         (["--export", "tflite"], "error: no exporter named 'tflite'; --export takes onnx, vllm"),

@@ -84,8 +84,10 @@ class OnnxDecoder:
         self._outputs = [output.name for output in outputs]
         self.vocabulary = int(outputs[0].shape[-1])
         # (name, key/value heads, head width) of every cache input; its values never leave the runtime.
-        caches = [cache for cache in self._session.get_inputs() if cache.name.startswith("past_key_values.")]
+        inputs = self._session.get_inputs()
+        caches = [cache for cache in inputs if cache.name.startswith("past_key_values.")]
         self._caches = [(cache.name, cache.shape[1], cache.shape[3]) for cache in caches]
+        self._positions = any(value.name == "position_ids" for value in inputs)
         self._past: dict[str, Any] = {}
         self._length = 0
 
@@ -108,6 +110,9 @@ class OnnxDecoder:
         batch, new = tokens.shape
         mask = np.ones((batch, self._length + new), np.int64)
         feed = {"input_ids": self._value(tokens), "attention_mask": self._value(mask), **self._past}
+        if self._positions:
+            positions = np.arange(self._length, self._length + new, dtype=np.int64)
+            feed["position_ids"] = self._value(np.broadcast_to(positions, tokens.shape))
         try:
             logits, *present = self._session.run_with_ort_values(self._outputs, feed)
         except Exception as error:

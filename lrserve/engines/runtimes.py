@@ -57,10 +57,10 @@ class Runtime:
 def runtime_of(settings: EngineSettings) -> Runtime:
     """Return the engine that measures and serves with these settings."""
     if settings.runtime == "onnx":
+        version = onnx_version() + (f", {profile} graph" if (profile := settings.onnx_profile) != "genai" else "")
         exact = settings.dtype == "float32"
-        opens_onnx = partial(_open_onnx, exact=exact)
-        rounding = None if exact else rounding_inputs
-        return Runtime("onnxruntime", onnx_version(), "float32", False, OnnxExporter(), False, opens_onnx, rounding)
+        opens_onnx, rounding = partial(_open_onnx, exact=exact), None if exact else rounding_inputs
+        return Runtime("onnxruntime", version, "float32", False, OnnxExporter(profile), False, opens_onnx, rounding)
     opens = partial(open_engine, settings=settings)
     compiled = not settings.enforce_eager
     return Runtime("vllm", engine_version(), settings.dtype, compiled, VllmExporter(), loads_sources=True, open=opens)

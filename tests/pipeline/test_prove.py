@@ -28,7 +28,7 @@ from lrserve.pipeline.baseline import dense_reference, keep_served, kept_served
 from lrserve.pipeline.job import Job, open_job
 from lrserve.pipeline.prove import Proof, Rendered, prove_agreement
 from lrserve.pipeline.run import load_exporters
-from lrserve.recipe import Recipe
+from lrserve.recipe import EngineSettings, Recipe
 from lrserve.report.card import agreement
 from lrserve.storage.work import WorkFolder, work_folder
 
@@ -222,11 +222,11 @@ def test_an_exporter_that_nothing_proves_is_refused(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
     found: list[type[Exporter]] = [ForeignProving, Own]
-    assert [type(exporter) for exporter in load_exporters(["own", "foreign"])] == [Own, ForeignProving]
+    assert [type(exporter) for exporter in load_exporters(["own", "foreign"], EngineSettings())] == [Own, ForeignProving]
     found = [Foreign]
     with pytest.raises(InputError, match="exporter 'foreign' is of another package and has no method transcribe") as refused:
-        load_exporters(["foreign"])
+        load_exporters(["foreign"], EngineSettings())
     assert "\n" not in str(refused.value)
     with pytest.raises(InputError, match="no exporter named 'else'"):
-        load_exporters(["else"])
+        load_exporters(["else"], EngineSettings())
     assert prove.loader_of(Own(), Recipe(model="any").engine).name == "onnxruntime"
