@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from serving.tiny_graph import chat_prompt, greedy, tokenizer, write_graph
-from tiny import dense_model, write_dense
 
 from lrserve.engines.genai import PREFILL_CHUNK, GenaiEngine, search_options
 from lrserve.engines.sampling import Sampling, Step
+from lrserve.engines.vllm import Engine
 from lrserve.errors import ArtifactError, EngineError, InputError
 from lrserve.plugins import versions
 from lrserve.serving import generation
@@ -214,10 +215,21 @@ def test_a_missing_or_untested_package_is_named(tiny: tuple[Any, Path], monkeypa
 
 
 @pytest.mark.engine
-def test_vllm_answers_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = dense_model("LlamaForCausalLM")
-    folder = write_dense(model, tmp_path / "model")
-    generate(folder, "Hello there", engine="vllm", max_tokens=20)
+def test_vllm_answers_the_same(tiny: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = tiny
+    prompt = chat_prompt("Hello there")
+    ids = tokenizer()(prompt, add_special_tokens=False)["input_ids"]
+    expected = greedy(model, prompt, 20, bos=False)
+    with Engine(out.parent / "dense", dtype="float32", max_model_len=64, max_num_seqs=1) as engine:
+        left = engine.generate(ids, Sampling(30, ignore_eos=True))
+        assert next(left).finish is None
+        left.close()
+        made = tokens_of(engine.generate(ids, Sampling(20, ignore_eos=True)))
+        assert tokenizer().decode(made, skip_special_tokens=True) == expected
+        monkeypatch.setattr(generation, "_engine", lambda *_: nullcontext(engine))
+        generate(out.parent / "dense", "Hello there", engine="vllm", max_tokens=20)
     printed = capsys.readouterr()
-    assert printed.out == greedy(model, "Hello there", 20, bos=False) + "\n"
-    assert "20 tokens after 11 of the prompt on vllm" in printed.err
+    assert printed.out == expected + "\n"
+    assert re.fullmatch(
+        r"20 tokens after 29 of the prompt on vllm; prefill .*; decode .* tokens/s; cut at 20 tokens\n", printed.err
+    )
