@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two tests at once, each on one thread: two threads each on two cores would wait for each other. vLLM is not to choose the core.
 PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n 2 --dist loadscope --durations=10
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
-EXTRAS := compress,cpu,onnx,eval,dev
+EXTRAS := compress,cpu,onnx,onnx-serve,eval,dev
 # Where `make soak` keeps environments of programs that cannot share lrserve's.
 SOAK := $(or $(LRSERVE_CACHE),$(HOME)/.cache/lrserve)/soak
 

@@ -248,6 +248,32 @@ def test_bench_measures_it_again(made: tuple[Path, dict[str, Any], list[str]], t
         assert result[side]["time_to_first_token_ms"]["p99"] >= result[side]["time_to_first_token_ms"]["median"] > 0
 
 
+def test_bench_measures_the_graphs_behind_their_own_server(made: tuple[Path, dict[str, Any], list[str]], tmp_path: Path) -> None:
+    said: list[str] = []
+    figures = bench(made[0], engine="onnxruntime", report=tmp_path, say=said.append)
+    assert figures["engine"].startswith("onnxruntime-genai 0.")
+    assert figures["settings"]["dtype"] == "float32"
+    assert "float32; " in said[-1]
+    assert figures["promised"] is None  # that was on vLLM
+    assert {name: result["rounds"] for name, result in figures["workloads"].items()} == {"chat": 2, "decode": 2}
+    for result in figures["workloads"].values():
+        for side in ("dense", "compressed"):
+            assert result[side]["tokens_per_second"]["median"] > 0
+            assert result[side]["time_to_first_token_ms"]["p99"] >= result[side]["time_to_first_token_ms"]["median"] > 0
+    again = bench(
+        made[0],
+        engine="onnxruntime",
+        dense=str(made[0]),
+        workload={"concurrency": 1},
+        overrides={"engine.repeats": 1},
+        say=said.append,
+    )
+    assert again["models"]["dense"] == "out"
+    for wrong in ({"vllm_arguments": ["--enforce-eager"]}, {"overrides": {"engine.enforce_eager": True}}):
+        with pytest.raises(InputError, match="or --engine onnxruntime"):
+            bench(made[0], engine="onnxruntime", **wrong)  # type: ignore[arg-type]
+
+
 def test_a_rendering_that_disagrees_is_not_published(place: Path, made: object, monkeypatch: pytest.MonkeyPatch) -> None:
     transcribe = OnnxEngine.transcribe
 
