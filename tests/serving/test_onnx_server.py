@@ -249,8 +249,8 @@ def test_signals_end_it_in_the_middle_of_an_answer(tiny: tuple[Any, Path], tmp_p
             *_, last, end = [line for line in lines if line]
             assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is ending"
             assert end == "data: [DONE]"
-        code = process.wait(timeout=10)
-        assert time.monotonic() - began < 5
+        code = process.wait(timeout=20)
+        assert time.monotonic() - began < 10  # beside other tests; alone it takes one or two
     assert code == (0 if number == signal.SIGINT else 143)
     said = log.read_text()
     assert "Traceback" not in said
