@@ -53,7 +53,7 @@ from publishing import add_results_option, conclude
 BUILT: Final[Mapping[str, str]] = {"builder, fp32": "fp32", "builder, int4": "int4"}
 """Rows of onnxruntime-genai's builder, and its precision."""
 ROUNDED: Final[Sequence[Precision]] = ("int8", "int4_g32")
-SPEEDS: Final = (2.0, 3.0, 4.0)
+SPEEDS: Final = (1.5, 2.0, 2.5, 3.0)
 PROMPT, STEPS, LONG_PROMPT = 128, 64, 512
 BATCHES: Final = (1, 8)
 
