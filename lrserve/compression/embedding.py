@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,19 +65,38 @@ def round_embedding(model: Any, precision: Precision, dtype: torch.dtype) -> Non
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied, layer = head.weight is embedding.weight, RoundedLinear.of(head, precision)
-
-    def rounded(weight: torch.Tensor) -> Rounded:
-        if SCHEMES[precision].bits < 8:  # whose scales are worth a search
-            return quantize(weight, precision, dtype=dtype)
-        return round_to_nearest(weight, precision, dtype)
-
-    rows = RoundedEmbedding(embedding, rounded(embedding.weight))
+    rows = RoundedEmbedding(embedding, _rounded(embedding.weight, precision, dtype))
     if tied:
         rows.share(layer)
     else:
-        layer.put(rounded(head.weight))
+        layer.put(_rounded(head.weight, precision, dtype))
     model.set_input_embeddings(rows)
     model.set_output_embeddings(layer)
+
+
+def _rounded(weight: torch.Tensor, precision: Precision, dtype: torch.dtype) -> Rounded:
+    if SCHEMES[precision].bits < 8:  # whose scales are worth a search
+        return quantize(weight, precision, dtype=dtype)
+    return round_to_nearest(weight, precision, dtype)
+
+
+@contextmanager
+def rounded_values(model: Any, precision: Precision, dtype: torch.dtype) -> Iterator[None]:
+    """Give the embedding and the output layer, which stay what they are, the values that rounding leaves; afterwards the old ones.
+
+    Arguments are those of `round_embedding`.
+    """
+    parameters = {id(p): p for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+    before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.copy_(_rounded(parameter, precision, dtype).dense())
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(before[key])
 
 
 @torch.no_grad()

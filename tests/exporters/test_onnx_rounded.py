@@ -13,7 +13,7 @@ from tiny import FAMILIES_TESTED, VOCABULARY, Rounding, dense_model, rounded_mod
 
 from exporters.onnx import OnnxExporter
 from exporters.onnx_linear import rounding_inputs
-from lrserve.compression.embedding import dequantize_embedding, round_embedding
+from lrserve.compression.embedding import dequantize_embedding, round_embedding, rounded_values
 from lrserve.compression.level import Precision
 from lrserve.engines.onnx_session import OnnxDecoder, transcribe
 from lrserve.engines.transcripts import Transcript, transcribe_model
@@ -68,10 +68,14 @@ def test_embedding_and_output_layer_are_rounded(architecture: str, precision: Pr
     model = dense_model(architecture)
     dense = transcribe_model(model, prompts(), 0)
     tied = model.config.tie_word_embeddings
+    with rounded_values(model, precision, torch.float32):
+        judged = transcribe_model(model, prompts(), 0)
+    assert transcribe_model(model, prompts(), 0) == dense
     round_embedding(model, precision, torch.float32)
     path = export(model, tmp_path)
     expected = transcribe_model(model, prompts(), 4)
     assert max(differences(dense, expected)) > TOLERANCE
+    assert max(differences(judged, expected)) < 1e-5
     exact = OnnxDecoder(path, exact=True)
     assert max(differences(expected, [transcribe(exact, prompt, 4) for prompt in prompts()])) < TOLERANCE
     stored = {tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer}

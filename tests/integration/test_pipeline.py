@@ -200,6 +200,9 @@ def test_onnx_runtime_measures_what_it_is_to_serve(place: Path, made: object) ->
     assert metrics["throughput"]["engine"].startswith("onnxruntime ")
     assert metrics["versions"]["engine"].startswith("onnxruntime ")
     assert metrics["throughput"]["workloads"]["decode"]["compressed"]["tokens_per_second"] > 0
+    assert metrics["plan"]["embedding"] == "int8"
+    assert metrics["plan"]["embedding_loss"] != 0
+    assert {plan["origin"] for plan in metrics["measured_plans"]} > {"int8 everywhere", "int4_g32 everywhere"}
     assert any("onnxruntime" in line for line in said if line.startswith("4/6 latency"))
     assert 0.2 <= metrics["sizes"]["linear_parameters"]["ratio"] < 0.35
     assert not (place / "graph" / "config.json").exists()
