@@ -176,7 +176,9 @@ def _say_offers(job: Job, runnable: Offers, offered: Offers) -> None:
     slower = [p for p in runnable.precisions if p not in offered.precisions]
     notes = [f"the engine cannot run {', '.join(cannot)} here"] * bool(cannot)
     notes += [f"{', '.join(slower)} is never faster"] * bool(slower)
-    job.say(f"4/6 levels: weights of {', '.join([job.recipe.engine.dtype, *offered.precisions])}" + "; ".join(["", *notes]))
+    job.say(
+        f"4/6 levels: weights of {', '.join([runtime_of(job.recipe.engine).dtype, *offered.precisions])}" + "; ".join(["", *notes])
+    )
 
 
 def _usual(job: Job, offers: Offers, merged: MergedLevels, validation: Validation, speed: SpeedModel) -> list[Evaluated]:

@@ -23,7 +23,8 @@ from serving.tiny_graph import CONTEXT, chat_prompt, greedy, tokenizer, write_gr
 
 from lrserve.engines.sampling import Sampling, Step
 from lrserve.errors import EngineError, InputError
-from lrserve.serving.onnx_server import Service, build_app, parser, serve
+from lrserve.serving.answers import Service
+from lrserve.serving.onnx_server import build_app, parser, serve
 
 START = "from lrserve.cli import main; main()"
 
