@@ -127,10 +127,11 @@ def _prove_rendering(
     agreement[plain.name] = agree(plain.name, reference, compressed.engine, exporter.tolerance)
     rounded: Pair | None = None
     if served.rounding_inputs is not None and is_rounded(model):
-        with served.open(staging, job.recipe.requests) as engine:
-            compressed = Pair(reference, engine.transcribe(prompts, new_tokens))
         with served.rounding_inputs(model):
-            rounded = Pair(reference, transcribe_model(model, prompts, new_tokens))
+            loaded = transcribe_model(model, prompts, new_tokens)
+        with served.open(staging, job.recipe.requests) as engine:
+            compressed = Pair(loaded, engine.transcribe(prompts, new_tokens))
+        rounded = Pair(reference, loaded)
     elif (served.dtype, served.compiled) != (plain.dtype, plain.compiled):
         loaded = transcribe_checkpoint(staging, getattr(torch, served.dtype), prompts, new_tokens)
         with served.open(staging, job.recipe.requests) as engine:
