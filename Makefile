@@ -4,9 +4,11 @@ BIN := .venv/bin
 # Two tests at once, each on one thread: two threads each on two cores would wait for each other. vLLM is not to choose the core.
 PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n 2 --dist loadscope --durations=10
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
-EXTRAS := compress,cpu,onnx,eval,dev
+EXTRAS := compress,cpu,onnx,onnx-serve,eval,dev
+# Where `make soak` keeps environments of programs that cannot share lrserve's.
+SOAK := $(or $(LRSERVE_CACHE),$(HOME)/.cache/lrserve)/soak
 
-.PHONY: setup demo test lint unit engine clean
+.PHONY: setup demo test lint unit engine soak clean
 
 setup: .venv/ready
 
@@ -34,10 +36,27 @@ lint: setup
 	$(BIN)/lint-imports
 
 unit: setup
-	$(PYTEST) -m "not engine and not real"
+	$(PYTEST) -m "not engine and not real and not soak"
 
 engine: setup
 	$(PYTEST) -m "engine or real"
+
+soak: setup $(SOAK)/optimum/ready $(SOAK)/js/ready
+	LRSERVE_SOAK=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/soak
+
+$(SOAK)/optimum/ready:
+	$(PYTHON) -m venv $(@D)
+	@# the build of torch that lrserve's environment has, for optimum finds it by its own requirements in any build
+	build=$$($(BIN)/python -c "import torch; print(torch.__version__)") && \
+	for index in "" "--extra-index-url $(TORCH_CPU_INDEX)"; do \
+		$(@D)/bin/pip install --quiet $$index optimum-onnx==0.1.0 "transformers<4.58" onnxruntime torch==$$build && break; \
+	done
+	touch $@
+
+$(SOAK)/js/ready:
+	@# without scripts: that of onnxruntime-node downloads GPU libraries, and what runs on the CPU is in the package
+	npm install --silent --ignore-scripts --prefix $(@D) @huggingface/transformers@4.3.2
+	touch $@
 
 clean:
 	rm -rf .venv demo demo.work build *.egg-info

@@ -33,7 +33,7 @@ from lrserve.compression.rounding import Rounding
 from lrserve.compression.spectra import SpectrumStore
 from lrserve.engines.runtimes import runtime_of
 from lrserve.pipeline.job import Job, first_tokens, open_job
-from lrserve.pipeline.measure import DenseEngine, measure_front, measure_layers, speed_model
+from lrserve.pipeline.measure import DenseEngine, dense_checkpoint, measure_front, measure_layers, speed_model
 from lrserve.pipeline.rounding import rounding_of
 from lrserve.pipeline.run import backpropagate, calibrate_blocks, factorize_groups
 from lrserve.pipeline.search import everywhere, known_losses, rounding_metric
@@ -59,7 +59,7 @@ def plans_for(job: Job, speeds: Sequence[float], folder: WorkFolder) -> tuple[di
     rounding = rounding_of(job, statistics, gradients)
     merged = MergedLevels(model, job.units, store, rounding)
     runtime = runtime_of(job.recipe.engine)
-    with DenseEngine(runtime, job.source.path, job.recipe.requests, folder.root / "dense-engine.log") as dense:
+    with DenseEngine(runtime, dense_checkpoint(job, runtime, folder), job.recipe.requests, folder.root / "dense.log") as dense:
         layers, _ = measure_layers(job, runtime, dense, folder)
         speed = speed_model(job, layers)
         rounding_metric(job, merged, rounding, gradients, speed, folder)

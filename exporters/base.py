@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from lrserve.recipe import EngineSettings
+
 
 class Exporter(Protocol):
     """One rendering of the compressed model. Register a class of this shape under the entry point group `lrserve.exporters`."""
@@ -18,6 +20,8 @@ class Exporter(Protocol):
     rounds: bool
     """Whether it renders rounded weights. Without this attribute, or if it is false, it is given the model with these weights
     as the floating point numbers that they stand for, and is held against that."""
+    rounds_embedding: bool
+    """Likewise for a rounded embedding and output layer."""
 
     def preflight(self, skeleton: Any) -> None:
         """Check, before any work, that the export and its proof can be done.
@@ -40,6 +44,14 @@ class Exporter(Protocol):
             out: exists and is private to this run; nothing outside it may be written.
             dtype: in which a rendering with a choice stores its weights.
         """
+
+
+@runtime_checkable
+class Configured(Protocol):
+    """An exporter with settings in the recipe's section `engine`; without this method it is used as its class makes it."""
+
+    def configured(self, settings: EngineSettings) -> Exporter:
+        """Return the exporter with these settings."""
 
 
 @runtime_checkable

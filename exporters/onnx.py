@@ -10,15 +10,23 @@ from typing import Any, Final
 import torch
 
 from exporters.companions import copy_companions
-from exporters.onnx_graph import build_graph, check_renderable, head_width, save_graph
+from exporters.onnx_companions import loader_config, loader_tokenizer_config
+from exporters.onnx_graph import build_graph, check_renderable, head_width
+from exporters.onnx_linear import save_graph
+from exporters.onnx_profiles import Profile
 from lrserve.plugins.versions import require_onnx
+from lrserve.recipe import EngineSettings
 
 FOLDER: Final = "onnx"
 MODEL_FILE: Final = "model.onnx"
+_CACHE_BYTES: Final = 2**30
+"""KV cache of one sequence that onnxruntime-genai allocates unless its caller says max_length."""
 
 
 class OnnxExporter:
-    """Renders the compressed model as one float32 ONNX graph with a KV cache.
+    """Renders the compressed model as one ONNX graph with a KV cache, in a profile (onnx_profiles.py).
+
+    Values are float32, but for the integers of rounded weights.
 
     The tolerance: the graph's operators sum in another order than torch's. Over five families and real models that
     moves a prompt log probability by 1e-6 to 4e-4 nats in float32, and an error worth the name (a window off by one
@@ -27,7 +35,15 @@ class OnnxExporter:
 
     name: str = "onnx"
     tolerance: float = 2e-3
-    rounds: bool = False
+    rounds: bool = True
+    rounds_embedding: bool = True
+
+    def __init__(self, profile: Profile = "genai") -> None:
+        self._profile: Profile = profile
+
+    def configured(self, settings: EngineSettings) -> OnnxExporter:
+        """Return the exporter of a recipe's profile."""
+        return type(self)(settings.onnx_profile)
 
     def preflight(self, skeleton: Any) -> None:
         """Check packages and model.
@@ -42,8 +58,8 @@ class OnnxExporter:
     def export(self, model: Any, source: Path, out: Path, dtype: torch.dtype) -> None:
         """Write `out`/onnx: graph and weights, and the configs and tokenizer files that its loaders want.
 
-        config.json comes from `source` where there is one, since other loaders may not read what this version of
-        transformers writes; otherwise from the model (a GGUF file has none).
+        config.json is that of `source` where there is one, otherwise the model's (a GGUF file has none), completed for loaders that
+        know other names (onnx_companions.py).
 
         Raises:
             EngineError: a package is missing or of an untested version.
@@ -54,21 +70,23 @@ class OnnxExporter:
 
         folder = out / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        save_graph(build_graph(model), folder / MODEL_FILE)
+        save_graph(build_graph(model, self._profile), folder / MODEL_FILE)
         # By path: a model in memory is limited to 2 GiB.
         onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
         copy_companions(source, folder)
-        config = _read_json(source / "config.json") or model.config.to_dict()
-        config.pop("quantization_config", None)  # the graph holds plain float32 tensors, whatever the source was
-        _write_json(folder / "config.json", config)
+        found = _read_json(source / "config.json") or model.config.to_dict()
+        _write_json(folder / "config.json", loader_config(found, model.config))
+        if tokenizer := _read_json(folder / "tokenizer_config.json"):
+            _write_json(folder / "tokenizer_config.json", loader_tokenizer_config(tokenizer, folder))
         generation = _read_json(source / "generation_config.json")
-        _write_json(folder / "genai_config.json", genai_config(model.config, generation))
+        _write_json(folder / "genai_config.json", genai_config(model.config, generation, self._profile))
 
 
-def genai_config(config: Any, generation: Mapping[str, Any]) -> dict[str, Any]:
+def genai_config(config: Any, generation: Mapping[str, Any], profile: Profile = "genai") -> dict[str, Any]:
     """Build the genai_config.json by which onnxruntime-genai loads the graph.
 
-    `generation` is the content of generation_config.json: chat models keep their full list of end tokens there.
+    `generation` is the content of generation_config.json: chat models keep their full list of end tokens there. max_length is the
+    context, or what _CACHE_BYTES hold of it: genai allocates a cache of that length at once. Its callers may ask for more.
     """
     special = {name: generation.get(name, getattr(config, name, None)) for name in ("bos_token_id", "eos_token_id")}
     pad = generation.get("pad_token_id", getattr(config, "pad_token_id", None))
@@ -77,6 +95,7 @@ def genai_config(config: Any, generation: Mapping[str, Any]) -> dict[str, Any]:
         pad = eos[0] if isinstance(eos, (list, tuple)) else eos
     special["pad_token_id"] = pad
     context = int(config.max_position_embeddings)
+    token_bytes = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * head_width(config)  # key and value, float32
     return {
         "model": {
             **{name: token for name, token in special.items() if token is not None},
@@ -89,6 +108,7 @@ def genai_config(config: Any, generation: Mapping[str, Any]) -> dict[str, Any]:
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
+                    **({"position_ids": "position_ids"} if profile == "portable" else {}),
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
                 },
@@ -106,7 +126,7 @@ def genai_config(config: Any, generation: Mapping[str, Any]) -> dict[str, Any]:
         },
         "search": {
             "do_sample": False,
-            "max_length": context,
+            "max_length": min(context, _CACHE_BYTES // token_bytes),
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
@@ -129,4 +149,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.unlink(missing_ok=True)  # a copy of a read-only file is one
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

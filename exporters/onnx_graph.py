@@ -1,37 +1,30 @@
 """The compressed model as an ONNX graph, built node by node with onnx_ir: no tracing, seconds instead of minutes.
 
 Notations. B sequences, S new tokens, T = past + S tokens, H hidden width, K key/value heads of width D, V vocabulary,
-P = max_position_embeddings. Activations are (B, S, H); a linear layer's weight is stored transposed, (in, out), as
-MatMul reads it; the factors of a fused group are one MatMul by A (n, r) and one by B (r, m_i) for each member. An
-identity block's z = x_J + T x_Jc is a Gather by `order` (unless x is ordered), a Split, a MatMul by T (n - r, r) and an Add.
+P = max_position_embeddings. Activations are (B, S, H). Linear layers are those of onnx_linear.py; q, k and v are one product
+where attention takes them as one and the plan made the same of all three.
 
 Inputs: input_ids (B, S) and attention_mask (B, T), int64; past_key_values.i.key and .value (B, K, T - S, D), float32.
 Outputs: logits (B, S, V); present.i.key and .value (B, K, T, D), float32.
 
-Attention is ONNX Runtime's GroupQueryAttention, which takes positions and mask from the *lengths* of the sequences: a
-batch must be padded on the right, left padding is silently wrong. Its window and RoPE are part of the operator.
+Attention is ONNX Runtime's GroupQueryAttention. What it is told of positions and padding is the graph's profile
+(onnx_profiles.py); the profile `portable` has the input position_ids (B, S), int64, as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import nn
 
+from exporters.onnx_linear import MICROSOFT, Nodes, Transform, side_by_side
+from exporters.onnx_profiles import Positions, Profile, positions
+from lrserve.compression.embedding import RoundedEmbedding
 from lrserve.compression.groups import is_dense
-from lrserve.compression.layers import Factor, IdentityBlock, LowRankLinear
 from lrserve.errors import UnsupportedModelError
-
-OPSET: Final = 23  # the first with RMSNormalization
-IR_VERSION: Final = 10  # onnx writes newer ones by default than ONNX Runtime reads
-MICROSOFT: Final = "com.microsoft"
-
-Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,35 +58,15 @@ _STATIC_ROPE: Final = ("default", "linear", "llama3", "yarn")
 _LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 
 
-def build_graph(model: Any) -> Any:
-    """Render a transformers causal LM, some of whose linears may be `LowRankLinear`, as an `onnx_ir.Model`.
+def build_graph(model: Any, profile: Profile = "genai") -> Any:
+    """Render a transformers causal LM, some of whose linears may be compressed, as an `onnx_ir.Model`.
 
-    Weights become float32 one at a time when the graph is saved: until then the graph refers to the model's tensors.
+    Weights are laid out one at a time when the graph is saved: until then the graph refers to the model's tensors.
 
     Raises:
         UnsupportedModelError: an architecture, layer or option that the graph would not render faithfully, by its name.
     """
-    return _Builder(model).build()
-
-
-def build_layer(layer: nn.Module, n: int) -> Any:
-    """Render one dense or factorized linear as an `onnx_ir.Model` of its own, x (B, S, n) -> y (B, S, m), both float32.
-
-    Raises:
-        UnsupportedModelError: a layer that `build_graph` would not render either.
-    """
-    nodes = _Nodes(layer)
-    x = nodes.value("x", ["batch", "sequence_length", n])
-    y = nodes.linear(x, layer, "layer")
-    y.name, y.type = "y", x.type
-    return nodes.finish([x], [y])
-
-
-def save_graph(graph: Any, path: Path) -> None:
-    """Write `graph` to `path`, and its weights to `<name>_data` beside it: the name that transformers.js looks for."""
-    import onnx_ir as ir
-
-    ir.save(graph, path, external_data=f"{path.name}_data", size_threshold_bytes=1024)
+    return _Builder(model).build(profile)
 
 
 def head_width(config: Any) -> int:
@@ -166,136 +139,11 @@ def _window(model: Any, attention: Any) -> int:
     return -1 if window is None else int(window)
 
 
-def _transposed(weight: torch.Tensor) -> torch.Tensor:
-    return weight.t()
-
-
 def _plus_one(weight: torch.Tensor) -> torch.Tensor:
     return weight.float() + 1.0
 
 
-class _Nodes:
-    """Nodes and initializers of one graph in the making, and linear layers; values are float32 unless said otherwise."""
-
-    def __init__(self, module: nn.Module) -> None:
-        import onnx_ir
-
-        self.ir: Any = onnx_ir
-        self.parameters = {id(parameter): name for name, parameter in module.named_parameters()}
-        self.nodes: list[Any] = []
-        self.initializers: dict[str, Any] = {}
-        self.shared_inputs: dict[tuple[int, str], Any] = {}  # (A, input) -> z, which the members of a group share
-
-    def finish(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-        graph = self.ir.Graph(
-            inputs,
-            outputs,
-            nodes=self.nodes,
-            initializers=list(self.initializers.values()),
-            opset_imports={"": OPSET, MICROSOFT: 1},
-            name="lrserve",
-        )
-        return self.ir.Model(graph, ir_version=IR_VERSION, producer_name="lrserve")
-
-    # -- values and nodes ---------------------------------------------------------------------------------------------
-
-    def value(self, name: str, shape: Sequence[int | str] | None = None, dtype: str = "FLOAT") -> Any:
-        tensor_type = self.ir.TensorType(self.ir.DataType[dtype])
-        return self.ir.Value(name=name, shape=None if shape is None else self.ir.Shape(shape), type=tensor_type)
-
-    def node(
-        self,
-        operator: str,
-        inputs: Sequence[Any],
-        name: str,
-        *,
-        domain: str = "",
-        outputs: Sequence[Any] | None = None,
-        **attributes: Any,
-    ) -> Any:
-        """Append a node, of one output named after it unless `outputs` are given, and return its first output."""
-        outputs = outputs or [self.ir.Value(name=name)]
-        self.nodes.append(self.ir.node(operator, inputs, attributes, domain=domain, outputs=outputs, name=name))
-        return outputs[0]
-
-    def initializer(self, tensor: Any) -> Any:
-        value = self.ir.Value(name=tensor.name, shape=tensor.shape, type=self.ir.TensorType(tensor.dtype), const_value=tensor)
-        self.initializers[tensor.name] = value
-        return value
-
-    def constant(self, name: str, number: Any, dtype: Any) -> Any:
-        if name in self.initializers:
-            return self.initializers[name]
-        return self.initializer(self.ir.tensor(np.array(number, dtype=dtype), name=name))
-
-    def lazy(self, name: str, shape: Sequence[int], compute: Callable[[], torch.Tensor]) -> Any:
-        """Make an initializer whose float32 values exist only while they are being written."""
-        if name in self.initializers:
-            return self.initializers[name]
-
-        def materialise() -> Any:
-            with torch.no_grad():
-                return self.ir.tensor(compute().to("cpu", torch.float32).contiguous().numpy(), name=name)
-
-        shape = self.ir.Shape(shape)
-        return self.initializer(self.ir.LazyTensor(materialise, self.ir.DataType.FLOAT, shape, name=name))
-
-    def weight(self, parameter: torch.Tensor, where: str, transform: Transform | None = None) -> Any:
-        """Make an initializer from a parameter of the model, under the parameter's own name.
-
-        Raises:
-            UnsupportedModelError: `where` keeps something else than a parameter there (a hook, a parametrization).
-        """
-        name = self.parameters.get(id(parameter))
-        if name is None:
-            raise UnsupportedModelError(
-                f"{where}: its weight is not a parameter of the model; merge adapters and parametrizations first"
-            )
-        transform = transform or (lambda tensor: tensor)
-        shape = transform(torch.empty(parameter.shape, device="meta")).shape
-        return self.lazy(name, shape, lambda: transform(parameter.detach()))
-
-    # -- linear layers ------------------------------------------------------------------------------------------------
-
-    def affine(self, x: Any, linear: nn.Linear | Factor, where: str) -> Any:
-        y = self.node("MatMul", [x, self.weight(linear.weight, where, _transposed)], f"{where}.MatMul")
-        return y if linear.bias is None else self.node("Add", [y, self.weight(linear.bias, where)], f"{where}.Add")
-
-    def interpolate(self, x: Any, block: IdentityBlock, where: str) -> Any:
-        """Return x_J + T x_Jc: (B, S, n) -> (B, S, r)."""
-        widths = [block.rank, block.weight.shape[1]]
-        if block.order is not None:
-            order = self.constant(f"{where}.order", block.order.cpu().numpy(), np.int32)
-            x = self.node("Gather", [x, order], f"{where}.Gather", axis=-1)
-        sizes = self.constant(f"split.{widths[0]}.{widths[1]}", widths, np.int64)
-        pivots, others = (self.ir.Value(name=f"{where}.{part}") for part in ("pivots", "others"))
-        self.node("Split", [x, sizes], f"{where}.Split", outputs=[pivots, others], axis=-1)
-        product = self.node("MatMul", [others, self.weight(block.weight, where, _transposed)], f"{where}.MatMul")
-        return self.node("Add", [product, pivots], f"{where}.Add")
-
-    def linear(self, x: Any, module: nn.Module, where: str) -> Any:
-        """Multiply by a dense or a factorized linear; members of a fused group share one z."""
-        if isinstance(module, LowRankLinear) and module.weights is None:
-            first = module.first
-            if first is None:
-                return self.affine(x, module.B, f"{where}.B")
-            key = (id(first), x.name)
-            if key not in self.shared_inputs:
-                name = self.parameters.get(id(first.weight), f"{where}.A.weight").removesuffix(".weight")
-                if isinstance(first, IdentityBlock):
-                    self.shared_inputs[key] = self.interpolate(x, first, name)
-                else:
-                    self.shared_inputs[key] = self.affine(x, first, name)
-            return self.affine(self.shared_inputs[key], module.B, f"{where}.B")
-        if is_dense(module):
-            return self.affine(x, module, where)
-        raise UnsupportedModelError(
-            f"{where}: the ONNX graph renders dense and factorized linears that are not rounded, this is a {type(module).__name__}"
-            f"{f' in {weights}' if (weights := getattr(module, 'weights', None)) else ''}; merge adapters and dequantize first"
-        )
-
-
-class _Builder(_Nodes):
+class _Builder(Nodes):
     """The whole model's graph."""
 
     def __init__(self, model: Any) -> None:
@@ -350,44 +198,43 @@ class _Builder(_Nodes):
         shape = (length, len(frequencies))
         return [self.lazy(f"{prefix}cos", shape, table(torch.cos)), self.lazy(f"{prefix}sin", shape, table(torch.sin))]
 
-    def lengths(self, mask: Any) -> list[Any]:
-        """What GroupQueryAttention wants of the mask: index (B,) of each sequence's last token, and T; both int32."""
-        int32 = int(self.ir.DataType.INT32)
-        one = self.constant("one", [1], np.int64)
-        tokens = self.node("ReduceSum", [mask, one], "mask.tokens", keepdims=0)
-        last = self.node("Cast", [self.node("Sub", [tokens, one], "mask.last")], "seqlens_k", to=int32)
-        width = self.node("Squeeze", [self.node("Shape", [mask], "mask.shape", start=1, end=2)], "mask.width")
-        return [last, self.node("Cast", [width], "total_sequence_length", to=int32)]
-
-    def attention(self, x: Any, index: int, lengths: list[Any], where: str) -> Any:
+    def attention(self, x: Any, index: int, positions: Positions, where: str) -> Any:
         attention = self.model.model.layers[index].self_attn
-        q, k, v = (self.linear(x, getattr(attention, name), f"{where}.{name}") for name in ("q_proj", "k_proj", "v_proj"))
-        if hasattr(attention, "q_norm"):
-            q = self.head_norm(q, attention.q_norm, f"{where}.q_norm")
-            k = self.head_norm(k, attention.k_norm, f"{where}.k_norm")
+        q, k, v = self.queries_keys_values(x, attention, positions.packed, where)
         heads = int(self.config.num_key_value_heads)
         past, present = (
-            [self.value(f"{kind}.{index}.{part}", ["batch", heads, length, self.head_dim]) for part in ("key", "value")]
+            [self.value(f"{kind}.{index}.{part}", ["batch_size", heads, length, self.head_dim]) for part in ("key", "value")]
             for kind, length in (("past_key_values", "past_sequence_length"), ("present", "total_sequence_length"))
         )
         self.inputs += past
         self.presents += present
         caches = self.rotary_caches(self.config.layer_types[index] if self.family.gemma else "")
         name = f"{where}.GroupQueryAttention"
+        told = positions.attention(q, k, caches, _window(self.model, attention), where)
         y = self.node(
             "GroupQueryAttention",
-            [q, k, v, *past, *lengths, *caches],
+            [told.q, told.k, v, *past, *told.inputs],
             name,
             domain=MICROSOFT,
             outputs=[self.ir.Value(name=name), *present],
             num_heads=int(self.config.num_attention_heads),
             kv_num_heads=heads,
             scale=float(attention.scaling),
-            local_window_size=_window(self.model, attention),
-            do_rotary=1,
-            rotary_interleaved=0,
+            **told.attributes,
         )
         return self.linear(y, attention.o_proj, f"{where}.o_proj")
+
+    def queries_keys_values(self, x: Any, attention: Any, packed: bool, where: str) -> tuple[Any, Any, Any]:
+        """Return q, k and v or, where they may be `packed` and can be, all three as one and no others."""
+        modules = {name: getattr(attention, f"{name}_proj") for name in ("q", "k", "v")}
+        normed = hasattr(attention, "q_norm")
+        if packed and not normed and side_by_side(list(modules.values())):
+            return self.linears(x, list(modules.values()), f"{where}.qkv_proj"), None, None
+        q, k, v = (self.linear(x, module, f"{where}.{name}_proj") for name, module in modules.items())
+        if normed:
+            q = self.head_norm(q, attention.q_norm, f"{where}.q_norm")
+            k = self.head_norm(k, attention.k_norm, f"{where}.k_norm")
+        return q, k, v
 
     def mlp(self, x: Any, mlp: Any, where: str) -> Any:
         gate = self.linear(x, mlp.gate_proj, f"{where}.gate_proj")
@@ -399,19 +246,24 @@ class _Builder(_Nodes):
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def embed(self, ids: Any) -> Any:
-        embedding = self.model.model.embed_tokens
-        x = self.node("Gather", [self.weight(embedding.weight, "model.embed_tokens"), ids], "model.embed_tokens")
+        embedding, where = self.model.model.embed_tokens, "model.embed_tokens"
+        rounded = isinstance(embedding, RoundedEmbedding)
+        if rounded:
+            x = self.rows(ids, embedding, where)
+        else:
+            x = self.node("Gather", [self.weight(embedding.weight, where), ids], where)
         if not self.family.gemma:
             return x
         # Gemma rounds the scale to the dtype of the weights, and was trained with the rounded one.
-        scale = float(embedding.embed_scale.to(embedding.weight.dtype))
+        scale = float(embedding.embed_scale if rounded else embedding.embed_scale.to(embedding.weight.dtype))
         return self.node("Mul", [x, self.constant("embed_scale", scale, np.float32)], "model.embed_tokens.scaled")
 
     def head(self, x: Any) -> Any:
         head, embedding = self.model.lm_head, self.model.model.embed_tokens
-        if isinstance(head, nn.Linear) and head.weight is embedding.weight:  # one matrix for both ends, stored once
+        if is_dense(head) and head.weight is getattr(embedding, "weight", None):  # one matrix for both ends, stored once
             tied = self.weight(embedding.weight, "model.embed_tokens")
-            x = self.node("FusedMatMul", [x, tied], "lm_head.MatMul", domain=MICROSOFT, transB=1)
+            # ONNX Runtime transposes once, when it loads the graph, and packs the result for its kernel.
+            x = self.node("MatMul", [x, self.node("Transpose", [tied], "lm_head.Transpose", perm=[1, 0])], "lm_head.MatMul")
         else:
             x = self.linear(x, head, "lm_head")
         cap = getattr(self.config, "final_logit_softcapping", None) if self.family.gemma else None
@@ -421,11 +273,12 @@ class _Builder(_Nodes):
             x = self.node("Mul", [x, limit], "softcap.Mul")
         return x
 
-    def build(self) -> Any:
-        ids = self.value("input_ids", ["batch", "sequence_length"], "INT64")
-        mask = self.value("attention_mask", ["batch", "total_sequence_length"], "INT64")
-        self.inputs += [ids, mask]
-        lengths = self.lengths(mask)
+    def build(self, profile: Profile) -> Any:
+        ids = self.value("input_ids", ["batch_size", "sequence_length"], "INT64")
+        mask = self.value("attention_mask", ["batch_size", "total_sequence_length"], "INT64")
+        heads = (int(self.config.num_attention_heads), int(self.config.num_key_value_heads))
+        told = positions(profile, self, ids, mask, heads)
+        self.inputs += [ids, mask, *told.inputs]
         residual, y = self.embed(ids), None
         for index, layer in enumerate(self.model.model.layers):
             where = f"model.layers.{index}"
@@ -434,7 +287,7 @@ class _Builder(_Nodes):
                 x = self.norm(residual, layer.input_layernorm, f"{where}.input_layernorm")
             else:
                 residual, x = self.add_norm(residual, y, layer.input_layernorm, f"{where}.input_layernorm")
-            y = self.attention(x, index, lengths, f"{where}.self_attn")
+            y = self.attention(x, index, told, f"{where}.self_attn")
             if self.family.gemma:
                 y = self.norm(y, layer.post_attention_layernorm, f"{where}.post_attention_layernorm")
             residual, x = self.add_norm(residual, y, getattr(layer, before_mlp), f"{where}.{before_mlp}")
@@ -444,13 +297,13 @@ class _Builder(_Nodes):
         _, x = self.add_norm(residual, y, self.model.model.norm, "model.norm", last=True)
         logits = self.head(x)
         logits.name, logits.type = "logits", self.ir.TensorType(self.ir.DataType.FLOAT)
-        logits.shape = self.ir.Shape(["batch", "sequence_length", int(self.config.vocab_size)])
+        logits.shape = self.ir.Shape(["batch_size", "sequence_length", int(self.config.vocab_size)])
         self.check_complete()
         return self.finish(self.inputs, [logits, *self.presents])
 
     def check_complete(self) -> None:
         """Refuse a model with a parameter that no node reads: the graph would compute something else."""
-        unread = sorted(set(self.parameters.values()).difference(self.initializers))
+        unread = sorted(name for key, name in self.parameters.items() if key not in self.read)
         if unread:
             raise UnsupportedModelError(
                 f"the ONNX graph of {type(self.model).__name__} has no place for {len(unread)} of its parameters: "

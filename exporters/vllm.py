@@ -28,6 +28,7 @@ class VllmExporter:
     name = "vllm"
     tolerance = 0.02
     rounds = True
+    rounds_embedding = False
 
     def preflight(self, skeleton: Any) -> None:
         """Raise EngineError if vLLM is missing or of an untested version."""

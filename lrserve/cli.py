@@ -99,6 +99,9 @@ def compress_and_export(
     export: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="vllm (a checkpoint) or onnx (a graph), repeatable [default: both].")
     ] = None,
+    onnx_profile: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Graph for batches padded as genai does, or portable [default: genai].")
+    ] = None,
     recover: Annotated[
         str | None, typer.Option(metavar="MINUTES", help="Train the result against the dense model for so long [default: 0].")
     ] = None,
@@ -137,6 +140,7 @@ def compress_and_export(
         "--max-ppl-increase": ("target.max_ppl_increase", max_ppl_increase),
         "--max-bytes": ("target.max_bytes", max_bytes),
         "--export": ("export", export or None),
+        "--onnx-profile": ("engine.onnx_profile", onnx_profile),
         "--recover": ("factorization.recover_minutes", recover),
         "--target": ("engine.runtime", target),
         "--trials": ("search.trials", trials),
@@ -157,27 +161,76 @@ def compress_and_export(
         raise typer.Exit(130) from None
 
 
+class _Engine(str, Enum):
+    vllm = "vllm"
+    onnxruntime = "onnxruntime"
+
+
 @app.command(cls=_PassesOn, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help=f"An artifact of lrserve, or a dense model: {_MODEL}.")],
+    engine: Annotated[_Engine, typer.Option(help="What serves it; onnxruntime takes artifacts only.")] = _Engine.vllm,
 ) -> None:
     """Serve a model with vLLM's OpenAI server.
 
     Further flags go to vLLM unchanged, and so does all that follows --. The server listens on 127.0.0.1 without --host.
+
+    With --engine onnxruntime, onnxruntime-genai serves the ONNX graph on the CPU: one answer at a time, other requests wait. Its
+    flags are --host, --port, --api-key (or LRSERVE_API_KEY), --served-model-name, --max-model-len, --max-queue and --threads.
     """
     if model.startswith("-") or (context.args and not context.args[0].startswith("-")):
         stray = model if model.startswith("-") else context.args[0]
         raise InputError(f"serve: unexpected {stray!r}; give one model first, then vLLM's flags: lrserve serve MODEL [FLAGS]")
-    from lrserve.serving.server import serve as run
+    arguments = [*context.args, *context.obj]
+    if engine is _Engine.onnxruntime:
+        from lrserve.serving.onnx_server import serve as serve_graph
 
-    run(model, [*context.args, *context.obj])
+        serve_graph(model, arguments)
+    else:
+        from lrserve.serving.server import serve as run
+
+        run(model, arguments)
+
+
+@app.command()
+def generate(
+    out: Annotated[Path, typer.Argument(help="An artifact of lrserve.")],
+    prompt: Annotated[str, typer.Argument(help="What to answer.")],
+    engine: Annotated[
+        _Engine | None, typer.Option(help="What answers [default: onnxruntime if OUT has a graph, else vllm].")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(metavar="NUMBER", min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(metavar="NUMBER", min=0, max=2, help="0 takes the most probable token.")] = 0,
+    seed: Annotated[int | None, typer.Option(metavar="NUMBER", help="Seed of the draws, if --temperature is above 0.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+) -> None:
+    """Answer one prompt on the terminal.
+
+    The answer comes as it is generated; tokens and rates follow on standard error. vLLM runs without torch.compile here, so it
+    starts sooner and computes slower than behind `serve`.
+    """
+    from lrserve.serving.generation import generate as run
+
+    try:
+        run(
+            out,
+            prompt,
+            engine=engine.value if engine else None,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            raw=raw,
+        )
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 @app.command(cls=_PassesOn, context_settings={"allow_extra_args": True})
 def bench(
     context: typer.Context,
     out: Annotated[Path, typer.Argument(help="An artifact of lrserve.")],
+    engine: Annotated[_Engine, typer.Option(help="What serves both models.")] = _Engine.vllm,
     dense: Annotated[str | None, typer.Option(metavar="MODEL", help="The dense model [default: the artifact's own].")] = None,
     prompt_tokens: Annotated[
         str | None, typer.Option(metavar="NUMBER", help="Measure one workload only, with prompts of so many tokens.")
@@ -200,8 +253,8 @@ def bench(
 ) -> None:
     """Measure an artifact against its dense model.
 
-    Both run behind vLLM's server, and what follows -- goes to both servers. Without --prompt-tokens, --output-tokens and
-    --concurrency the recipe's workloads are measured.
+    Both run behind vLLM's server, and what follows -- goes to both servers; or behind the server of --engine onnxruntime, which
+    answers one request at a time. Without --prompt-tokens, --output-tokens and --concurrency the recipe's workloads are measured.
     """
     if context.args:
         raise InputError(
@@ -221,6 +274,7 @@ def bench(
 
     figures = run(
         out,
+        engine=engine.value,
         dense=dense,
         workload=checked.workloads["custom"].model_dump(exclude_unset=True) if "custom" in checked.workloads else {},
         overrides={f"engine.{name}": value for name, value in checked.engine.model_dump(exclude_unset=True).items()},

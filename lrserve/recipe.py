@@ -112,6 +112,10 @@ class Factorization(_Frozen):
     layer too, `int4_g32` has 4 bits and one scale for 32 weights (also `_g64`, `_g128`). null is `int8` and `int4_g32`, and `fp8`
     on a GPU. An empty list rounds nothing.
     """
+    embedding: Literal["none", "int8", "int4_g32"] | None = None
+    """What the embedding and the output layer of an ONNX graph are rounded to; vLLM keeps them as they are. null is `int8` where
+    weights may be rounded, and `none` elsewhere.
+    """
     residuals: tuple[Annotated[int, Field(ge=1)], ...] = (8, 16, 32)
     """Ranks of the factors that may be added to weights of 4 bits, to make up for their rounding."""
     fisher: tuple[Kind, ...] = KINDS
@@ -208,6 +212,10 @@ class EngineSettings(_Frozen):
     """`vllm`, or `onnx` for ONNX Runtime on the CPU in float32; `--target`."""
     dtype: Dtype = "bfloat16"
     """Number format of the stored weights, and of vLLM's arithmetic."""
+    onnx_profile: Literal["genai", "portable"] = "genai"
+    """Padding that the ONNX graph takes: `genai` that on the right only, `portable` any, at some cost in speed; `--onnx-profile`.
+    docs/guide.md says which program needs which.
+    """
     enforce_eager: bool = False
     """Run vLLM without torch.compile: it starts sooner and serves more slowly."""
     repeats: Annotated[int, Field(ge=1), "rounds"] = 5

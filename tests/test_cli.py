@@ -49,7 +49,7 @@ def without_torch(*arguments: str, cwd: Path | None = None) -> subprocess.Comple
     return shown
 
 
-VERBS = ("compress-and-export", "serve", "bench", "eval", "inspect", "verify")
+VERBS = ("compress-and-export", "generate", "serve", "bench", "eval", "inspect", "verify")
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
@@ -125,6 +125,7 @@ def test_bad_input_is_one_clear_line(arguments: list[str], message: str, model: 
         (["--ratio", "nan"], "error: --ratio: must be"),
         (["--ratio", "0.2", "--min-speedup", "2"], "error: --ratio and --min-speedup: give only one of ratio"),
         (["--trials", "0"], "error: --trials: must be at least 3; got '0'"),
+        (["--onnx-profile", "hf"], "error: --onnx-profile: must be 'genai' or 'portable'; got 'hf'"),
         (["--recover", "-1"], "error: --recover: must be at least 0; got '-1'"),
         (["--seed", "-1"], "error: --seed: must be at least 0; got '-1'"),
         (["--export", "tflite"], "error: no exporter named 'tflite'; --export takes onnx, vllm"),
@@ -166,6 +167,12 @@ def test_a_wrong_flag_or_setting_is_answered_before_torch_is_imported(arguments:
         (["serve", "A", "B"], "serve: unexpected 'B'; give one model first, then vLLM's flags"),
         (["serve", "A", "B", "--port", "8001"], "serve: unexpected 'B'"),
         (["serve", "--port", "8001", "A"], "serve: unexpected '--port'; give one model first"),
+        (["serve", "A", "B", "--engine", "onnxruntime"], "serve: unexpected 'B'"),
+        (["serve", "A", "--engine", "onnx"], "Invalid value for '--engine'"),
+        (["generate", "A"], "Missing argument 'prompt'"),
+        (["generate", "A", "a", "b"], "unexpected extra argument"),
+        (["generate", "A", "a", "--max-tokens", "0"], "Invalid value for '--max-tokens'"),
+        (["generate", "A", "a", "--temperature", "-1"], "Invalid value for '--temperature'"),
         (["inspect", "A", "B"], "unexpected extra argument"),
         (["verify", "A", "B"], "unexpected extra argument"),
     ],
@@ -193,6 +200,22 @@ def test_flags_of_vllm_reach_it_in_their_order(arguments: list[str], passed: lis
     monkeypatch.setattr("lrserve.serving.bench.bench", lambda out, vllm_arguments, **_: given.extend((str(out), vllm_arguments)))
     assert CliRunner().invoke(cli.app, arguments).exit_code == 0
     assert given == ["A", passed]
+
+
+def test_each_engine_has_its_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("lrserve.serving.server.serve", lambda model, extra: given.append(("vllm", model, extra)))
+    monkeypatch.setattr("lrserve.serving.onnx_server.serve", lambda model, extra: given.append(("onnxruntime", model, extra)))
+    monkeypatch.setattr("lrserve.serving.generation.generate", lambda out, prompt, **options: given.append((prompt, options)))
+    arguments = ["serve", "A", "--engine", "onnxruntime", "--port", "1", "--", "--threads", "2"]
+    for words in (
+        arguments,
+        ["serve", "A", "--engine=vllm"],
+        ["generate", "A", "What?", "--engine", "vllm", "--raw", "--seed", "3"],
+    ):
+        assert CliRunner().invoke(cli.app, words).exit_code == 0
+    options = {"engine": "vllm", "max_tokens": 256, "temperature": 0.0, "seed": 3, "raw": True}
+    assert given == [("onnxruntime", "A", ["--port", "1", "--threads", "2"]), ("vllm", "A", []), ("What?", options)]
 
 
 def test_a_dry_run_writes_nothing(model: Path, text: Path, tmp_path: Path) -> None:

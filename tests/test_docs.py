@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from lrserve.cli import app
 from lrserve.recipe import Recipe
+from lrserve.serving.onnx_server import parser as graph_flags
 from lrserve.serving.server import memory_environment, server_command, server_environment
 
 try:
@@ -333,11 +334,15 @@ def test_vllm_knows_every_option_that_is_passed_on() -> None:
     served = [words for _, words in SHELL if words[0] in ("lrserve", "vllm") and words[1] == "serve"]
     assert any(len(words) > 3 for words in served)
     for _, out, *arguments in (words[1:] for words in served):
+        if arguments[:2] == ["--engine", "onnxruntime"]:
+            graph_flags().parse_args(arguments[2:])
+            continue
         command = server_command(Path(out), [argument for argument in arguments if argument != "--"])
         model_and_options = command[command.index(out) :] if "serve" in command else command[command.index("--model") :]
         parser.parse_args(model_and_options)
     ours = {option for options in OPTIONS.values() for option in options}
-    known = ours | {option for action in parser._actions for option in action.option_strings}
+    parsers = (parser, graph_flags())
+    known = ours | {option for parser in parsers for action in parser._actions for option in action.option_strings}
     named = {word for _, span in SPANS if span.startswith("--") for word in span.split() if word.startswith("--")}
     assert named <= known, f"neither lrserve's nor vLLM's: {sorted(named - known)}"
 

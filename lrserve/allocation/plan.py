@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lrserve.compression.groups import STRUCTURES, Group, Structure
-from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
+from lrserve.compression.level import DENSE, PRECISIONS, SCHEMES, Level, Precision
 from lrserve.errors import InfeasibleTargetError, InputError
 
 _FORMAT_VERSION = 3
@@ -30,10 +30,12 @@ class Plan:
     """The one representation of a decision: each unit's level by name, and the structure of those that are not dense.
 
     With the structure `narrow` the rank of a `down` unit is the number of neurons that its MLP keeps (`groups.allocated`).
+    `embedding` is what the embedding and the output layer are rounded to.
     """
 
     levels: Mapping[str, Level]
     structure: Structure = "identity_block"
+    embedding: Precision | None = None
 
     @classmethod
     def of_ranks(cls, ranks: Mapping[str, int | None], structure: Structure = "identity_block") -> Plan:
@@ -64,24 +66,31 @@ class Plan:
 
     def key(self) -> tuple[tuple[str, str], ...]:
         """A hashable form, for recognising a plan that was tried before."""
-        return (("structure", self.structure), *sorted((name, str(level)) for name, level in self.levels.items()))
+        common = [("structure", self.structure), *([("embedding", self.embedding)] if self.embedding else [])]
+        return (*common, *sorted((name, str(level)) for name, level in self.levels.items()))
 
     def to_json(self) -> dict[str, dict[str, object]]:
         """Return the levels' JSON form."""
         return {name: level.to_json() for name, level in self.levels.items()}
 
     @classmethod
-    def from_json(cls, levels: Mapping[str, Mapping[str, object]], structure: Structure) -> Plan:
+    def from_json(
+        cls, levels: Mapping[str, Mapping[str, object]], structure: Structure, embedding: Precision | None = None
+    ) -> Plan:
         """Read what `to_json` gave.
 
         Raises:
-            ValueError: a level that is none.
+            ValueError: a level that is none, or an unknown precision.
         """
-        return cls({name: Level.from_json(level) for name, level in levels.items()}, structure)
+        if embedding not in (None, *PRECISIONS):
+            raise ValueError(f"unknown precision {embedding!r} of the embedding")
+        return cls({name: Level.from_json(level) for name, level in levels.items()}, structure, embedding)
 
     def write(self, path: Path) -> None:
         """Write plan.json."""
-        data = {"format_version": _FORMAT_VERSION, "structure": self.structure, "levels": self.to_json()}
+        data: dict[str, object] = {"format_version": _FORMAT_VERSION, "structure": self.structure}
+        data |= {"embedding": self.embedding} if self.embedding else {}
+        data["levels"] = self.to_json()
         path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -97,7 +106,7 @@ class Plan:
             if version not in (2, _FORMAT_VERSION) or structure not in STRUCTURES:
                 raise ValueError("unknown version or structure")
             levels = {n: {"rank": r} for n, r in data["ranks"].items()} if version == 2 else data["levels"]
-            return cls.from_json(levels, structure)
+            return cls.from_json(levels, structure, data.get("embedding"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is not a plan of format version {_FORMAT_VERSION}: {error}") from None
 
@@ -132,13 +141,14 @@ def rank_choices(group: Group, step: int, structure: Structure) -> list[int]:
 class Offers:
     """Which levels units may have: multiples of `step` as ranks, these precisions, and residuals of these ranks.
 
-    Weights of fewer than 8 bits alone have residuals. Factors are rounded to 8 bits only, and have none.
+    Weights of fewer than 8 bits alone have residuals. Factors are rounded to 8 bits only, and have none. `embedding`: of all plans.
     """
 
     step: int
     structure: Structure = "identity_block"
     precisions: tuple[Precision, ...] = ()
     residuals: tuple[int, ...] = ()
+    embedding: Precision | None = None
 
     def levels(self, group: Group) -> list[Level]:
         """List the levels of one unit, dense last."""
@@ -157,7 +167,7 @@ class BudgetFit:
     """Fits plans of a fixed set of units into budgets, under one cost (None: parameters)."""
 
     def __init__(self, groups: Sequence[Group], offers: Offers, cost: Cost | None = None) -> None:
-        self.groups, self.structure = list(groups), offers.structure
+        self.groups, self.structure, self._embedding = list(groups), offers.structure, offers.embedding
         cost = cost or parameter_cost(offers.structure)
         self._levels: dict[str, list[tuple[float, Level]]] = {}
         self._by_rank: dict[str, dict[Precision | None, list[tuple[float, Level]]]] = {}
@@ -196,7 +206,7 @@ class BudgetFit:
         return self._plan({name: min(levels, key=lambda found: found[0])[1] for name, levels in self._levels.items()})
 
     def _plan(self, levels: Mapping[str, Level]) -> Plan:
-        return Plan(dict(levels), self.structure)
+        return Plan(dict(levels), self.structure, self._embedding)
 
     def fit(self, shares: Mapping[str, float], budget: float, weights: Mapping[str, Precision | None] | None = None) -> Plan:
         """Return the plan that divides `budget` in proportion to shares of each unit's dense cost.

@@ -83,10 +83,16 @@ def measured_levels(group: Group, offers: Offers) -> list[Level]:
     return found
 
 
-def shapes_to_measure(groups: Sequence[Group], offers: Offers) -> list[Shape]:
-    """List each distinct layer of the units at `measured_levels`."""
-    shapes = (shape for group in groups for level in measured_levels(group, offers) for shape in shapes_of(group, level, offers))
-    return list(dict.fromkeys(shapes))
+def output_layers(shape: tuple[int, int], offers: Offers) -> list[Shape]:
+    """List the output layer (m, n) dense and rounded, if it may be rounded."""
+    m, n = shape
+    return [Shape(n, m, None), Shape(n, m, None, weights=offers.embedding)] if offers.embedding else []
+
+
+def shapes_to_measure(groups: Sequence[Group], offers: Offers, output_layer: tuple[int, int] | None = None) -> list[Shape]:
+    """List each distinct layer of the units at `measured_levels`, and the output layer (m, n) where it may be rounded."""
+    shapes = [shape for group in groups for level in measured_levels(group, offers) for shape in shapes_of(group, level, offers)]
+    return list(dict.fromkeys([*shapes, *(output_layers(output_layer, offers) if output_layer else [])]))
 
 
 def calls(workload: Workload) -> Counter[int]:
@@ -141,11 +147,12 @@ class SpeedModel:
         dense_seconds: Mapping[str, float],
         latencies: Mapping[Shape, Mapping[int, float] | None],
         offers: Offers,
+        output_layer: tuple[int, int] | None = None,
     ) -> None:
         """Take, per workload, the seconds of the measured dense run and, per shape and number of rows, microseconds of one call.
 
-        The table holds `shapes_to_measure` of the same groups and offers at `token_counts`; None is a layer that the engine cannot
-        run. `offers` then has the precisions of which it can run every layer that was timed.
+        The table holds `shapes_to_measure` of the same groups, offers and output layer (m, n) at `token_counts`; None is a layer
+        that the engine cannot run. `offers` then has the precisions of which it can run every layer that was timed.
         """
         self.groups = list(groups)
         self._shares = shares(workloads)
@@ -162,6 +169,7 @@ class SpeedModel:
         )
         runnable = [p for p in offers.precisions if all(us is not None for shape, us in latencies.items() if shape.weights == p)]
         self.offers = replace(offers, precisions=tuple(runnable))
+        self._output_change = {name: self._output_layer(name, latencies, output_layer) for name in workloads}
         self._curves: dict[tuple[bool, tuple[Shape, ...], Precision | None], _Curve] = {}
         for group in self.groups:
             for weights in (None, *runnable):
@@ -193,6 +201,15 @@ class SpeedModel:
                 if level.residual
             },
         )
+
+    def _output_layer(
+        self, name: str, latencies: Mapping[Shape, Mapping[int, float] | None], shape: tuple[int, int] | None
+    ) -> float:
+        """Return the relative time that the output layer takes beyond dense in every plan."""
+        if shape is None or self.offers.embedding is None:
+            return 0.0
+        dense, rounded = (latencies[layer] or {} for layer in output_layers(shape, self.offers))
+        return sum(weight * (rounded[rows] - dense[rows]) for rows, weight in self._weights[name].items())
 
     def without_what_never_pays(self) -> SpeedModel:
         """Return the model that offers no precision that has fewer bits than another one and is nowhere faster."""
@@ -230,7 +247,7 @@ class SpeedModel:
             for plan, times in measured:
                 kept = sum(model._change(name, group, replace(level, rank=None)) for group, level in plan.changed(self.groups))
                 whole = sum(model._change(name, group, level) for group, level in plan.changed(self.groups))
-                pairs.append((whole - kept, times[name] - 1 - kept))
+                pairs.append((whole - kept, times[name] - 1 - self._output_change[name] - kept))
             products, squares = sum(x * y for x, y in pairs), sum(x * x for x, _ in pairs)
             model._factors[name] = max((products + _TRUST) / (squares + _TRUST), 0.0)
         return model
@@ -247,7 +264,7 @@ class SpeedModel:
             if alone:
                 changed, time = max(alone, key=lambda found: len(found[0]))
                 before, after = (sum(self._table(name, group, to) for group, _ in changed) for to in (DENSE, changed[0][1]))
-                factors[precision] = max(time - 1 + before, _TRUST) / after
+                factors[precision] = max(time - 1 - self._output_change[name] + before, _TRUST) / after
         return factors
 
     def _key(self, group: Group, weights: Precision | None) -> tuple[bool, tuple[Shape, ...], Precision | None]:
@@ -275,7 +292,12 @@ class SpeedModel:
     def relative_times(self, plan: Plan) -> dict[str, float]:
         """Predict, for each workload, the plan's time over the dense model's."""
         changed = plan.changed(self.groups)
-        return {name: max(1 + sum(self._change(name, group, level) for group, level in changed), 1e-9) for name in self._shares}
+
+        def time(name: str) -> float:
+            own = self._output_change[name] if plan.embedding else 0.0
+            return max(1 + own + sum(self._change(name, group, level) for group, level in changed), 1e-9)
+
+        return {name: time(name) for name in self._shares}
 
     def speedups(self, plan: Plan) -> dict[str, float]:
         """Predict, for each workload, the throughput over the dense model's."""
@@ -292,4 +314,5 @@ class SpeedModel:
 
     def budget(self, speedup: float) -> float:
         """Return the relative time that all groups together may take for a predicted speedup; may be negative."""
-        return sum(self.cost(group, DENSE) for group in self.groups) - (1 - 1 / speedup)
+        saved = -sum(share * self._output_change[name] for name, share in self._shares.items())
+        return sum(self.cost(group, DENSE) for group in self.groups) - (1 - 1 / speedup - saved)

@@ -105,6 +105,7 @@ def _objective(
         attributes: dict[str, Any] = {
             "levels": plan.to_json(),
             "structure": plan.structure,
+            "embedding": plan.embedding,
             "perplexity": found.perplexity,
             "nll": list(found.nll),
             "complete": found.complete,
@@ -137,7 +138,7 @@ def finished(study: optuna.Study) -> list[Evaluated]:
     """Return the finished trials, in order."""
     return [
         Evaluated(
-            plan=Plan.from_json(trial.user_attrs["levels"], trial.user_attrs["structure"]),
+            plan=Plan.from_json(trial.user_attrs["levels"], trial.user_attrs["structure"], trial.user_attrs.get("embedding")),
             perplexity=trial.user_attrs["perplexity"],
             tokens_per_second=trial.user_attrs["tokens_per_second"],
             origin=trial.user_attrs.get("origin", f"trial {trial.number}"),

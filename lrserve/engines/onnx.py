@@ -20,6 +20,7 @@ class OnnxEngine(EngineProcess):
     Args:
         model: folder with `onnx/`, as `OnnxExporter` writes it.
         threads: of ONNX Runtime; None takes torch's number in the subprocess, which OMP_NUM_THREADS sets.
+        exact: multiply by rounded weights in float32; without it inputs are rounded to 8 bits first, as the graph says.
         log: file that takes everything that the engine prints; None is a temporary file, deleted on a clean end.
         start_timeout, request_timeout: seconds.
         report: told, in a sentence, what the engine is doing while it starts.
@@ -38,6 +39,7 @@ class OnnxEngine(EngineProcess):
         model: Path,
         *,
         threads: int | None = None,
+        exact: bool = False,
         log: Path | None = None,
         start_timeout: float = 900.0,
         request_timeout: float = 3600.0,
@@ -45,7 +47,7 @@ class OnnxEngine(EngineProcess):
     ) -> None:
         super().__init__(
             model,
-            {"model": str(model), "threads": threads},
+            {"model": str(model), "threads": threads, "exact": exact},
             os.environ,
             log=log,
             start_timeout=start_timeout,

@@ -1,6 +1,6 @@
-"""Times of single linear layers, dense and factorized, on ONNX Runtime (engines/timing.py): the nodes that the exporter renders.
+"""Times of single linear layers, dense or compressed, on ONNX Runtime (engines/timing.py): the nodes that the exporter renders.
 
-A fused group is timed as one layer, as on vLLM, though its members are MatMuls of their own in the exported graph.
+A fused group is timed as one layer, though gate and up, and q, k and v that are normed, are products of their own in the graph.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from exporters.onnx_graph import build_layer, save_graph
-from lrserve.compression.layers import LowRankLinear, first_factor
+from exporters.onnx_linear import build_layer, save_graph
+from lrserve.compression.groups import Stored
+from lrserve.compression.level import SCHEMES
+from lrserve.compression.lowrank import install_low_rank
 from lrserve.compression.spec import GroupSpec
 from lrserve.engines.onnx_session import open_session
 from lrserve.engines.timing import Entry, Row, UnsupportedLayerError, input_elements, time_layers
@@ -25,15 +27,16 @@ from lrserve.engines.timing import Entry, Row, UnsupportedLayerError, input_elem
 def latency_table(entries: Sequence[Entry], tokens: Sequence[int], threads: int | None, seconds: float | None) -> list[Row]:
     """Return the microseconds of entry i at tokens[j] rows of float32 input: the lower quartile, or the mean over `seconds`.
 
-    The exporter does not render rounded weights: their rows are None.
+    ONNX Runtime has no product by weights of 8-bit floating point numbers: their rows are None.
     """
     from onnxruntime import OrtValue
 
     values = np.random.default_rng(0).standard_normal(input_elements(entries, tokens), np.float32)
 
     def build(entry: Entry) -> Callable[[Any], Any]:
-        if entry.get("weights"):
-            raise UnsupportedLayerError("the ONNX graph has no rounded weights")
+        weights = entry.get("weights")
+        if weights and SCHEMES[weights].floating:
+            raise UnsupportedLayerError(f"the ONNX graph multiplies by {weights} weights as float32 ones")
         session = open_layer(random_layer(entry), entry["n"], threads)
         return lambda x: session.run_with_ort_values(["y"], {"x": x})  # y stays in the runtime
 
@@ -46,19 +49,24 @@ def latency_table(entries: Sequence[Entry], tokens: Sequence[int], threads: int 
 
 def random_layer(entry: Entry) -> nn.Module:
     """Build the layer that a `Shape` describes, float32, with random weights."""
-    n, m, rank = entry["n"], entry["m"], entry["rank"]
-    layer: nn.Module
+    n, rank, weights = entry["n"], entry["rank"], entry.get("weights")
+    model = nn.Module()
     with torch.device("meta"):  # without the values that nn.Linear starts with
-        if rank is None:
-            layer = nn.Linear(n, m, bias=False)
-        else:
-            spec = GroupSpec(rank, ("layer",), entry["structure"], entry["ordered"])
-            layer = LowRankLinear(m, rank, first_factor(spec, n))
-    layer.to_empty(device="cpu")
+        model.layer = nn.Linear(n, entry["m"], bias=False)
+        structure: Stored = "dense" if rank is None else entry["structure"]
+        if rank is not None or weights:
+            spec = GroupSpec(rank or 0, ("layer",), structure, entry["ordered"], weights, entry.get("residual", 0))
+            install_low_rank(model, {"layer": spec})
+    layer: nn.Module = model.layer.to_empty(device="cpu")
     for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=n**-0.5)
-    for order in layer.buffers():
-        order.copy_(torch.randperm(n))
+        nn.init.normal_(parameter, std=n**-0.5 / (SCHEMES[weights].largest if weights else 1.0))
+    for name, tensor in layer.named_buffers():
+        if name.endswith("order"):
+            tensor.copy_(torch.randperm(n))
+        elif tensor.dtype == torch.int8:
+            tensor.random_(-127, 128)
+        elif tensor.dtype == torch.int32:
+            tensor.random_(-(2**31), 2**31)
     return layer
 
 

@@ -17,10 +17,17 @@ Tokens = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 
 
-def open_session(path: Path, threads: int | None = None, entries: Mapping[str, str] | None = None) -> Any:
+def open_session(
+    path: Path, threads: int | None = None, entries: Mapping[str, str] | None = None, *, exact: bool = False, spinning: bool = False
+) -> Any:
     """Open an `onnxruntime.InferenceSession` over a saved graph, on the CPU: CUDA has no float32 kernel of GroupQueryAttention.
 
-    `threads` defaults to torch's number, so that the two can be compared; `entries` are further session config entries.
+    Args:
+        path: of the graph.
+        threads: torch's number by default, so that the two can be compared.
+        entries: further session config entries.
+        exact: multiply by rounded weights without rounding what is multiplied by them.
+        spinning: let idle threads wait actively, which burns cores that are shared.
 
     Raises:
         EngineError: ONNX Runtime cannot load the graph.
@@ -29,14 +36,31 @@ def open_session(path: Path, threads: int | None = None, entries: Mapping[str, s
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would burn shared cores
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.log_severity_level = 4  # failures arrive as exceptions; printing them too is noise
     for name, value in (entries or {}).items():
         options.add_session_config_entry(name, value)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        graph: str | bytes = str(path)
+        if exact:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+            graph = _exact(path)
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
         raise EngineError(f"ONNX Runtime cannot load {path}; export the model again: {error}") from error
+
+
+def _exact(path: Path) -> bytes:
+    """Return a graph, without its weights, whose products by rounded weights are in float32."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    serialized: bytes = model.SerializeToString()
+    return serialized
 
 
 class OnnxDecoder:
@@ -45,7 +69,7 @@ class OnnxDecoder:
     `vocabulary` is V.
     """
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, *, exact: bool = False, spinning: bool = False) -> None:
         import onnxruntime
 
         if not path.is_file():
@@ -55,13 +79,15 @@ class OnnxDecoder:
                 "export the model with the onnx exporter first"
             )
         self._runtime: Any = onnxruntime
-        self._session = open_session(path, threads)
+        self._session = open_session(path, threads, exact=exact, spinning=spinning)
         outputs = self._session.get_outputs()
         self._outputs = [output.name for output in outputs]
         self.vocabulary = int(outputs[0].shape[-1])
         # (name, key/value heads, head width) of every cache input; its values never leave the runtime.
-        caches = [cache for cache in self._session.get_inputs() if cache.name.startswith("past_key_values.")]
+        inputs = self._session.get_inputs()
+        caches = [cache for cache in inputs if cache.name.startswith("past_key_values.")]
         self._caches = [(cache.name, cache.shape[1], cache.shape[3]) for cache in caches]
+        self._positions = any(value.name == "position_ids" for value in inputs)
         self._past: dict[str, Any] = {}
         self._length = 0
 
@@ -84,6 +110,9 @@ class OnnxDecoder:
         batch, new = tokens.shape
         mask = np.ones((batch, self._length + new), np.int64)
         feed = {"input_ids": self._value(tokens), "attention_mask": self._value(mask), **self._past}
+        if self._positions:
+            positions = np.arange(self._length, self._length + new, dtype=np.int64)
+            feed["position_ids"] = self._value(np.broadcast_to(positions, tokens.shape))
         try:
             logits, *present = self._session.run_with_ort_values(self._outputs, feed)
         except Exception as error:

@@ -39,7 +39,7 @@ def build_engine(settings: dict[str, Any]) -> Loaded:
         ArtifactError: the graph or that file is missing.
     """
     folder = Path(settings["model"]) / FOLDER
-    decoder = OnnxDecoder(folder / MODEL_FILE, settings["threads"])
+    decoder = OnnxDecoder(folder / MODEL_FILE, settings["threads"], exact=settings["exact"])
     path = folder / "genai_config.json"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing; export the model with the onnx exporter again")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from exporters.base import Exporter
 from exporters.onnx import OnnxExporter
+from exporters.onnx_linear import rounding_inputs
 from exporters.vllm import VllmExporter
 from lrserve.engines.onnx import OnnxEngine
 from lrserve.engines.protocol import EngineProcess
@@ -39,6 +41,7 @@ class Runtime:
     exporter: what writes models for it.
     loads_sources: whether it takes the dense model's folder as it is, and not only what `exporter` writes.
     open: builds the engine of a model.
+    rounding_inputs: where it rounds the inputs of rounded weights though its dtype does not: lets a model in transformers do so.
     """
 
     name: str
@@ -48,12 +51,16 @@ class Runtime:
     exporter: Exporter
     loads_sources: bool
     open: Open
+    rounding_inputs: Callable[[Any], AbstractContextManager[None]] | None = None
 
 
 def runtime_of(settings: EngineSettings) -> Runtime:
     """Return the engine that measures and serves with these settings."""
     if settings.runtime == "onnx":
-        return Runtime("onnxruntime", onnx_version(), "float32", False, OnnxExporter(), loads_sources=False, open=_open_onnx)
+        version = onnx_version() + (f", {profile} graph" if (profile := settings.onnx_profile) != "genai" else "")
+        exact = settings.dtype == "float32"
+        opens_onnx, rounding = partial(_open_onnx, exact=exact), None if exact else rounding_inputs
+        return Runtime("onnxruntime", version, "float32", False, OnnxExporter(profile), False, opens_onnx, rounding)
     opens = partial(open_engine, settings=settings)
     compiled = not settings.enforce_eager
     return Runtime("vllm", engine_version(), settings.dtype, compiled, VllmExporter(), loads_sources=True, open=opens)
@@ -75,5 +82,7 @@ def loader_of(exporter: Exporter, settings: EngineSettings) -> Runtime:
     )
 
 
-def _open_onnx(model: Path, workloads: Mapping[str, Workload], *, sharing: int = 1, log: Path | None = None) -> EngineProcess:
-    return OnnxEngine(model, log=log)  # the graph takes any batch
+def _open_onnx(
+    model: Path, workloads: Mapping[str, Workload], *, exact: bool, sharing: int = 1, log: Path | None = None
+) -> EngineProcess:
+    return OnnxEngine(model, exact=exact, log=log)  # the graph takes any batch

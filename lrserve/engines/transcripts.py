@@ -64,7 +64,7 @@ def transcribe_model(model: Any, prompts: Sequence[Sequence[int]], new_tokens: i
 
 
 def _transcribe_one(model: Any, prompt: list[int], new_tokens: int) -> Transcript:
-    device = model.get_input_embeddings().weight.device
+    device = next(model.parameters()).device
     tokens: list[int] = []
     margins: list[float] = []
     inputs = torch.tensor([prompt], device=device)  # (1, T)

@@ -9,13 +9,17 @@ The worker is engines/vllm_worker.py; engines/protocol.py is what the two sides 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 from lrserve.engines.protocol import EngineProcess
+from lrserve.engines.sampling import Sampling, Step
+from lrserve.errors import EngineError
 from lrserve.plugins.versions import engine_version, require_vllm
 
 WORKER_COMMAND: Final = (sys.executable, "-m", "lrserve.engines.vllm_worker")
@@ -97,6 +101,19 @@ class Engine(EngineProcess):
         """Start the process and wait until the model is loaded."""
         require_vllm()
         self._start(WORKER_COMMAND, engine_version())
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Generator[Step]:
+        """Yield an answer step by step."""
+        self._request("begin", tokens=list(map(int, prompt)), sampling=asdict(sampling))
+        try:
+            finish = None
+            while finish is None:
+                reply = self._request("step")
+                finish = reply["finish"]
+                yield Step(tuple(reply["tokens"]), finish)
+        finally:
+            with contextlib.suppress(EngineError):  # the process may have ended, as the error on its way says
+                self._request("end")
 
 
 def worker_environment(model: str, threads: int | None) -> dict[str, str]:

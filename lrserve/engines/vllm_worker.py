@@ -13,6 +13,7 @@ from lrserve.engines.timing import random_prompts
 from lrserve.errors import EngineError, InputError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+_ANSWER = "answer"  # one at a time
 
 
 def build_engine(settings: dict[str, Any]) -> Any:
@@ -77,6 +78,33 @@ def _transcript(prompt: list[int], output: Any) -> dict[str, Any]:
     }
 
 
+def begin(llm: Any, tokens: list[int], sampling: dict[str, Any]) -> dict[str, Any]:
+    """Begin one answer, with arguments of `vllm.SamplingParams`."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    settings = SamplingParams(**sampling, detokenize=False, output_kind=RequestOutputKind.DELTA)
+    llm.llm_engine.add_request(_ANSWER, {"prompt_token_ids": tokens}, settings)
+    return {}
+
+
+def step(llm: Any) -> dict[str, Any]:
+    """Let the engine make one step, which may bring no token."""
+    tokens: list[int] = []
+    finish = None
+    for output in llm.llm_engine.step():
+        completion = output.outputs[0]
+        tokens += completion.token_ids
+        finish = completion.finish_reason if output.finished else None
+    return {"tokens": tokens, "finish": finish}
+
+
+def end(llm: Any) -> dict[str, Any]:
+    """Forget the answer, finished or not."""
+    llm.llm_engine.abort_request([_ANSWER])
+    return {}
+
+
 def latency_table(llm: Any, entries: list[dict[str, Any]], tokens: list[int], dtype: str, seconds: float | None) -> dict[str, Any]:
     """Time single layers (engines/vllm_latency.py)."""
     import torch
@@ -90,6 +118,9 @@ REQUESTS: dict[str, Callable[..., dict[str, Any]]] = {
     "throughput": throughput,
     "transcribe": transcribe,
     "latency_table": latency_table,
+    "begin": begin,
+    "step": step,
+    "end": end,
 }
 
 

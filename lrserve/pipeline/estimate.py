@@ -160,7 +160,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     searched = probes + _TRIAL * judged * forward.total
     logits = 4 * search.probe_tokens * int(job.source.config().vocab_size)
     costs.append(StageCost("4 search", searched, 0, 2 * weights + activations + logits + engine))
-    cells = len(shapes_to_measure(job.units, job.offers)) * len(token_counts(recipe.workloads))
+    cells = len(shapes_to_measure(job.units, job.offers, job.output_layer)) * len(token_counts(recipe.workloads))
     costs.append(StageCost("4 latency", start + 3 * run + _LAYER_SECONDS * cells, 0, 2 * weights + engine))
     measured = (search.measured_plans + 2) * (start + 2 * (1 + recipe.engine.repeats) * run)
     dense_graph = float32 * ("onnx" in recipe.export)  # which the proof compares with

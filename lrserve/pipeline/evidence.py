@@ -53,6 +53,8 @@ def collect_metrics(
             "origin": tuned.chosen.candidate.origin,
             "usual": tuned.chosen.candidate.trial is None,
             "structure": plan.structure,
+            "embedding": plan.embedding,
+            "embedding_loss": tuned.embedding_loss,
             "groups": len(job.units),
             "factorized": sum(level.rank is not None for level in plan.levels.values()),
             "rounded": dict(Counter(level.weights for level in plan.levels.values() if level.weights is not None)),

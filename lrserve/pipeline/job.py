@@ -11,6 +11,7 @@ import torch
 
 from lrserve.allocation.plan import Offers, Plan
 from lrserve.compression.assemble import compress_model
+from lrserve.compression.embedding import round_embedding
 from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group, allocated, family_of, find_groups
 from lrserve.compression.level import Precision
@@ -22,6 +23,7 @@ from lrserve.plugins.versions import require_sound_torchvision
 from lrserve.recipe import Recipe
 from lrserve.report.console import Say
 
+_EMBEDDING_BLOCK = 32  # the hidden width of a rounded embedding is a multiple of this
 WORK_VERSION = 3
 """Version of the computation kept in work folders: raised when the same inputs would give other numbers."""
 
@@ -30,7 +32,8 @@ WORK_VERSION = 3
 class Job:
     """A recipe with its model and texts opened.
 
-    `groups` are the model's, in layer order; `units` what a plan of the recipe's structure decides on. `windows` holds int64 token
+    `groups` are the model's, in layer order; `units` what a plan of the recipe's structure decides on. `output_layer` is the shape
+    (m, n) of the output layer's weight. `windows` holds int64 token
     windows by use: calibration, validation, report, prompts; `fingerprints` identify the content of the model and of each text.
     """
 
@@ -38,6 +41,7 @@ class Job:
     source: Source
     architecture: str
     groups: list[Group]
+    output_layer: tuple[int, int]
     windows: dict[str, torch.Tensor]
     fingerprints: dict[str, str]
     calibration_text: Documents
@@ -52,13 +56,23 @@ class Job:
     def offers(self) -> Offers:
         """The levels that the recipe allows; what the engine cannot run is not known yet."""
         settings = self.recipe.factorization
-        return Offers(self.recipe.search.rank_step, settings.structure, self.precisions, settings.residuals)
+        return Offers(self.recipe.search.rank_step, settings.structure, self.precisions, settings.residuals, self.embedding)
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
         """What weights may be rounded to."""
         asked = self.recipe.factorization.weights
         return asked if asked is not None else ("int8", "int4_g32", *(("fp8",) if torch.cuda.is_available() else ()))
+
+    @property
+    def embedding(self) -> Precision | None:
+        """What the embedding and the output layer are rounded to: nothing where vLLM serves, which has no kernels for it."""
+        if self.recipe.engine.runtime != "onnx" or self.output_layer[1] % _EMBEDDING_BLOCK:
+            return None
+        asked = self.recipe.factorization.embedding
+        if asked is None:
+            return "int8" if self.precisions else None
+        return None if asked == "none" else asked
 
     @property
     def layers(self) -> int:
@@ -120,6 +134,8 @@ class Job:
     ) -> Any:
         changed = plan.changed(allocated(self.groups, plan.structure) if units is None else units)
         compressed = compress_model(model, changed, plan.structure, factors, self.dtype, rounding)
+        if plan.embedding:
+            round_embedding(compressed, plan.embedding, self.dtype)
         return compressed if repairs is None else repairs.apply(compressed)
 
 
@@ -179,11 +195,13 @@ def open_job(recipe: Recipe, say: Say) -> Job:
             texts.report, report.prompt_tokens, report.prompts, "report.prompts", "The renderings are compared on fewer prompts"
         ),
     }
+    skeleton = source.skeleton()
     return Job(
         recipe=recipe,
         source=source,
         architecture=config.architectures[0],
-        groups=find_groups(source.skeleton()),
+        groups=find_groups(skeleton),
+        output_layer=tuple(skeleton.get_output_embeddings().weight.shape),
         windows=windows,
         fingerprints={
             "model": source.fingerprint(),

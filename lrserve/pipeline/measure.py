@@ -110,7 +110,7 @@ def measure_layers(job: Job, runtime: Runtime, dense: DenseEngine, folder: WorkF
         or null for a layer that the engine cannot run; JSON. And the name of the stage that holds it.
     """
     workloads = job.recipe.workloads
-    shapes = shapes_to_measure(job.units, job.offers)
+    shapes = shapes_to_measure(job.units, job.offers, job.output_layer)
     tokens = token_counts(workloads)
     identity = {
         **job.model_inputs(),
@@ -178,7 +178,7 @@ def speed_model(job: Job, table: Mapping[str, Any]) -> SpeedModel:
         for row in table["rows"]
     }
     recipe = job.recipe
-    return SpeedModel(job.units, recipe.workloads, table["dense_seconds"], latencies, job.offers)
+    return SpeedModel(job.units, recipe.workloads, table["dense_seconds"], latencies, job.offers, job.output_layer)
 
 
 def measure_front(

@@ -74,6 +74,7 @@ def probe_units(
         "structure": offers.structure,
         "share": _PROBE_SHARE,
         "residuals": offers.residuals,
+        **({"embedding": offers.embedding} if offers.embedding else {}),
     }
     stage = folder.stage("probe", identity)
     path = stage / "probes.json"

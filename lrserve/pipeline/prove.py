@@ -13,6 +13,7 @@ import torch
 from exporters.base import Exporter, SelfProving
 from lrserve.allocation.plan import Plan
 from lrserve.allocation.quality import perplexity
+from lrserve.compression.embedding import dequantize_embedding
 from lrserve.compression.lowrank import dequantized, has_rounded_inputs, is_rounded
 from lrserve.compression.rounding import Rounding
 from lrserve.engines.runtimes import Runtime, loader_of
@@ -47,14 +48,26 @@ class Rendered:
     """The compressed model in float32, as exporters are given it."""
 
     def __init__(self, model: Any, exporters: Sequence[Exporter]) -> None:
-        self._model = self._plain = model
-        kept = [getattr(exporter, "rounds", False) for exporter in exporters]
-        if is_rounded(model) and not all(kept):
-            self._plain = dequantized(copy.deepcopy(model) if any(kept) else model)
+        kinds = sorted({_renders(exporter) for exporter in exporters})
+        self._models = dict.fromkeys(kinds, model)
+        if not is_rounded(model):
+            return
+        for embedding, weights in kinds:
+            if embedding and weights:
+                continue
+            own = model if len(kinds) == 1 else copy.deepcopy(model)
+            own = own if embedding else dequantize_embedding(own)
+            self._models[embedding, weights] = own if weights else dequantized(own)
 
     def by(self, exporter: Exporter) -> Any:
         """Return the model that an exporter renders: with rounded weights, or without where it has no way to say them."""
-        return self._model if getattr(exporter, "rounds", False) else self._plain
+        return self._models[_renders(exporter)]
+
+
+def _renders(exporter: Exporter) -> tuple[bool, bool]:
+    """Say whether an exporter renders a rounded embedding, and other rounded weights."""
+    rounds = getattr(exporter, "rounds", False)
+    return rounds and getattr(exporter, "rounds_embedding", False), rounds
 
 
 def prove_agreement(job: Job, rendered: Rendered, exporters: Sequence[Exporter], staging: Path, folder: WorkFolder) -> Proof:
@@ -113,7 +126,13 @@ def _prove_rendering(
         compressed = Pair(reference, engine.transcribe(prompts, new_tokens))
     agreement[plain.name] = agree(plain.name, reference, compressed.engine, exporter.tolerance)
     rounded: Pair | None = None
-    if (served.dtype, served.compiled) != (plain.dtype, plain.compiled):
+    if served.rounding_inputs is not None and is_rounded(model):
+        with served.rounding_inputs(model):
+            loaded = transcribe_model(model, prompts, new_tokens)
+        with served.open(staging, job.recipe.requests) as engine:
+            compressed = Pair(loaded, engine.transcribe(prompts, new_tokens))
+        rounded = Pair(reference, loaded)
+    elif (served.dtype, served.compiled) != (plain.dtype, plain.compiled):
         loaded = transcribe_checkpoint(staging, getattr(torch, served.dtype), prompts, new_tokens)
         with served.open(staging, job.recipe.requests) as engine:
             compressed = Pair(loaded, engine.transcribe(prompts, new_tokens))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from exporters.base import Exporter, SelfProving
+from exporters.base import Configured, Exporter, SelfProving
 from exporters.registry import exporter_points
 from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit, byte_cost
@@ -75,7 +75,7 @@ def compress_and_export(
     work = work.resolve() if work is not None else out.with_name(f"{out.name}.work")
     if out == work or out in work.parents:
         raise ArtifactError(f"the work folder {work} lies inside {out}, which is published as a whole; choose another --work")
-    exporters = load_exporters(recipe.export)
+    exporters = load_exporters(recipe.export, recipe.engine)
     job = replace(open_job(recipe, say), say=timed(say))
     skeleton = job.source.skeleton()
     for exporter in [runtime_of(recipe.engine).exporter, *exporters]:  # it measures the plans, whatever is exported
@@ -129,8 +129,8 @@ def compress_and_export(
     return metrics
 
 
-def load_exporters(names: Sequence[str]) -> list[Exporter]:
-    """Load exporters by name from the entry point group `lrserve.exporters`.
+def load_exporters(names: Sequence[str], settings: EngineSettings) -> list[Exporter]:
+    """Load exporters by name from the entry point group `lrserve.exporters`, each with its settings.
 
     Raises:
         InputError: an unknown name, or an exporter of another package that is not `SelfProving`.
@@ -138,8 +138,8 @@ def load_exporters(names: Sequence[str]) -> list[Exporter]:
     exporters: list[Exporter] = [point.load()() for point in exporter_points(names)]
     for exporter in exporters:
         if not isinstance(exporter, SelfProving):
-            loader_of(exporter, EngineSettings())
-    return exporters
+            loader_of(exporter, settings)
+    return [exporter.configured(settings) if isinstance(exporter, Configured) else exporter for exporter in exporters]
 
 
 def _finished(out: Path, provenance: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:

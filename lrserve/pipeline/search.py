@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.speed import SpeedModel
 from lrserve.allocation.study import Evaluate, copy_study, open_study, run_study, study_of, time_spent
 from lrserve.compression.assemble import MergedLevels
+from lrserve.compression.embedding import rounded_values
 from lrserve.compression.gradients import GradientStore
 from lrserve.compression.groups import Group
 from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
@@ -39,7 +42,10 @@ _REFERENCE_RATIO = 0.2  # of the uniform plan whose losses tell validation windo
 
 @dataclass(frozen=True)
 class Tuned:
-    """The outcome: the chosen plan, everything that was measured on the engine, every trial, and the study in a SQLite file."""
+    """The outcome: the chosen plan, everything that was measured on the engine, every trial, and the study in a SQLite file.
+
+    `embedding_loss`: what rounding the embedding and the output layer alone loses, in nats; 0 where they are not rounded.
+    """
 
     chosen: Measured
     measured: list[Measured]
@@ -48,6 +54,7 @@ class Tuned:
     speed: SpeedModel
     validation: Validation
     study_path: Path
+    embedding_loss: float
 
     @property
     def standard_error(self) -> float:
@@ -84,9 +91,10 @@ def tune(
     merged = MergedLevels(model, job.units, store, rounding)
     merged.to("cpu")  # an engine takes the GPU
     runtime = runtime_of(job.recipe.engine)
-    settings, target = job.recipe.search, job.recipe.target
+    settings, target, embedding_loss = job.recipe.search, job.recipe.target, 0.0
     checkpoint = dense_checkpoint(job, runtime, folder)
-    with DenseEngine(runtime, checkpoint, job.recipe.requests, folder.root / "dense-engine.log") as dense:
+    log = folder.root / "dense-engine.log"
+    with DenseEngine(runtime, checkpoint, job.recipe.requests, log) as dense, ExitStack() as rounded:
         table, latency = measure_layers(job, runtime, dense, folder)
         dense.leave_gpu()
         merged.to(device)
@@ -98,6 +106,9 @@ def tune(
             table = published(open_study(place[1], place[0], goal.metrics), table)
         table_speed = speed_model(job, table)
         rounding_metric(job, merged, rounding, gradients, table_speed, folder)
+        if precision := table_speed.offers.embedding:
+            rounded.enter_context(rounded_values(model, precision, job.dtype))  # as in all plans
+            embedding_loss = _say_embedding(job, merged, validation, precision)
         measure = partial(measure_front, job, store, folder, runtime, dense, goal, table_speed, rounding)
         usual = _usual(job, table_speed.offers, merged, validation, table_speed)
         merged.to("cpu")
@@ -119,7 +130,7 @@ def tune(
     if isinstance(place, tuple):
         path.unlink(missing_ok=True)
         copy_study(place, path)
-    return Tuned(chosen, measured, trials, goal, speed, validation, path)
+    return Tuned(chosen, measured, trials, goal, speed, validation, path, embedding_loss)
 
 
 def rounding_metric(
@@ -149,6 +160,14 @@ def known_losses(
     return speed, probed_losses(job, merged, store, speed.offers, folder)
 
 
+def _say_embedding(job: Job, merged: MergedLevels, validation: Validation, precision: Precision) -> float:
+    """Judge the model of which only the embedding and the output layer are rounded; returns what it loses, in nats."""
+    merged.apply({})
+    loss = math.log(validation(merged.model).perplexity / validation.dense_perplexity)
+    job.say(f"4/6 embedding and output layer: {precision} in all plans, {loss:+.4f} nats")
+    return loss
+
+
 def _say_offers(job: Job, runnable: Offers, offered: Offers) -> None:
     """Say which precisions the search may use, and why not the others."""
     if not job.precisions:
@@ -157,7 +176,9 @@ def _say_offers(job: Job, runnable: Offers, offered: Offers) -> None:
     slower = [p for p in runnable.precisions if p not in offered.precisions]
     notes = [f"the engine cannot run {', '.join(cannot)} here"] * bool(cannot)
     notes += [f"{', '.join(slower)} is never faster"] * bool(slower)
-    job.say(f"4/6 levels: weights of {', '.join([job.recipe.engine.dtype, *offered.precisions])}" + "; ".join(["", *notes]))
+    job.say(
+        f"4/6 levels: weights of {', '.join([runtime_of(job.recipe.engine).dtype, *offered.precisions])}" + "; ".join(["", *notes])
+    )
 
 
 def _usual(job: Job, offers: Offers, merged: MergedLevels, validation: Validation, speed: SpeedModel) -> list[Evaluated]:
@@ -179,7 +200,7 @@ def _usual(job: Job, offers: Offers, merged: MergedLevels, validation: Validatio
 def everywhere(units: Sequence[Group], precision: Precision, offers: Offers) -> Plan:
     """Return the plan that rounds every unit that can be rounded, and removes nothing."""
     level = Level(weights=precision)
-    return Plan({unit.name: level if level in offers.levels(unit) else DENSE for unit in units}, offers.structure)
+    return Plan({unit.name: level if level in offers.levels(unit) else DENSE for unit in units}, offers.structure, offers.embedding)
 
 
 def _fits(job: Job, plan: Plan) -> bool:

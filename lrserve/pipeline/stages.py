@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Final
 
-from exporters import companions, onnx, onnx_graph
+from exporters import companions, onnx, onnx_companions, onnx_graph, onnx_linear, onnx_profiles
 from exporters import vllm as vllm_exporter
 from lrserve.allocation import goal, losses, plan, quality, space, speed, study
 from lrserve.compression import (
@@ -45,6 +45,7 @@ from lrserve.storage.work import settings_of
 _FORWARD = (matmul, logits, quality)
 _CUT = (spectra, factorize, structure, assemble, rounding, quantize, residual, smoothing)
 _WALK = (sequential, calibrate, training, structure, matmul)
+_GRAPH = (onnx, onnx_graph, onnx_linear, onnx_profiles)
 
 MODULES: Final[Mapping[str, tuple[ModuleType, ...]]] = {
     "calibration": (calibrate, covariance, matmul),
@@ -53,12 +54,12 @@ MODULES: Final[Mapping[str, tuple[ModuleType, ...]]] = {
     "spectra": (spectra, factorize, narrow),
     "probe": (probe, plan, *_CUT, *_FORWARD),
     "validation": (plan, losses, *_CUT, *_FORWARD),
-    "dense": (onnx, onnx_graph, companions),
-    "latency": (measure, speed, protocol, workloads, timing),
+    "dense": (*_GRAPH, companions, onnx_companions),
+    "latency": (measure, speed, protocol, workloads, timing, onnx_linear),
     "study": (study, space, goal, losses, plan, speed, *_CUT, *_FORWARD),
-    "measure": (measure, protocol, workloads, *_CUT, vllm_exporter, onnx, onnx_graph),
+    "measure": (measure, protocol, workloads, *_CUT, vllm_exporter, *_GRAPH),
     "transcripts-vllm": (protocol, transcripts, matmul),
-    "transcripts-onnxruntime": (protocol, transcripts, matmul, onnx, onnx_graph),
+    "transcripts-onnxruntime": (protocol, transcripts, matmul, *_GRAPH),
     "propagate": (propagate, factorize, narrow, covariance, *_WALK),
     "refine": (refine, *_WALK),
     "repair": (repair, refine, sequential, calibrate, matmul, *_CUT),

@@ -23,6 +23,7 @@ TESTED: Final[Mapping[str, str]] = {
     "onnx-ir": ">=0.1.10",
     "onnxruntime": _ONNX_RUNTIME,
     "onnxruntime-gpu": _ONNX_RUNTIME,
+    "onnxruntime-genai": ">=0.18,<0.20",
     "optuna": ">=5.0",
     "torch": ">=2.7",
     "transformers": ">=5.16",
@@ -146,6 +147,41 @@ def require_onnx() -> None:
         found = _installed(names)
         if found is not None and not is_tested(*found):  # a build under another name is its user's to judge
             raise _untested(*found, _pip(found[0]))
+
+
+def genai_version() -> str:
+    """Name onnxruntime-genai, such as `onnxruntime-genai 0.18.0`; `onnxruntime-genai (not installed)` without it."""
+    found = _installed(("onnxruntime-genai",))
+    return f"onnxruntime-genai {found[1] if found else '(not installed)'}"
+
+
+def genai_installed() -> bool:
+    """Say whether onnxruntime-genai, of whatever version and build, can be imported."""
+    return importlib.util.find_spec("onnxruntime_genai") is not None
+
+
+def require_genai() -> None:
+    """Check onnxruntime-genai, which answers from ONNX graphs.
+
+    Raises:
+        EngineError: it is missing, or of a version outside the tested range; the message has the pip command.
+    """
+    if not genai_installed():
+        raise EngineError("onnxruntime-genai is not installed. Run: pip install 'lrserve[onnx-serve]'")
+    found = _installed(("onnxruntime-genai",))
+    if found is not None and not is_tested(*found):  # a build under another name is its user's to judge
+        raise _untested(*found, _pip(found[0]))
+
+
+def require_http() -> None:
+    """Check the packages of the HTTP server in front of onnxruntime-genai.
+
+    Raises:
+        EngineError: one is missing; the message has the pip command.
+    """
+    missing = [package for package in ("starlette", "uvicorn") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise EngineError(f"the server needs {', '.join(missing)}, not installed here. Run: pip install 'lrserve[onnx-serve]'")
 
 
 def _pip(distribution: str) -> str:

@@ -71,8 +71,8 @@ def bench_table(figures: Mapping[str, Any]) -> str:
 
 def _conditions(figures: Mapping[str, Any]) -> str:
     settings, made = figures["settings"], figures["made"]
-    compiled = "eager" if settings["enforce_eager"] else "compiled"
-    return f"{figures['engine']}, {settings['dtype']}, {compiled}; {describe(made['machine'])}; {day(made)}"
+    compiled = "" if settings["runtime"] == "onnx" else ", eager" if settings["enforce_eager"] else ", compiled"
+    return f"{figures['engine']}, {settings['dtype']}{compiled}; {describe(made['machine'])}; {day(made)}"
 
 
 def _plot(figures: Mapping[str, Any]) -> Figure:

@@ -152,9 +152,13 @@ def agreement(metrics: Mapping[str, Any]) -> str:
         return rendered
     factor, floor = served[0]["factor"], served[0]["floor"]
     ways = " and ".join(dict.fromkeys(f"{s['dtype']}, {'compiled' if s['compiled'] else 'not compiled'}" for s in served))
+    rounded = [s["rounded"]["mean"] for s in served if "rounded" in s]
+    beside = (
+        f" or, if that is more, of what rounding inputs changes in transformers ({max(rounded):.1e} on average)" if rounded else ""
+    )
     return (
-        f"{rendered}\n\nAs served is {ways}; in brackets the dense model. Allowed: {factor:g} times the dense model's mean, "
-        f"{factor**2:g} times its largest difference, and {floor:g} nats more."
+        f"{rendered}\n\nAs served is {ways}; in brackets the dense model. Allowed: {factor:g} times the mean and {factor**2:g} times "
+        f"the largest difference of the dense model{beside}, and {floor:g} nats more."
     )
 
 
@@ -203,7 +207,11 @@ def _serving(metrics: Mapping[str, Any]) -> str:
 `trust_remote_code` is needed.
 """
     if "onnx" in exports:
-        text += "\n`onnx/model.onnx` is the model in float32 for ONNX Runtime, with a KV cache; pad on the right.\n"
+        text += (
+            "\n`onnx/model.onnx` is the model in float32 for ONNX Runtime, with a KV cache; onnxruntime-genai, optimum and "
+            "transformers.js load the folder. Unless it was made with `--onnx-profile portable`, it refuses batches that are "
+            "padded on the left.\n"
+        )
     return text
 
 

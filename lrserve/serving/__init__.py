@@ -1,1 +1,1 @@
-"""What `lrserve serve` and `lrserve bench` do."""
+"""What `lrserve generate`, `serve`, `bench` and `eval` do."""

@@ -1,22 +1,28 @@
-"""lrserve bench: an artifact against its dense model, both behind vLLM's server, under the same load and in turns."""
+"""lrserve bench: an artifact against its dense model, both behind a server of one kind, under the same load and in turns."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
+from exporters.onnx import FOLDER, OnnxExporter
 from lrserve.allocation.speed import PREFILL_CHUNK
 from lrserve.engines.workloads import GPU_MEMORY, Mix
 from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.source import open_source
-from lrserve.plugins.versions import engine_version, on_cpu, require_compress
+from lrserve.plugins.versions import engine_version, genai_version, on_cpu, require_compress
 from lrserve.recipe import EngineSettings, Recipe, Workload, shares
 from lrserve.report.bench import bench_table, write_bench
 from lrserve.report.console import Say, progress_bar
 from lrserve.report.machine import made
-from lrserve.serving.online import Server, compare_online
+from lrserve.serving.generation import EngineName
+from lrserve.serving.online import GraphServer, Server, compare_online
 from lrserve.storage.store import read_manifest, write_json
 
 _SLACK_TOKENS = 8  # of a sequence, for what a tokenizer puts around a prompt
@@ -25,6 +31,7 @@ _SLACK_TOKENS = 8  # of a sequence, for what a tokenizer puts around a prompt
 def bench(
     out: Path,
     *,
+    engine: EngineName = "vllm",
     dense: str | None = None,
     workload: Mapping[str, int | None] | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -32,15 +39,16 @@ def bench(
     vllm_arguments: Sequence[str] = (),
     say: Say = print,
 ) -> dict[str, Any]:
-    """Measure an artifact and its dense model in turns behind vLLM's server, and print the table.
+    """Measure an artifact and its dense model in turns behind a server, and print the table.
 
     Args:
         out: the artifact.
+        engine: of both servers. Of ONNX Runtime, the dense model's graph is written to a temporary folder, unless `dense` has one.
         dense: the dense model; the one that the artifact was made from when None.
         workload: settings of one workload to measure instead of the recipe's; what is `None` is that of the recipe's first.
         overrides: dotted settings of the recipe to change; `None` values are passed over.
         report: folder for bench.json, bench.md and bench.png; made if need be.
-        vllm_arguments: further arguments for both servers.
+        vllm_arguments: further arguments for both servers, where they are vLLM's.
         say: takes the table.
 
     Returns:
@@ -51,8 +59,13 @@ def bench(
         LrserveError: not an artifact, no dense model, or a failing server.
     """
     read_manifest(out)
-    if not (out / "config.json").is_file():
+    on_graphs = engine == "onnxruntime"
+    if not on_graphs and not (out / "config.json").is_file():
         raise ArtifactError(f"{out} has no vLLM checkpoint; export it with --export vllm")
+    if on_graphs and vllm_arguments:
+        raise InputError("bench: what follows -- goes to vLLM; leave it out, or --engine onnxruntime")
+    if on_graphs and "engine.enforce_eager" in (overrides or {}):
+        raise InputError("bench: --compiled and --eager are for vLLM; leave them out, or --engine onnxruntime")
     if report is not None:
         require_compress("bench --report")
         try:
@@ -60,28 +73,35 @@ def bench(
         except OSError as error:
             raise InputError(f"no folder {report} can be made for --report: {error.strerror}") from error
     recipe = Recipe.load(out / "lrserve" / "recipe.yaml", dict(overrides or {}))
-    source = open_source(dense or recipe.model)
     if given := {name: value for name, value in (workload or {}).items() if value is not None}:
         custom = {**next(iter(recipe.workloads.values())).model_dump(), **given}
         recipe = Recipe.load(out / "lrserve" / "recipe.yaml", {**(overrides or {}), "workloads": {"custom": custom}})
-    workloads = recipe.workloads
-    rounds, arguments = recipe.engine.repeats, [*server_arguments(workloads, recipe.engine), *vllm_arguments]
-    with (
-        progress_bar(2 * (rounds + 1) * len(workloads), "bench") as progress,
-        Server(source.path, arguments) as dense_server,
-        Server(out, arguments) as server,
-    ):
-        results = compare_online(dense_server, server, workloads, rounds, seed=recipe.seed, progress=progress)
+    workloads, rounds, settings = recipe.workloads, recipe.engine.repeats, recipe.engine
+    with ExitStack() as stack:
+        progress = stack.enter_context(progress_bar(2 * (rounds + 1) * len(workloads), "bench"))
+        servers: tuple[Server, Server]
+        if on_graphs:
+            settings = settings.model_copy(update={"runtime": "onnx", "dtype": "float32"})
+            title, dense_folder = dense_graph(dense or recipe.model, stack)
+            servers = GraphServer(dense_folder, graph_arguments(workloads)), GraphServer(out, graph_arguments(workloads))
+        else:
+            settings = settings.model_copy(update={"runtime": "vllm"})
+            source = open_source(dense or recipe.model)
+            title, arguments = source.title, [*server_arguments(workloads, settings), *vllm_arguments]
+            servers = Server(source.path, arguments), Server(out, arguments)
+        for server in servers:
+            stack.enter_context(server)
+        results = compare_online(*servers, workloads, rounds, seed=recipe.seed, progress=progress)
     mix = Mix(results, shares(workloads))
     made_from = json.loads((out / "lrserve" / "metrics.json").read_text(encoding="utf-8"))
     figures = {
         "made": made(),
-        "models": {"dense": source.title, "compressed": f"{out.resolve().name} ({made_from['target']})"},
-        "engine": engine_version(),
-        "settings": recipe.engine.model_dump(mode="json"),
+        "models": {"dense": title, "compressed": f"{out.resolve().name} ({made_from['target']})"},
+        "engine": genai_version() if on_graphs else engine_version(),
+        "settings": settings.model_dump(mode="json"),
         "vllm_arguments": list(vllm_arguments),
         "mix": mix.speedup_json(),
-        "promised": None if given else _promised(made_from),
+        "promised": None if given or settings.runtime != recipe.engine.runtime else _promised(made_from),
         "workloads": {name: result.to_json() for name, result in results.items()},
     }
     say(bench_table(figures))
@@ -97,14 +117,39 @@ def _promised(metrics: Mapping[str, Any]) -> float | None:
     return speedup
 
 
+def dense_graph(model: str, stack: ExitStack) -> tuple[str, Path]:
+    """Return the name of a dense model, and a folder with its ONNX graph.
+
+    The folder is the model's own if it has a graph, else a temporary one, which goes with the stack.
+    """
+    own = Path(model).expanduser()
+    if (own / FOLDER / "genai_config.json").is_file():
+        return own.resolve().name, own
+    source = open_source(model)
+    folder = Path(stack.enter_context(TemporaryDirectory(prefix="lrserve-dense-")))
+    exporter, loaded = OnnxExporter(), source.load(torch.float32)
+    exporter.preflight(loaded)
+    exporter.export(loaded, source.path, folder, torch.float32)
+    return source.title, folder
+
+
+def graph_arguments(workloads: Mapping[str, Workload]) -> list[str]:
+    """Return the arguments of onnx_server.py for every workload."""
+    waiting = max(workload.concurrency for workload in workloads.values())
+    return [f"--max-model-len={_longest(workloads)}", f"--max-queue={waiting}"]
+
+
+def _longest(workloads: Mapping[str, Workload]) -> int:
+    return max(workload.prompt_tokens + workload.output_tokens for workload in workloads.values()) + _SLACK_TOKENS
+
+
 def server_arguments(workloads: Mapping[str, Workload], settings: EngineSettings) -> list[str]:
     """Return vLLM's arguments for servers large enough for every workload, which never reuse a prefix."""
-    longest = max(workload.prompt_tokens + workload.output_tokens for workload in workloads.values())
     arguments = [
         "--no-enable-prefix-caching",
         "--generation-config=vllm",  # greedy, whatever penalties the model's own generation_config.json has
         f"--dtype={settings.dtype}",
-        f"--max-model-len={longest + _SLACK_TOKENS}",
+        f"--max-model-len={_longest(workloads)}",
         f"--max-num-seqs={max(workload.concurrency for workload in workloads.values())}",
         f"--max-num-batched-tokens={PREFILL_CHUNK}",
     ]

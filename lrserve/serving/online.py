@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible servers under load: `lrserve serve` in a process of its own, `vllm bench serve` as the client."""
+"""OpenAI-compatible servers under load: `lrserve serve` in a process of its own, `vllm bench serve` as the client."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import socket
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,11 +22,14 @@ from typing import Any, Final
 
 import numpy as np
 
+from exporters.onnx import FOLDER
 from lrserve.engines.process import Scratch, end_session, log_tail, open_log
 from lrserve.engines.workloads import Paired, in_turns
 from lrserve.errors import EngineError
-from lrserve.plugins.versions import on_cpu
+from lrserve.plugins.versions import on_cpu, require_http
 from lrserve.recipe import Workload
+from lrserve.serving.generation import checked_graph
+from lrserve.serving.onnx_server import API_KEY
 from lrserve.serving.server import check_engine, check_model, server_command, server_environment
 
 _HOST: Final = "127.0.0.1"
@@ -36,6 +40,8 @@ _FEWEST_REQUESTS: Final = 4
 
 class Server:
     """A vLLM server on a free port of this machine, as a context manager that returns once it answers.
+
+    A class of another server's overrides `engine`, `key_variable`, `tokenizer`, `check` and `command`.
 
     Args:
         model: an artifact of lrserve or a dense checkpoint; a folder.
@@ -48,6 +54,9 @@ class Server:
         InputError, ArtifactError: the folder cannot be served.
     """
 
+    engine = "vLLM"
+    key_variable = "VLLM_API_KEY"
+
     def __init__(
         self, model: Path, arguments: Sequence[str] = (), *, log: Path | None = None, start_timeout: float = 900.0
     ) -> None:
@@ -57,9 +66,22 @@ class Server:
         self._scratch: Scratch | None = None
         self._log_path = Path()
 
-    def __enter__(self) -> Server:
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer."""
+        return self.model
+
+    def check(self) -> None:
+        """Check engine and model; raises what the class says."""
         check_engine()
         check_model(self.model)
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """Return the command line."""
+        return server_command(self.model, arguments)
+
+    def __enter__(self) -> Server:
+        self.check()
         with socket.socket() as free:
             free.bind((_HOST, 0))
             port = free.getsockname()[1]
@@ -67,13 +89,13 @@ class Server:
         self._scratch = Scratch()
         inherited = self._scratch.environment({**os.environ, "VLLM_NO_USAGE_STATS": "1"})
         environment = server_environment(inherited, cpu=on_cpu())
-        environment.pop("VLLM_API_KEY", None)  # the client has none, and only this machine reaches the server
+        environment.pop(self.key_variable, None)  # the client has none, and only this machine reaches the server
         # last, so that they win: the client finds the model by its folder
         arguments = [*self._arguments, "--served-model-name", str(self.model), "--host", _HOST, "--port", str(port)]
         with open_log(self._wanted_log) as log:
             self._log_path = Path(log.name)
             self._process = subprocess.Popen(
-                server_command(self.model, arguments),
+                self.command(arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -92,7 +114,7 @@ class Server:
 
     def failure(self, message: str) -> EngineError:
         """Return the error that says what went wrong, with the end of the server's log."""
-        return EngineError(f"vLLM's server of {self.model}: {message}\n{log_tail(self._log_path)}")
+        return EngineError(f"{self.engine}'s server of {self.model}: {message}\n{log_tail(self._log_path)}")
 
     def _wait(self) -> None:
         assert self._process is not None
@@ -119,6 +141,27 @@ class Server:
             self._scratch.remove()
         if self._wanted_log is None and not keep_log:
             self._log_path.unlink(missing_ok=True)
+
+
+class GraphServer(Server):
+    """The server of an ONNX graph (onnx_server.py); `model` has the folder onnx."""
+
+    engine = "onnxruntime-genai"
+    key_variable = API_KEY
+
+    @property
+    def tokenizer(self) -> Path:
+        """Beside the graph."""
+        return self.model / FOLDER
+
+    def check(self) -> None:
+        """Check packages and graph."""
+        require_http()
+        checked_graph(self.model)
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """Return the command line."""
+        return [sys.executable, "-m", "lrserve.serving.onnx_server", str(self.model), *arguments]
 
 
 @dataclass(frozen=True)
@@ -180,6 +223,7 @@ def load(server: Server, client: Client, workload: Workload, *, seed: int) -> Lo
         "backend": "vllm",
         "base-url": server.url,
         "model": server.model,
+        "tokenizer": server.tokenizer,
         "dataset-name": "random",
         "random-input-len": workload.prompt_tokens,
         "random-output-len": workload.output_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,15 +175,17 @@ def test_fused_groups_come_apart_with_their_own_biases() -> None:
 def test_plan_files_round_trip_and_others_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     plan = Plan({"a": Level(8, "int8"), "b": Level(), "c": Level(None, "int4_g32", 16)}, structure="low_rank")
-    plan.write(path)
-    assert Plan.read(path) == plan
+    for own in (plan, replace(plan, embedding="int8")):
+        own.write(path)
+        assert Plan.read(path) == own
     path.write_text('{"format_version": 2, "structure": "narrow", "ranks": {"a": 8, "b": null}}')
     assert Plan.read(path) == Plan.of_ranks({"a": 8, "b": None}, "narrow")
     head = '{"format_version": %d, "structure": "%s", "ranks": {%s}, "levels": {"a": %s}}'
     wrong = [(1, "low_rank", "", "{}"), (2, "low_rank", '"a": -1', "{}"), (2, "new", "", "{}")]
     levels = ('{"rank": 0.5}', '{"rank": true}', '{"weights": "int2"}', '{"residual": 8}', '{"new": 1}', "[]", "7")
     wrong += [(3, "narrow", "", level) for level in levels]
-    for content in ("[]", "nonsense", *(head % values for values in wrong)):
+    embedded = '{"format_version": 3, "structure": "low_rank", "embedding": "int2", "levels": {"a": {}}}'
+    for content in ("[]", "nonsense", embedded, *(head % values for values in wrong)):
         path.write_text(content)
         with pytest.raises(InputError, match="not a plan"):
             Plan.read(path)

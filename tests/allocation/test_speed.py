@@ -36,6 +36,25 @@ def test_prediction_by_hand() -> None:
     assert speed.cost(GROUPS[0], Level(24)) == pytest.approx((10 * (40 + 55) / 2 * 1e-6 + 1500e-6) / 0.1)
 
 
+def test_a_rounded_output_layer_saves_its_time_in_every_plan() -> None:
+    offers, layer = replace(OFFERS, embedding="int8"), (512, 128)
+    wanted = shapes_to_measure(GROUPS, offers, layer)
+    assert wanted[-2:] == [Shape(128, 512, None), Shape(128, 512, None, weights="int8")]
+    times = {**LATENCIES, wanted[-2]: {2: 300.0, 200: 9000.0}, wanted[-1]: {2: 100.0, 200: 5000.0}}
+    speed = SpeedModel(GROUPS, WORKLOADS, SECONDS, times, offers, layer)
+    saved = (10 * 200e-6 + 4000e-6) / 0.1
+    assert speed.relative_times(replace(DENSE, embedding="int8"))["only"] == pytest.approx(1 - saved)
+    assert speed.relative_times(DENSE)["only"] == 1
+    losses = {group.name: dict.fromkeys(offers.levels(group), 1.0) | {WHOLE: 0.0} for group in GROUPS}
+    plan = BudgetFit(GROUPS, offers, speed.cost).cheapest_loss(losses, 1.0)
+    assert plan.embedding == "int8"
+    # as fast as the output layer alone makes it: nothing else has to go
+    asked = 1 / (1 - saved)
+    assert speed.budget(asked) == pytest.approx(sum(speed.cost(group, WHOLE) for group in GROUPS))
+    measured = speed.corrected([(plan, {"only": 1 - saved})])
+    assert measured.relative_times(plan) == pytest.approx(speed.relative_times(plan))
+
+
 def test_a_mix_takes_each_workloads_share_of_the_time() -> None:
     workloads = WORKLOADS | {"decode": Workload(prompt_tokens=1, output_tokens=101, concurrency=2, share=3.0)}
     # 100 decode steps, and a prefill of two rows

@@ -18,16 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from tiny import VOCABULARY, Rounding, factorized_model, rounded_model
+from tiny import VOCABULARY, factorized_model
 
 from exporters.onnx import OnnxExporter
-from exporters.onnx_graph import build_graph
 from lrserve.allocation.speed import Shape
 from lrserve.engines import onnx_worker
 from lrserve.engines.onnx import OnnxEngine
 from lrserve.engines.onnx_latency import latency_table, open_layer, random_layer
 from lrserve.engines.timing import UnsupportedLayerError, time_layers, weight_bytes
-from lrserve.errors import ArtifactError, EngineError, InputError, UnsupportedModelError
+from lrserve.errors import ArtifactError, EngineError, InputError
 from lrserve.plugins import versions
 
 CONTEXT = 256
@@ -97,7 +96,7 @@ def test_missing_files_are_artifact_errors(exported: Path, tmp_path: Path) -> No
         OnnxEngine(tmp_path, log=tmp_path / "log").start()
     shutil.copytree(exported / "onnx", tmp_path / "onnx", ignore=shutil.ignore_patterns("genai_config.json"))
     with pytest.raises(ArtifactError, match=r"genai_config\.json is missing"):
-        onnx_worker.build_engine({"model": str(tmp_path), "threads": 1})
+        onnx_worker.build_engine({"model": str(tmp_path), "threads": 1, "exact": True})
 
 
 def test_missing_package_is_named_before_anything_starts(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +141,7 @@ def test_prompts_depend_on_the_seed_alone_and_the_best_tokens_are_fed_back() -> 
 
 
 def test_context_and_vocabulary_are_the_models(exported: Path) -> None:
-    loaded = onnx_worker.build_engine({"model": str(exported), "threads": 1})
+    loaded = onnx_worker.build_engine({"model": str(exported), "threads": 1, "exact": True})
     assert (loaded.context, loaded.decoder.vocabulary) == (CONTEXT, VOCABULARY)
     assert json.loads((exported / "onnx" / "config.json").read_text())["max_position_embeddings"] == CONTEXT
 
@@ -220,8 +219,9 @@ def test_layers_that_the_engine_has_no_kernel_for_have_no_row() -> None:
     assert weight_bytes({**entry, "weights": None, "residual": 0}, 2) == 256 * 64 * 2
 
 
-def test_the_graph_has_no_rounded_weights() -> None:
-    entry = {"n": 64, "m": 64, "rank": None, "weights": "int8"}
-    assert latency_table([entry], [1], 1, None) == [None]
-    with pytest.raises(UnsupportedModelError, match="not rounded, this is a LowRankLinear in int8"):
-        build_graph(rounded_model("LlamaForCausalLM", Rounding("int8", "low_rank")))
+def test_rounded_layers_are_timed_where_there_is_a_product_for_them() -> None:
+    shapes = [Shape(64, 96, None, weights="int4_g32", residual=8), Shape(64, 96, None, weights="fp8")]
+    timed, missing = latency_table([asdict(shape) for shape in shapes], [1, 4], 1, None)
+    assert timed is not None
+    assert min(timed) > 0
+    assert missing is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -272,16 +273,18 @@ def test_factors_stand_once_under_the_names_of_the_artifact(structure: Structure
     OnnxExporter().export(model, source, out, torch.float32)
     found = initializers(out)
     block = structure == "identity_block"
-    names = {*dict(model.named_parameters()), *(name for name in model.state_dict() if name.endswith(".A.order"))}
+    separate = re.compile(r"self_attn\.[qkv]_proj\.")  # what attention takes as one
+    stored = {*dict(model.named_parameters()), *(name for name in model.state_dict() if name.endswith(".A.order"))}
+    names = {separate.sub("self_attn.qkv_proj.", name) for name in stored}
     assert names <= set(found)
     splits = {"split.8.56", "split.16.48", "split.8.88", "split.16.80"} if block else set()
-    assert set(found) - names == {"one", "rotary.cos", "rotary.sin"} | splits
+    assert set(found) - names == {"zero", "one", "rotary.cos", "rotary.sin"} | splits
     first = {name: shape for name, shape in found.items() if name.startswith("model.layers.0.self_attn") and ".A." in name}
     name = "model.layers.0.self_attn.qkv_proj.A"
     # (n, r), as MatMul reads it
     assert first == ({f"{name}.order": [64], f"{name}.weight": [56, 8]} if block else {f"{name}.weight": [64, 8]})
-    assert found["model.layers.0.self_attn.k_proj.B.weight"] == [8, 32]
-    assert found["model.layers.0.self_attn.k_proj.B.bias"] == [32]
+    assert found["model.layers.0.self_attn.qkv_proj.B.weight"] == [8, 128]
+    assert found["model.layers.0.self_attn.qkv_proj.B.bias"] == [128]
     assert "model.layers.0.self_attn.q_proj.weight" not in found
     assert "model.layers.0.mlp.down_proj.A.order" not in found  # its inputs come in order
     assert "lm_head.weight" not in found  # tied
@@ -328,7 +331,9 @@ def test_folder_holds_what_loaders_want(source: Path, out: Path) -> None:
         "model.onnx_data",
         "tokenizer.json",
     ]
-    assert json.loads((out / "onnx" / "config.json").read_text()) == {"model_type": "llama"}
+    config = json.loads((out / "onnx" / "config.json").read_text())
+    assert config["model_type"] == "llama"  # the source's, completed
+    assert "quantization_config" not in config
     genai = json.loads((out / "onnx" / "genai_config.json").read_text())
     assert genai["model"]["type"] == "llama"
     assert genai["model"]["eos_token_id"] == [2, 7]  # generation_config.json goes before config.json

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from lrserve.pipeline.job import open_job
 from lrserve.pipeline.run import compress_and_export
 from lrserve.pipeline.stages import MODULES
 from lrserve.recipe import Recipe
-from lrserve.serving.bench import bench
+from lrserve.serving.bench import bench, dense_graph
 from lrserve.storage.store import read_manifest
 from lrserve.storage.work import work_folder
 
@@ -199,6 +200,9 @@ def test_onnx_runtime_measures_what_it_is_to_serve(place: Path, made: object) ->
     assert metrics["throughput"]["engine"].startswith("onnxruntime ")
     assert metrics["versions"]["engine"].startswith("onnxruntime ")
     assert metrics["throughput"]["workloads"]["decode"]["compressed"]["tokens_per_second"] > 0
+    assert metrics["plan"]["embedding"] == "int8"
+    assert metrics["plan"]["embedding_loss"] != 0
+    assert {plan["origin"] for plan in metrics["measured_plans"]} > {"int8 everywhere", "int4_g32 everywhere"}
     assert any("onnxruntime" in line for line in said if line.startswith("4/6 latency"))
     assert 0.2 <= metrics["sizes"]["linear_parameters"]["ratio"] < 0.35
     assert not (place / "graph" / "config.json").exists()
@@ -246,6 +250,25 @@ def test_bench_measures_it_again(made: tuple[Path, dict[str, Any], list[str]], t
         assert result[side]["tokens_per_second"]["median"] > 0
         assert result[side]["time_per_output_token_ms"]["median"] > 0
         assert result[side]["time_to_first_token_ms"]["p99"] >= result[side]["time_to_first_token_ms"]["median"] > 0
+
+
+def test_bench_measures_the_graphs_behind_their_own_server(made: tuple[Path, dict[str, Any], list[str]], tmp_path: Path) -> None:
+    said: list[str] = []
+    figures = bench(made[0], engine="onnxruntime", report=tmp_path, say=said.append)
+    assert figures["engine"].startswith("onnxruntime-genai 0.")
+    assert figures["settings"]["dtype"] == "float32"
+    assert "float32; " in said[-1]
+    assert figures["promised"] is None  # that was on vLLM
+    assert {name: result["rounds"] for name, result in figures["workloads"].items()} == {"chat": 2, "decode": 2}
+    for result in figures["workloads"].values():
+        for side in ("dense", "compressed"):
+            assert result[side]["tokens_per_second"]["median"] > 0
+            assert result[side]["time_to_first_token_ms"]["p99"] >= result[side]["time_to_first_token_ms"]["median"] > 0
+    with ExitStack() as stack:
+        assert dense_graph(str(made[0]), stack) == ("out", made[0])  # which has a graph
+    for wrong in ({"vllm_arguments": ["--enforce-eager"]}, {"overrides": {"engine.enforce_eager": True}}):
+        with pytest.raises(InputError, match="or --engine onnxruntime"):
+            bench(made[0], engine="onnxruntime", **wrong)  # type: ignore[arg-type]
 
 
 def test_a_rendering_that_disagrees_is_not_published(place: Path, made: object, monkeypatch: pytest.MonkeyPatch) -> None:

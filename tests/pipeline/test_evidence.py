@@ -75,7 +75,7 @@ def tuned(job: Job, plans: list[tuple[Plan, float, float]], place: Path) -> Tune
     goal = Goal(job.recipe.target, 1.0, 100.0)
     open_study("lrserve", place / "study.sqlite3", goal.metrics)
     validation: Any = SimpleNamespace(standard_error=lambda nll: 0.01)
-    return Tuned(measured[0], measured, trials, goal, speed, validation, place / "study.sqlite3")
+    return Tuned(measured[0], measured, trials, goal, speed, validation, place / "study.sqlite3", 0.0)
 
 
 def plan_of(job: Job, model: Any) -> Plan:

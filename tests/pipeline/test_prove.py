@@ -10,20 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import dense_model, factorized_model, write_dense, write_text
+from tiny import Rounding, dense_model, factorized_model, rounded_model, write_dense, write_text
+from torch import nn
 
 from exporters.base import Exporter
 from exporters.onnx import OnnxExporter
+from exporters.vllm import VllmExporter
+from lrserve.compression.embedding import round_embedding
+from lrserve.compression.lowrank import is_rounded
 from lrserve.engines.onnx import OnnxEngine
 from lrserve.engines.runtimes import runtime_of
 from lrserve.engines.transcripts import Transcript, transcribe_model
 from lrserve.errors import AgreementError, InputError
 from lrserve.pipeline import prove
+from lrserve.pipeline.agreement import Pair, differences
 from lrserve.pipeline.baseline import dense_reference, keep_served, kept_served
 from lrserve.pipeline.job import Job, open_job
 from lrserve.pipeline.prove import Proof, Rendered, prove_agreement
 from lrserve.pipeline.run import load_exporters
-from lrserve.recipe import Recipe
+from lrserve.recipe import EngineSettings, Recipe
 from lrserve.report.card import agreement
 from lrserve.storage.work import WorkFolder, work_folder
 
@@ -172,6 +177,22 @@ class ForeignProving(Foreign):
         return {"theirs": transcribe_model(dense_model("LlamaForCausalLM"), prompts, new_tokens)}
 
 
+def test_exporters_are_given_what_they_can_render() -> None:
+    model = rounded_model("Qwen2ForCausalLM", Rounding("int8"))
+    round_embedding(model, "int8", torch.float32)
+    prompts = torch.arange(3, 30)[None].tolist()
+    expected = transcribe_model(model, prompts, 2)
+    graph, checkpoint, plain = exporters = [OnnxExporter(), VllmExporter(), Foreign()]
+    rendered = Rendered(model, exporters)
+    assert rendered.by(graph) is model
+    kept = {exporter: rendered.by(exporter) for exporter in (checkpoint, plain)}
+    assert [type(found.get_input_embeddings()) for found in kept.values()] == [nn.Embedding, nn.Embedding]
+    assert [is_rounded(found) for found in kept.values()] == [True, False]
+    for found in kept.values():
+        assert differences(Pair(expected, transcribe_model(found, prompts, 2))).largest < 1e-4
+    assert Rendered(dense_model("LlamaForCausalLM"), exporters).by(plain) is not None
+
+
 def test_an_exporter_that_proves_itself_is_compared_in_float32(place: Path, folder: WorkFolder, tmp_path: Path) -> None:
     job = open_tiny(place)
     exporters = [ForeignProving()]
@@ -201,11 +222,11 @@ def test_an_exporter_that_nothing_proves_is_refused(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
     found: list[type[Exporter]] = [ForeignProving, Own]
-    assert [type(exporter) for exporter in load_exporters(["own", "foreign"])] == [Own, ForeignProving]
+    assert [type(exporter) for exporter in load_exporters(["own", "foreign"], EngineSettings())] == [Own, ForeignProving]
     found = [Foreign]
     with pytest.raises(InputError, match="exporter 'foreign' is of another package and has no method transcribe") as refused:
-        load_exporters(["foreign"])
+        load_exporters(["foreign"], EngineSettings())
     assert "\n" not in str(refused.value)
     with pytest.raises(InputError, match="no exporter named 'else'"):
-        load_exporters(["else"])
+        load_exporters(["else"], EngineSettings())
     assert prove.loader_of(Own(), Recipe(model="any").engine).name == "onnxruntime"

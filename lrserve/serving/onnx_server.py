@@ -1,0 +1,258 @@
+"""`lrserve serve OUT --engine onnxruntime`: OpenAI's API for one machine, on onnxruntime-genai (answers.py)."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import sys
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+
+from lrserve.engines.genai import GenaiEngine
+from lrserve.errors import InputError
+from lrserve.plugins.versions import require_http
+from lrserve.serving.answers import Service
+from lrserve.serving.generation import Piece, Text, checked_graph
+from lrserve.serving.openai_api import ApiError, ChatRequest, CompletionRequest, Kind, Reply, parse
+from lrserve.serving.server import DEFAULT_HOST
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request as HttpRequest
+    from starlette.responses import Response
+
+API_KEY: Final = "LRSERVE_API_KEY"
+_LARGEST_BODY: Final = 4 * 2**20  # bytes
+_DEFAULT_CONTEXT: Final = 4096  # tokens; the KV cache of an answer is allocated for it where a client sets no limit
+_GRACE_SECONDS: Final = 1  # of answers that are under way when the server is told to end
+_GONE: Final = 499  # of answers that nobody waits for
+
+Result = TypeVar("Result")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses what it does not know with the list of what it does."""
+
+    def error(self, message: str) -> NoReturn:
+        flags = ", ".join(action.option_strings[0] for action in self._actions if action.dest != "help")
+        raise InputError(f"serve --engine onnxruntime: {message}; its flags are {flags}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the flags of the server."""
+
+    def positive(text: str) -> int:
+        number = int(text)
+        if number < 1:
+            raise ValueError
+        return number
+
+    def port(text: str) -> int:
+        number = int(text)
+        if not 0 <= number < 2**16:
+            raise ValueError
+        return number
+
+    def count(text: str) -> int:
+        number = int(text)
+        if number < 0:
+            raise ValueError
+        return number
+
+    def key(text: str) -> str:
+        if not text:
+            raise ValueError
+        return text
+
+    flags = _Parser("lrserve serve OUT --engine onnxruntime", allow_abbrev=False, add_help=False)
+    flags.add_argument("--host", default=DEFAULT_HOST)
+    flags.add_argument("--port", type=port, default=8000)
+    flags.add_argument("--api-key", type=key, default=os.environ.get(API_KEY) or None)
+    flags.add_argument("--served-model-name")
+    flags.add_argument("--max-model-len", type=positive)
+    flags.add_argument("--max-queue", type=count, default=64)
+    flags.add_argument("--threads", type=positive)
+    return flags
+
+
+def serve(out: str, arguments: Sequence[str] = ()) -> None:
+    """Serve the ONNX graph of an artifact until SIGINT or SIGTERM.
+
+    Raises:
+        InputError: a wrong flag, or an address that is not free.
+        ArtifactError: no graph, or no tokenizer.
+        EngineError: a package is missing, or the engine failed.
+    """
+    flags = parser().parse_args(list(arguments))
+    require_http()
+    folder, context = checked_graph(Path(os.path.expanduser(out)))
+    longest = min(flags.max_model_len or _DEFAULT_CONTEXT, context)
+    if (flags.max_model_len or 0) > context:
+        raise InputError(f"--max-model-len {flags.max_model_len} is more than the model's context, {context}")
+    import uvicorn
+
+    text = Text(folder)
+    with _bound(flags.host, flags.port) as address, GenaiEngine(folder, threads=flags.threads) as engine:
+        service = Service(engine, text, flags.served_model_name or out, longest, flags.max_queue, flags.api_key)
+        app = build_app(service)
+
+        class Server(uvicorn.Server):
+            """Answers every client before it ends."""
+
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                service.end()
+                super().handle_exit(sig, frame)
+
+        server = Server(uvicorn.Config(app, timeout_graceful_shutdown=_GRACE_SECONDS, server_header=False))
+        service.on_failure = lambda: setattr(server, "should_exit", True)
+        host, port = address.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {service.model} on http://{shown}:{port}, one answer at a time", file=sys.stderr, flush=True)
+        with suppress(KeyboardInterrupt):  # uvicorn ends in order, and then raises the signal again
+            server.run(sockets=[address])
+        if service.failure is not None:
+            raise service.failure
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Return a socket at an address, before minutes of loading; it listens once the server is ready."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise InputError(f"cannot listen on {host}:{port} ({error.strerror}); give another --host or --port") from error
+    return bound
+
+
+def build_app(service: Service) -> Starlette:
+    """Return the HTTP application."""
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+
+    class Events(StreamingResponse):
+        """Ends the generator with the response, also where the client is slow and goes away between two events."""
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            async with aclosing(self.body_iterator):  # type: ignore[type-var]
+                await super().__call__(scope, receive, send)
+
+    async def health(http: HttpRequest) -> Response:
+        return Response(status_code=503 if service.failure else 200)
+
+    async def models(http: HttpRequest) -> Response:
+        service.authorize(http.headers.get("authorization", ""))
+        card = {"id": service.model, "object": "model", "created": 0, "owned_by": "lrserve", "max_model_len": service.context}
+        return JSONResponse({"object": "list", "data": [card]})
+
+    async def chat(http: HttpRequest) -> Response:
+        return await complete(http, ChatRequest)
+
+    async def completion(http: HttpRequest) -> Response:
+        return await complete(http, CompletionRequest)
+
+    async def complete(http: HttpRequest, kind: type[Kind]) -> Response:
+        service.authorize(http.headers.get("authorization", ""))
+        request = parse(kind, await _body(http))
+        prompt = await run_in_threadpool(service.prompt_of, request)
+        sampling = service.sampling_of(request, len(prompt))
+        reply = Reply(chat=kind is ChatRequest, identifier=uuid.uuid4().hex, model=service.model)
+        pieces = service.answer(prompt, sampling, request.stop)
+        if request.stream:
+            first = await _while_connected(http, anext(pieces))  # so that what goes wrong before it has a status
+            events = _events(first, pieces, reply, len(prompt), with_usage=request.with_usage)
+            return Events(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        said = await _while_connected(http, _collect(pieces))
+        last = said[-1].finish or "length"
+        tokens = sum(piece.tokens for piece in said)
+        return JSONResponse(reply.whole("".join(piece.text for piece in said), last, len(prompt), tokens))
+
+    async def refused(http: HttpRequest, error: Exception) -> Response:
+        if isinstance(error, ApiError):
+            return JSONResponse(error.body, error.status, error.headers)
+        if isinstance(error, HTTPException):
+            shown = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}")
+            return JSONResponse(shown.body, shown.status, error.headers)
+        return Response(status_code=_GONE)
+
+    routes = [
+        Route("/health", health),
+        Route("/v1/models", models),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", completion, methods=["POST"]),
+    ]
+    return Starlette(routes=routes, exception_handlers=dict.fromkeys((ApiError, HTTPException, ClientDisconnect), refused))
+
+
+async def _body(http: HttpRequest) -> bytes:
+    """Read a request's body, as long as it is not too large."""
+    body = bytearray()
+    async for part in http.stream():
+        body += part
+        if len(body) > _LARGEST_BODY:
+            raise ApiError(413, f"the body is larger than {_LARGEST_BODY} bytes", code="request_too_large")
+    return bytes(body)
+
+
+async def _while_connected(http: HttpRequest, work: Awaitable[Result]) -> Result:
+    """Wait for something, and cancel it when the client goes away."""
+    from starlette.requests import ClientDisconnect
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientDisconnect
+        return tasks[0].result()  # type: ignore[return-value]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _collect(pieces: AsyncGenerator[Piece]) -> list[Piece]:
+    async with aclosing(pieces):
+        return [piece async for piece in pieces]
+
+
+async def _events(
+    first: Piece, pieces: AsyncGenerator[Piece], reply: Reply, prompt_tokens: int, *, with_usage: bool
+) -> AsyncGenerator[str]:
+    """Yield the events of a stream, one for each token."""
+    async with aclosing(pieces):
+        yield _event(reply.chunk(first.text, first.finish, first=True))
+        tokens = first.tokens
+        try:
+            async for piece in pieces:
+                tokens += piece.tokens
+                yield _event(reply.chunk(piece.text, piece.finish, first=False))
+        except ApiError as error:  # its status is sent already
+            yield _event(error.body)
+        else:
+            if with_usage:
+                yield _event(reply.last_chunk(prompt_tokens, tokens))
+        yield "data: [DONE]\n\n"
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], sys.argv[2:])
