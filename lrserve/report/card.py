@@ -157,8 +157,8 @@ def agreement(metrics: Mapping[str, Any]) -> str:
         f" or, if that is more, of what rounding inputs changes in transformers ({max(rounded):.1e} on average)" if rounded else ""
     )
     return (
-        f"{rendered}\n\nAs served is {ways}; in brackets the dense model. Allowed: {factor:g} times the mean and {factor**2:g} times "
-        f"the largest difference of the dense model{beside}, and {floor:g} nats more."
+        f"{rendered}\n\nAs served is {ways}; in brackets the dense model. Allowed: {factor:g} times the mean and {factor**2:g} "
+        f"times the largest difference of the dense model{beside}, and {floor:g} nats more."
     )
 
 

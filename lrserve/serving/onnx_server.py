@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
 from types import FrameType
@@ -48,22 +48,12 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Return the flags of the server."""
 
-    def positive(text: str) -> int:
-        number = int(text)
-        if number < 1:
-            raise ValueError
-        return number
+    def whole(least: int, most: int = 2**31) -> Callable[[str], int]:
+        def number(text: str) -> int:
+            if not text.isdecimal() or not least <= int(text) <= most:
+                raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+            return int(text)
 
-    def port(text: str) -> int:
-        number = int(text)
-        if not 0 <= number < 2**16:
-            raise ValueError
-        return number
-
-    def count(text: str) -> int:
-        number = int(text)
-        if number < 0:
-            raise ValueError
         return number
 
     def key(text: str) -> str:
@@ -73,12 +63,12 @@ def parser() -> argparse.ArgumentParser:
 
     flags = _Parser("lrserve serve OUT --engine onnxruntime", allow_abbrev=False, add_help=False)
     flags.add_argument("--host", default=DEFAULT_HOST)
-    flags.add_argument("--port", type=port, default=8000)
+    flags.add_argument("--port", type=whole(0, 2**16 - 1), default=8000)
     flags.add_argument("--api-key", type=key, default=os.environ.get(API_KEY) or None)
     flags.add_argument("--served-model-name")
-    flags.add_argument("--max-model-len", type=positive)
-    flags.add_argument("--max-queue", type=count, default=64)
-    flags.add_argument("--threads", type=positive)
+    flags.add_argument("--max-model-len", type=whole(1))
+    flags.add_argument("--max-queue", type=whole(0), default=64)
+    flags.add_argument("--threads", type=whole(1))
     return flags
 
 

@@ -408,8 +408,8 @@ def test_without_a_template_there_is_no_chat(tmp_path: Path) -> None:
     [
         (["--enforce-eager"], r"unrecognized arguments: --enforce-eager; its flags are --host, --port, --api-key, .*--threads"),
         (["--max-model"], "unrecognized arguments: --max-model"),
-        (["--port", "99999"], "invalid port value: '99999'"),
-        (["--port", "http"], "invalid port value: 'http'"),
+        (["--port", "99999"], "'99999' is no whole number from 0 to 65535"),
+        (["--port", "http"], "'http' is no whole number from 0 to 65535"),
         (["--max-queue", "-1"], "--max-queue"),
         (["--api-key", ""], "--api-key"),
         (["--max-model-len", "1000000"], "--max-model-len 1000000 is more than the model's context, 8192"),
