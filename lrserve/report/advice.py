@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 _LITTLE = 0.02  # share of perplexity that is hardly a loss
 _FASTER = 1.03  # times the chosen plan's speed
 _WORTH = 1.0  # nats of loss that one nat of speed is worth: one percent of perplexity for one percent of throughput
+_SERVED_BY: Final = {"vllm": "", "onnx": " --engine onnxruntime"}
+"""What is exported for an engine that lrserve serves with, and the flag that chooses it."""
 
 
 def advice(metrics: Mapping[str, Any], out: Path) -> str:
@@ -32,8 +34,9 @@ def advice(metrics: Mapping[str, Any], out: Path) -> str:
         _verdict(gain, low, loss),
         *_next_steps(metrics, gain, low, quality["increase"]),
     ]
-    if "vllm" in metrics["exports"]:
-        lines += [f"Serve it:    lrserve serve {out}", f"Measure it:  lrserve bench {out}"]
+    engine = next((flag for name, flag in _SERVED_BY.items() if name in metrics["exports"]), None)
+    if engine is not None:
+        lines += [f"Serve it:    lrserve serve {out}{engine}", f"Measure it:  lrserve bench {out}{engine}"]
     else:
         lines.append(f"{out} holds {' and '.join(metrics['exports'])}; --export vllm adds a checkpoint to serve.")
     return "\n".join(lines)

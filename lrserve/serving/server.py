@@ -78,7 +78,10 @@ def check_model(folder: Path) -> None:
     """
     path = folder / "config.json"
     if (folder / MANIFEST).is_file() and not path.is_file():
-        raise ArtifactError(f"{folder} has no checkpoint for vLLM. Make one with: lrserve compress-and-export --export vllm")
+        from exporters.onnx import FOLDER
+
+        graph = "; --engine onnxruntime takes its graph" if (folder / FOLDER).is_dir() else ""
+        raise ArtifactError(f"{folder} has no checkpoint for vLLM{graph}. Make one with: lrserve compress-and-export --export vllm")
     checked_folder(folder)
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))

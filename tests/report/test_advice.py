@@ -50,8 +50,11 @@ def test_commands_are_those_of_what_was_exported() -> None:
     assert "lrserve serve demo" in both
     assert "lrserve bench demo" in both
     graph = advice(metrics(1.2, 1.1, 0.05, exports=["onnx"]), Path("demo"))
-    assert "lrserve serve" not in graph
-    assert "--export vllm" in graph
+    assert "lrserve serve demo --engine onnxruntime" in graph
+    assert "lrserve bench demo --engine onnxruntime" in graph
+    other = advice(metrics(1.2, 1.1, 0.05, exports=["theirs"]), Path("demo"))
+    assert "lrserve serve" not in other
+    assert "--export vllm" in other
 
 
 @pytest.mark.parametrize(

