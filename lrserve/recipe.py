@@ -147,7 +147,9 @@ class Factorization(_Frozen):
     @model_validator(mode="after")
     def _steps_are_adams(self) -> Factorization:
         if self.refinement != "adam" and "refine_steps" in self.model_fields_set and self.refine_steps != _REFINE_STEPS:
-            raise ValueError(f"refine_steps counts steps of Adam; refine is {self.refinement}")
+            raise ValueError(
+                f"refine_steps counts steps of Adam, and refine is {self.refinement}; leave refine_steps out, or set refine: adam"
+            )
         return self
 
 
