@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,9 +23,8 @@ from lrserve.engines.workloads import compare, open_engine
 from lrserve.pipeline.job import open_job
 from lrserve.plugins.versions import engine_version
 from lrserve.recipe import Recipe
-from lrserve.report.card import speedup_cell, table
 from lrserve.serving.server import memory_environment
-from publishing import add_results_option, conclude
+from publishing import add_results_option, conclude_beside
 
 
 @contextmanager
@@ -60,13 +58,7 @@ def main() -> None:
                 engines[f"kept {number + 1}"] = stack.enter_context(open_engine(model, workloads, settings))
         first, *others = engines.values()
         found = compare(first, others, workloads, arguments.repeats, version=engine_version(), seed=recipe.seed)
-    results = {label: comparison.to_json() for label, comparison in zip(list(engines)[1:], found, strict=True)}
-    lines = [[label, *map(speedup_cell, [*mix["workloads"].values(), mix])] for label, mix in results.items()]
-    seconds = ", ".join(
-        f"{name} {statistics.median(run.seconds for run in pair.dense):.2f} s" for name, pair in found[0].workloads.items()
-    )
-    markdown = f"{engine_version()}, throughput over plain 1 ({seconds})\n\n{table(['', *workloads, 'all workloads'], lines)}\n"
-    conclude(arguments.results, markdown, results)
+    conclude_beside(arguments.results, engine_version(), "plain 1", dict(zip(list(engines)[1:], found, strict=True)))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -33,6 +34,7 @@ import numpy as np
 import onnx
 import torch
 
+from exporters.onnx import FOLDER, MODEL_FILE
 from front import export, plans_for
 from inputs import readme_recipe
 from lrserve.allocation.plan import Plan
@@ -139,18 +141,16 @@ def rates(decoder: Decoder, vocabulary: int, seed: int) -> dict[str, float]:
     return found
 
 
-def write_graphs(job: Job, speeds: Sequence[float], work: Path, folder: Path) -> dict[str, tuple[Path, Plan | None]]:
-    """Write every graph; returns their paths, and the plans of ours, by row."""
-    graphs: dict[str, tuple[Path, Plan | None]] = {
-        label: (build(job.source.path, precision, folder / precision), None) for label, precision in BUILT.items()
-    }
+def write_graphs(job: Job, speeds: Sequence[float], work: Path, folder: Path) -> dict[str, Path]:
+    """Write every graph; returns their paths by row."""
+    graphs = {label: build(job.source.path, precision, folder / precision) for label, precision in BUILT.items()}
     with work_folder(work, print, MODULES) as stages:
         made, source = plans_for(job, speeds, stages)
         plans = {"lrserve, dense": Plan(dict.fromkeys((unit.name for unit in job.units), DENSE), job.recipe.structure)}
         plans |= {f"lrserve, {weights} everywhere": everywhere(job.units, weights, job.offers) for weights in ROUNDED}
         plans |= {label: plan for label, (plan, _) in made.items()}
         for index, (label, plan) in enumerate(plans.items()):
-            graphs[label] = export(job, plan, source, folder / f"{index}") / "onnx" / "model.onnx", plan
+            graphs[label] = export(job, plan, source, folder / f"{index}") / FOLDER / MODEL_FILE
     return graphs
 
 
@@ -161,21 +161,16 @@ def measure(job: Job, graphs: Mapping[str, Path], rounds: int, windows: torch.Te
     decoders: dict[str, Decoder] = {"torch, eager": Torch(model)}
     decoders |= {label: OnnxDecoder(path, spinning=spinning) for label, path in graphs.items()}
     sizes = {label: graph_bytes(path) for label, path in graphs.items()}
-    rows, done = [], 0
+    rows, done = [], count(1)
     with progress_bar(len(decoders) * (2 + rounds), "graphs") as progress:
-
-        def step() -> None:
-            nonlocal done
-            progress(done := done + 1)
-
         for label, decoder in decoders.items():
             rows.append({"model": label, "bytes": sizes.get(label), "perplexity": perplexity(decoder, windows), "rounds": []})
-            step()
+            progress(next(done))
         for number in range(rounds + 1):
             for row, decoder in zip(rows, decoders.values(), strict=True):
                 found = rates(decoder, vocabulary, number)
                 row["rounds"] += [found] if number else []  # the first one warms up
-                step()
+                progress(next(done))
     return rows
 
 
@@ -217,7 +212,7 @@ def main() -> None:
     windows = first_tokens(job.windows["report"], arguments.tokens)
     with tempfile.TemporaryDirectory(prefix="lrserve-") as place:
         graphs = write_graphs(job, speeds, arguments.work, Path(place))
-        rows = measure(job, {label: path for label, (path, _) in graphs.items()}, arguments.rounds, windows, arguments.spinning)
+        rows = measure(job, graphs, arguments.rounds, windows, arguments.spinning)
     base = "builder, fp32"
     markdown = (
         f"{job.source.title}, {onnx_version()}, spinning {'on' if arguments.spinning else 'off'}, torch's "

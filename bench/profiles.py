@@ -12,7 +12,6 @@ Run it with nothing else on the machine. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,8 +26,7 @@ from lrserve.engines.workloads import compare
 from lrserve.inputs.source import open_source
 from lrserve.plugins.versions import onnx_version
 from lrserve.recipe import Recipe, Workload
-from lrserve.report.card import speedup_cell, table
-from publishing import add_results_option, conclude
+from publishing import add_results_option, conclude_beside
 
 LONG = Workload(prompt_tokens=4000, output_tokens=24, concurrency=1)
 """A prompt of which attention is a large part: the mask grows with the square of its length."""
@@ -58,13 +56,7 @@ def main() -> None:
         engines = {label: stack.enter_context(OnnxEngine(out / profile)) for label, profile in started.items()}
         first, *others = engines.values()
         found = compare(first, others, workloads, arguments.repeats, version=onnx_version(), seed=recipe.seed)
-    results = {label: comparison.to_json() for label, comparison in zip(list(engines)[1:], found, strict=True)}
-    lines = [[label, *map(speedup_cell, [*mix["workloads"].values(), mix])] for label, mix in results.items()]
-    seconds = ", ".join(
-        f"{name} {statistics.median(run.seconds for run in pair.dense):.2f} s" for name, pair in found[0].workloads.items()
-    )
-    markdown = f"{onnx_version()}, throughput over genai ({seconds})\n\n{table(['', *workloads, 'all workloads'], lines)}\n"
-    conclude(arguments.results, markdown, results)
+    conclude_beside(arguments.results, onnx_version(), "genai", dict(zip(list(engines)[1:], found, strict=True)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import functools
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,7 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+from lrserve.engines.workloads import MixComparison
 from lrserve.plugins.versions import engine_version, onnx_version
+from lrserve.report.card import speedup_cell, table
 from lrserve.report.machine import day, describe, made
 from lrserve.storage.store import atomic_path, write_json
 
@@ -67,6 +70,16 @@ def conclude(name: str | None, markdown: str, data: Any) -> None:
     if name:
         publish(name, command_line(), markdown, data)
     print(json.dumps(data))
+
+
+def conclude_beside(name: str | None, engine: str, first: str, others: Mapping[str, MixComparison]) -> None:
+    """`conclude` with a table of engines that were measured in turns with a first one, a line each by their labels."""
+    results = {label: mix.to_json() for label, mix in others.items()}
+    lines = [[label, *map(speedup_cell, [*mix["workloads"].values(), mix])] for label, mix in results.items()]
+    workloads = next(iter(others.values())).workloads
+    seconds = ", ".join(f"{load} {statistics.median(run.seconds for run in pair.dense):.2f} s" for load, pair in workloads.items())
+    markdown = f"{engine}, throughput over {first} ({seconds})\n\n{table(['', *workloads, 'all workloads'], lines)}\n"
+    conclude(name, markdown, results)
 
 
 def publish(name: str, command: str, markdown: str, data: Any) -> None:

@@ -36,7 +36,7 @@ def loader_config(found: Mapping[str, Any], config: Any) -> dict[str, Any]:
         older["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     return {
         **older,
-        **{name: value for name, value in found.items() if name != "quantization_config"},  # the graph holds float32 tensors
+        **{name: value for name, value in found.items() if name != "quantization_config"},  # how weights are stored is in the graph
         "dtype": "float32",
         "torch_dtype": "float32",
         # Of several files with weights it would look for that of 8-bit weights by default in a browser; and there are two files.

@@ -246,8 +246,8 @@ class Nodes:
         """Multiply by matrices of one kind, and add their biases: x (B, S, n) -> (B, S, m), the rows of all of them."""
         if len(matrices) == 1 and (parameter := next(matrices[0].parameters(recurse=False), None)) is not None:
             where = self.name_of(parameter, where).rpartition(".")[0]
-        bits = _bits(matrices[0])
-        y = self.matmul(x, matrices, where) if bits is None else self.matmul_blocks(x, matrices, where, bits)
+        multiply = self.matmul if _bits(matrices[0]) is None else self.matmul_blocks
+        y = multiply(x, matrices, where)
         biases = [getattr(matrix, "bias", None) for matrix in matrices]
         for bias in biases:
             if bias is not None:
@@ -272,17 +272,16 @@ class Nodes:
         shape = [matrices[0].in_features, _rows(matrices)]
         return self.node("MatMul", [x, self.lazy(f"{where}.weight", shape, transposed)], f"{where}.MatMul")
 
-    def matmul_blocks(self, x: Any, matrices: Sequence[Linear], where: str, bits: int) -> Any:
+    def matmul_blocks(self, x: Any, matrices: Sequence[Linear], where: str) -> Any:
         """Multiply by rounded weights (m, n), in blocks."""
-        size, n, m = _block_size(matrices[0]), matrices[0].in_features, _rows(matrices)
-        sizes: dict[str, Any] = {"K": n, "N": m, "bits": bits, "block_size": size, "accuracy_level": ACCURACY}
-        inputs = [x, *self.blocks(matrices, where, bits)]
+        sizes = {"K": matrices[0].in_features, "N": _rows(matrices), "accuracy_level": ACCURACY, **_layout(matrices[0])}
+        inputs = [x, *self.blocks(matrices, where)]
         return self.node("MatMulNBits", inputs, f"{where}.MatMulNBits", domain=MICROSOFT, **sizes)
 
-    def blocks(self, matrices: Sequence[Linear], where: str, bits: int) -> list[Any]:
+    def blocks(self, matrices: Sequence[Linear], where: str) -> list[Any]:
         """Return the integers (m, blocks, bytes) of rounded weights, and the scales (m, blocks)."""
-        size, m = _block_size(matrices[0]), _rows(matrices)
-        count = -(-matrices[0].in_features // size)
+        size, bits = _layout(matrices[0]).values()
+        m, count = _rows(matrices), -(-matrices[0].in_features // size)
         for matrix in matrices:
             if (scale := _own_scale(matrix)) is not None:
                 self.name_of(scale, where)
@@ -298,11 +297,10 @@ class Nodes:
 
     def rows(self, ids: Any, embedding: RoundedEmbedding, where: str) -> Any:
         """Look rows of a rounded weight up: ids (B, S) -> (B, S, n)."""
-        bits = SCHEMES[embedding.weights].bits if embedding.weights else 8
-        values, scales = self.blocks([embedding], where, bits)
+        values, scales = self.blocks([embedding], where)
         shape = self.constant(f"{where}.shape", [embedding.out_features, -1], np.int64)
         flat = self.node("Reshape", [values, shape], f"{where}.Reshape")  # ONNX Runtime does it once, when it loads the graph
-        sizes: dict[str, Any] = {"bits": bits, "block_size": _block_size(embedding), "gather_axis": 0, "quantize_axis": 1}
+        sizes = {"gather_axis": 0, "quantize_axis": 1, **_layout(embedding)}
         return self.node("GatherBlockQuantized", [flat, ids, scales], where, domain=MICROSOFT, **sizes)
 
 
@@ -310,6 +308,11 @@ def _block_size(matrix: Linear) -> int:
     """Return how many neighbouring inputs share a scale in the graph: as many as in the scheme, or a number that divides them."""
     group = SCHEMES[matrix.weights].group if isinstance(matrix, Matrix) and matrix.weights else None
     return group or next((size for size in _BLOCKS if matrix.in_features % size == 0), _SMALLEST_BLOCK)
+
+
+def _layout(matrix: Linear) -> dict[str, Any]:
+    """Return a rounded weight's block size and bits, as attributes of ONNX Runtime's operators."""
+    return {"block_size": _block_size(matrix), "bits": _bits(matrix)}
 
 
 def _rows(matrices: Sequence[Linear]) -> int:

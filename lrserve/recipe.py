@@ -211,7 +211,7 @@ class EngineSettings(_Frozen):
     """The engine that measures plans and serves the artifact."""
 
     runtime: Literal["vllm", "onnx"] = "vllm"
-    """`vllm`, or `onnx` for ONNX Runtime on the CPU in float32; `--target`."""
+    """`vllm`, or `onnx` for ONNX Runtime on the CPU; `--target`."""
     dtype: Dtype = "bfloat16"
     """Number format of the stored weights, and of vLLM's arithmetic."""
     onnx_profile: Literal["genai", "portable"] = "genai"

@@ -314,5 +314,5 @@ class SpeedModel:
 
     def budget(self, speedup: float) -> float:
         """Return the relative time that all groups together may take for a predicted speedup; may be negative."""
-        saved = -sum(share * self._output_change[name] for name, share in self._shares.items())
-        return sum(self.cost(group, DENSE) for group in self.groups) - (1 - 1 / speedup - saved)
+        output_layer = sum(share * self._output_change[name] for name, share in self._shares.items())
+        return sum(self.cost(group, DENSE) for group in self.groups) - (1 - 1 / speedup) - output_layer

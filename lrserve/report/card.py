@@ -208,7 +208,7 @@ def _serving(metrics: Mapping[str, Any]) -> str:
 """
     if "onnx" in exports:
         text += (
-            "\n`onnx/model.onnx` is the model in float32 for ONNX Runtime, with a KV cache; onnxruntime-genai, optimum and "
+            "\n`onnx/model.onnx` is the model for ONNX Runtime, with a KV cache; onnxruntime-genai, optimum and "
             "transformers.js load the folder. Unless it was made with `--onnx-profile portable`, it refuses batches that are "
             "padded on the left.\n"
         )
