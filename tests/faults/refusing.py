@@ -1,0 +1,68 @@
+"""Bad input as a user meets it: a command, run in this process, that must answer with one line and code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from lrserve.cli import main
+
+LONGEST = 600  # characters of a line that a user still reads
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row of a table: what is done to good input, and what the one line must contain.
+
+    name: the row's, in the test's id.
+    damage: what is done to a folder of good input.
+    line: parts of the line, which name the file and the field, and the next step.
+    """
+
+    name: str
+    damage: Callable[[Path], object]
+    line: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def refusal(*arguments: str | Path) -> str:
+    """Run `lrserve` with these arguments; returns what it says in refusing them, which must be one line."""
+    out, error = io.StringIO(), io.StringIO()
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
+    code: object = 0
+    with (
+        mock.patch.object(sys, "argv", ["lrserve", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(error),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            signal.signal(signal.SIGTERM, before[0])
+            signal.signal(signal.SIGHUP, before[1])
+    lines = error.getvalue().strip().splitlines()
+    shown = f"code {code}\n{out.getvalue()}\n{error.getvalue()}"
+    assert code == 2, shown
+    assert lines, shown
+    assert lines[-1].startswith("error: "), shown
+    assert "Traceback" not in error.getvalue(), shown
+    assert len([line for line in lines if line.startswith("error: ")]) == 1, shown
+    assert len(lines[-1]) <= LONGEST, shown
+    return lines[-1]
+
+
+def refused(fault: Fault, *arguments: str | Path) -> None:
+    """See that a command refuses a fault's input, and names what the row names."""
+    line = refusal(*arguments)
+    for part in fault.line:
+        assert part in line, f"{part!r} is not in {line!r}"
