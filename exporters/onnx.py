@@ -12,13 +12,15 @@ import torch
 from exporters.companions import copy_companions
 from exporters.onnx_companions import loader_config, loader_tokenizer_config
 from exporters.onnx_graph import build_graph, check_renderable, head_width
-from exporters.onnx_linear import save_graph
+from exporters.onnx_linear import save_beside, save_graph
 from exporters.onnx_profiles import Profile
 from lrserve.plugins.versions import require_onnx
 from lrserve.recipe import EngineSettings
 
 FOLDER: Final = "onnx"
 MODEL_FILE: Final = "model.onnx"
+LAST_FILE: Final = "model_last.onnx"
+"""The same graph, and weights, with the logits of the last token only: what generates does not wait for those of a prompt."""
 _CACHE_BYTES: Final = 2**30
 """KV cache of one sequence that onnxruntime-genai allocates unless its caller says max_length."""
 
@@ -56,7 +58,7 @@ class OnnxExporter:
         check_renderable(skeleton)
 
     def export(self, model: Any, source: Path, out: Path, dtype: torch.dtype) -> None:
-        """Write `out`/onnx: graph and weights, and the configs and tokenizer files that its loaders want.
+        """Write `out`/onnx: two graphs with the same weights, and the configs and tokenizer files that their loaders want.
 
         config.json is that of `source` where there is one, otherwise the model's (a GGUF file has none), completed for loaders that
         know other names (onnx_companions.py).
@@ -71,8 +73,9 @@ class OnnxExporter:
         folder = out / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         save_graph(build_graph(model, self._profile), folder / MODEL_FILE)
-        # By path: a model in memory is limited to 2 GiB.
-        onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
+        save_beside(build_graph(model, self._profile, last_logits=True), folder / LAST_FILE, folder / MODEL_FILE)
+        for name in (MODEL_FILE, LAST_FILE):  # by path: a model in memory is limited to 2 GiB
+            onnx.checker.check_model(str(folder / name), full_check=True)
         copy_companions(source, folder)
         found = _read_json(source / "config.json") or model.config.to_dict()
         _write_json(folder / "config.json", loader_config(found, model.config))
@@ -102,7 +105,7 @@ def genai_config(config: Any, generation: Mapping[str, Any], profile: Profile = 
             "context_length": context,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "filename": MODEL_FILE,
+                "filename": LAST_FILE,
                 "head_size": head_width(config),
                 "hidden_size": config.hidden_size,
                 "inputs": {

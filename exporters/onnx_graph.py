@@ -58,15 +58,15 @@ _STATIC_ROPE: Final = ("default", "linear", "llama3", "yarn")
 _LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 
 
-def build_graph(model: Any, profile: Profile = "genai") -> Any:
+def build_graph(model: Any, profile: Profile = "genai", *, last_logits: bool = False) -> Any:
     """Render a transformers causal LM, some of whose linears may be compressed, as an `onnx_ir.Model`.
 
-    Weights are laid out one at a time when the graph is saved: until then the graph refers to the model's tensors.
+    With `last_logits` the logits are (B, 1, V), of each sequence's last token: all that generation reads of a prompt. Weights are laid out one at a time when the graph is saved: until then the graph refers to the model's tensors.
 
     Raises:
         UnsupportedModelError: an architecture, layer or option that the graph would not render faithfully, by its name.
     """
-    return _Builder(model).build(profile)
+    return _Builder(model).build(profile, last_logits)
 
 
 def head_width(config: Any) -> int:
@@ -258,6 +258,15 @@ class _Builder(Nodes):
         scale = float(embedding.embed_scale if rounded else embedding.embed_scale.to(embedding.weight.dtype))
         return self.node("Mul", [x, self.constant("embed_scale", scale, np.float32)], "model.embed_tokens.scaled")
 
+    def last_tokens(self, x: Any, ids: Any, mask: Any) -> Any:
+        """Take of (B, S, H) each sequence's last token that is not padding, on whichever side that is: (B, 1, H)."""
+        where, axis = "logits.last", self.constant("axis.1", [1], np.int64)
+        new = self.node("Neg", [self.node("Shape", [ids], f"{where}.Shape", start=1, end=2)], f"{where}.Neg")
+        end = self.constant("end", [np.iinfo(np.int64).max], np.int64)
+        present = self.node("Slice", [mask, new, end, axis], f"{where}.Slice")
+        index = self.node("ArgMax", [present], f"{where}.ArgMax", axis=1, keepdims=1, select_last_index=1)
+        return self.node("GatherND", [x, self.node("Unsqueeze", [index, axis], f"{where}.Unsqueeze")], where, batch_dims=1)
+
     def head(self, x: Any) -> Any:
         head, embedding = self.model.lm_head, self.model.model.embed_tokens
         if is_dense(head) and head.weight is getattr(embedding, "weight", None):  # one matrix for both ends, stored once
@@ -273,7 +282,7 @@ class _Builder(Nodes):
             x = self.node("Mul", [x, limit], "softcap.Mul")
         return x
 
-    def build(self, profile: Profile) -> Any:
+    def build(self, profile: Profile, last_logits: bool) -> Any:
         ids = self.value("input_ids", ["batch_size", "sequence_length"], "INT64")
         mask = self.value("attention_mask", ["batch_size", "total_sequence_length"], "INT64")
         heads = (int(self.config.num_attention_heads), int(self.config.num_key_value_heads))
@@ -295,9 +304,9 @@ class _Builder(Nodes):
             if self.family.gemma:
                 y = self.norm(y, layer.post_feedforward_layernorm, f"{where}.post_feedforward_layernorm")
         _, x = self.add_norm(residual, y, self.model.model.norm, "model.norm", last=True)
-        logits = self.head(x)
+        logits = self.head(self.last_tokens(x, ids, mask) if last_logits else x)
         logits.name, logits.type = "logits", self.ir.TensorType(self.ir.DataType.FLOAT)
-        logits.shape = self.ir.Shape(["batch_size", "sequence_length", int(self.config.vocab_size)])
+        logits.shape = self.ir.Shape(["batch_size", 1 if last_logits else "sequence_length", int(self.config.vocab_size)])
         self.check_complete()
         return self.finish(self.inputs, [logits, *self.presents])
 

@@ -55,6 +55,17 @@ def save_graph(graph: Any, path: Path) -> None:
     ir.save(graph, path, external_data=f"{path.name}_data", size_threshold_bytes=1024)
 
 
+def save_beside(graph: Any, path: Path, other: Path) -> None:
+    """Write `graph` to `path`, with the weights of another saved graph of the same folder instead of weights of its own."""
+    import onnx_ir as ir
+
+    stored = ir.load(other).graph.initializers
+    for name, value in graph.graph.initializers.items():
+        if name in stored:
+            value.const_value = stored[name].const_value
+    ir.save(graph, path)
+
+
 def side_by_side(modules: Sequence[nn.Module]) -> bool:
     """Say whether linears of the same input can be one product, whose outputs are theirs one after the other."""
     first = modules[0]

@@ -163,6 +163,11 @@ class SpeedModel:
             name: {rows: 1e-6 * number / dense_seconds[name] for rows, number in calls(workload).items()}
             for name, workload in workloads.items()
         }
+        # the output layer computes for the last token of each request alone: rows, and microseconds to relative time
+        self._output_passes = {
+            name: (workload.concurrency, 1e-6 * workload.output_tokens / dense_seconds[name])
+            for name, workload in workloads.items()
+        }
         self.dense_tokens_per_second = sum(
             self._shares[name] * workload.concurrency * workload.output_tokens / dense_seconds[name]
             for name, workload in workloads.items()
@@ -209,7 +214,8 @@ class SpeedModel:
         if shape is None or self.offers.embedding is None:
             return 0.0
         dense, rounded = (latencies[layer] or {} for layer in output_layers(shape, self.offers))
-        return sum(weight * (rounded[rows] - dense[rows]) for rows, weight in self._weights[name].items())
+        rows, passes = self._output_passes[name]
+        return passes * (rounded[rows] - dense[rows])
 
     def without_what_never_pays(self) -> SpeedModel:
         """Return the model that offers no precision that has fewer bits than another one and is nowhere faster."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from exporters.onnx import FOLDER, MODEL_FILE
+from exporters.onnx import FOLDER, LAST_FILE, MODEL_FILE
 from lrserve.engines.onnx_latency import latency_table as measure
 from lrserve.engines.onnx_session import OnnxDecoder
 from lrserve.engines.onnx_session import transcribe as transcribe_prompt
@@ -23,13 +23,22 @@ from lrserve.engines.timing import random_prompts
 from lrserve.errors import ArtifactError, InputError
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loaded:
-    """A graph, the tokens that it has positions for, and ONNX Runtime's threads (None: torch's number)."""
+    """A folder of graphs, of which one is open, the tokens that they have positions for, and how a session is opened."""
 
-    decoder: OnnxDecoder
+    folder: Path
     context: int
     threads: int | None
+    exact: bool
+    opened: dict[str, OnnxDecoder] = field(default_factory=dict)
+
+    def decoder(self, name: str) -> OnnxDecoder:
+        """Return one graph's session; it takes the place of another graph's, whose weights would need as much memory again."""
+        if name not in self.opened:
+            self.opened.clear()
+            self.opened[name] = OnnxDecoder(self.folder / name, self.threads, exact=self.exact)
+        return self.opened[name]
 
 
 def build_engine(settings: dict[str, Any]) -> Loaded:
@@ -39,21 +48,25 @@ def build_engine(settings: dict[str, Any]) -> Loaded:
         ArtifactError: the graph or that file is missing.
     """
     folder = Path(settings["model"]) / FOLDER
-    decoder = OnnxDecoder(folder / MODEL_FILE, settings["threads"], exact=settings["exact"])
     path = folder / "genai_config.json"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing; export the model with the onnx exporter again")
     context = int(json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"])
-    return Loaded(decoder, context, settings["threads"])
+    loaded = Loaded(folder, context, settings["threads"], settings["exact"])
+    loaded.decoder(LAST_FILE)
+    return loaded
 
 
 def throughput(loaded: Loaded, prompt_tokens: int, output_tokens: int, concurrency: int, seed: int) -> dict[str, Any]:
-    """Generate greedily for random prompts, one batch; seconds are wall-clock, and CPU time of this process."""
+    """Generate greedily for random prompts, one batch, as a server does: without the logits of prompts.
+
+    Seconds are wall-clock, and CPU time of this process.
+    """
     if min(prompt_tokens, output_tokens, concurrency) < 1:
         raise InputError(f"{concurrency} requests of {prompt_tokens} + {output_tokens} tokens: there must be at least one of each")
     if prompt_tokens + output_tokens > loaded.context:
         raise InputError(f"{prompt_tokens} + {output_tokens} tokens are more than the model's context, {loaded.context}")
-    decoder = loaded.decoder
+    decoder = loaded.decoder(LAST_FILE)
     prompts = np.array(random_prompts(decoder.vocabulary, prompt_tokens, concurrency, seed), np.int64)
     began, cpu_began = time.perf_counter(), time.process_time()
     tokens = [decoder.prefill(prompts)[:, -1].argmax(-1)]
@@ -74,7 +87,8 @@ def latency_table(
 
 def transcribe(loaded: Loaded, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
     """Run the prompts one by one."""
-    return {"transcripts": [asdict(transcribe_prompt(loaded.decoder, prompt, new_tokens)) for prompt in prompts]}
+    decoder = loaded.decoder(MODEL_FILE)
+    return {"transcripts": [asdict(transcribe_prompt(decoder, prompt, new_tokens)) for prompt in prompts]}
 
 
 REQUESTS: Final[dict[str, Callable[..., dict[str, Any]]]] = {

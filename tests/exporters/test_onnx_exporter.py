@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from exporters.onnx import OnnxExporter
+from exporters.onnx_profiles import Profile
 from lrserve.compression.groups import STRUCTURES, Structure, allocated, find_groups
 from lrserve.compression.layers import IdentityBlock
 from lrserve.compression.level import Level
@@ -255,6 +256,17 @@ def test_gemma3_embedding_scale_is_rounded_as_transformers_rounds_it(source: Pat
     assert float(scale) == 6.9375
 
 
+@pytest.mark.parametrize("profile", get_args(Profile))
+def test_the_graph_for_generation_has_the_last_logits_alone(profile: Profile, source: Path, out: Path) -> None:
+    OnnxExporter(profile).export(make("gemma3"), source, out, torch.float32)
+    whole, last = (OnnxDecoder(out / "onnx" / name, threads=1) for name in ("model.onnx", "model_last.onnx"))
+    batch = np.array(prompts(3), np.int64)
+    every, alone = whole.prefill(batch), last.prefill(batch)
+    assert alone.shape == (3, 1, every.shape[-1])
+    np.testing.assert_allclose(alone[:, -1], every[:, -1], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(last.step(batch[:, 0]), whole.step(batch[:, 0]), rtol=0, atol=1e-5)
+
+
 def test_a_batch_decodes_like_its_sequences_alone(source: Path, out: Path) -> None:
     exporter = OnnxExporter()
     exporter.export(make("gemma3", "identity_block"), source, out, torch.float32)
@@ -329,6 +341,7 @@ def test_folder_holds_what_loaders_want(source: Path, out: Path) -> None:
         "generation_config.json",
         "model.onnx",
         "model.onnx_data",
+        "model_last.onnx",
         "tokenizer.json",
     ]
     config = json.loads((out / "onnx" / "config.json").read_text())

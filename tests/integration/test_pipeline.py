@@ -107,6 +107,7 @@ def test_the_job_leaves_a_whole_artifact(made: tuple[Path, dict[str, Any], list[
         "tokenizer.json",
         "onnx/model.onnx",
         "onnx/model.onnx_data",
+        "onnx/model_last.onnx",
         "onnx/genai_config.json",
         "lrserve/recipe.yaml",
         "lrserve/plan.json",
