@@ -61,7 +61,8 @@ _LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 def build_graph(model: Any, profile: Profile = "genai", *, last_logits: bool = False) -> Any:
     """Render a transformers causal LM, some of whose linears may be compressed, as an `onnx_ir.Model`.
 
-    With `last_logits` the logits are (B, 1, V), of each sequence's last token: all that generation reads of a prompt. Weights are laid out one at a time when the graph is saved: until then the graph refers to the model's tensors.
+    With `last_logits` the logits are (B, 1, V), of each sequence's last token: all that generation reads of a prompt.
+    Weights are laid out one at a time when the graph is saved: until then the graph refers to the model's tensors.
 
     Raises:
         UnsupportedModelError: an architecture, layer or option that the graph would not render faithfully, by its name.

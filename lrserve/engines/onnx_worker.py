@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +31,7 @@ class Loaded:
     context: int
     threads: int | None
     exact: bool
-    opened: dict[str, OnnxDecoder] = field(default_factory=dict)
+    opened: dict[str, OnnxDecoder]
 
     def decoder(self, name: str) -> OnnxDecoder:
         """Return one graph's session; it takes the place of another graph's, whose weights would need as much memory again."""
@@ -48,13 +48,12 @@ def build_engine(settings: dict[str, Any]) -> Loaded:
         ArtifactError: the graph or that file is missing.
     """
     folder = Path(settings["model"]) / FOLDER
+    opened = {LAST_FILE: OnnxDecoder(folder / LAST_FILE, settings["threads"], exact=settings["exact"])}
     path = folder / "genai_config.json"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing; export the model with the onnx exporter again")
     context = int(json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"])
-    loaded = Loaded(folder, context, settings["threads"], settings["exact"])
-    loaded.decoder(LAST_FILE)
-    return loaded
+    return Loaded(folder, context, settings["threads"], settings["exact"], opened)
 
 
 def throughput(loaded: Loaded, prompt_tokens: int, output_tokens: int, concurrency: int, seed: int) -> dict[str, Any]:

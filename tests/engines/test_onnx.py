@@ -20,7 +20,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, factorized_model
 
-from exporters.onnx import OnnxExporter
+from exporters.onnx import LAST_FILE, MODEL_FILE, OnnxExporter
 from lrserve.allocation.speed import Shape
 from lrserve.engines import onnx_worker
 from lrserve.engines.onnx import OnnxEngine
@@ -92,7 +92,7 @@ def test_latencies_are_of_float32(engine: OnnxEngine) -> None:
 
 
 def test_missing_files_are_artifact_errors(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"^no ONNX graph at .*model\.onnx \(the folder is missing or empty\)"):
+    with pytest.raises(ArtifactError, match=r"^no ONNX graph at .*model_last\.onnx \(the folder is missing or empty\)"):
         OnnxEngine(tmp_path, log=tmp_path / "log").start()
     shutil.copytree(exported / "onnx", tmp_path / "onnx", ignore=shutil.ignore_patterns("genai_config.json"))
     with pytest.raises(ArtifactError, match=r"genai_config\.json is missing"):
@@ -128,7 +128,7 @@ class Recorder:
 def test_prompts_depend_on_the_seed_alone_and_the_best_tokens_are_fed_back() -> None:
     def run(seed: int) -> list[list[Any]]:
         decoder = Recorder()
-        loaded: Any = SimpleNamespace(decoder=decoder, context=100)
+        loaded: Any = SimpleNamespace(decoder={LAST_FILE: decoder}.__getitem__, context=100)
         assert onnx_worker.throughput(loaded, 7, 3, 2, seed)["output_tokens"] == 6
         return decoder.given
 
@@ -142,7 +142,9 @@ def test_prompts_depend_on_the_seed_alone_and_the_best_tokens_are_fed_back() -> 
 
 def test_context_and_vocabulary_are_the_models(exported: Path) -> None:
     loaded = onnx_worker.build_engine({"model": str(exported), "threads": 1, "exact": True})
-    assert (loaded.context, loaded.decoder.vocabulary) == (CONTEXT, VOCABULARY)
+    assert (loaded.context, loaded.decoder(LAST_FILE).vocabulary) == (CONTEXT, VOCABULARY)
+    assert [loaded.decoder(name) is loaded.decoder(name) for name in (MODEL_FILE, LAST_FILE)] == [True, True]
+    assert list(loaded.opened) == [LAST_FILE]  # the weights are in memory once
     assert json.loads((exported / "onnx" / "config.json").read_text())["max_position_embeddings"] == CONTEXT
 
 
