@@ -3,10 +3,10 @@
     python bench/front.py                                   the model and texts of README's table
     python bench/front.py --recipe shape.yaml --speed-only  a shape with random weights, whose perplexity means nothing
 
-For each speed the plan is the one of least expected loss, in closed form: no trials, no training. All rows are vLLM engines, up at
-once: the dense model, int8 and int4 by stock vLLM (bench/stock.py), and the plans. Perplexity and speed are measured as by
-bench/readme.py. A plan is held against the best alternative: of the other rows that are as fast as it is, or faster, the one that
-loses least.
+For each speed the plan is the one of least expected loss, in closed form: no trials, no training. All rows are vLLM engines: the
+dense model, int8 and int4 by stock vLLM (bench/stock.py), and the plans. All are up at once, or a few beside the dense one
+(--at-once). Perplexity and speed are measured as by bench/readme.py. A plan is held against the best alternative: of the other rows
+that are as fast as it is, or faster, the one that loses least.
 
     predicted    speedup by the table of single layers
     beats        whether the plan loses less than the best alternative; a tie is both dense, or both within 0.001 nats
@@ -43,7 +43,7 @@ from lrserve.recipe import Recipe
 from lrserve.report.card import table
 from lrserve.storage.work import WorkFolder, work_folder
 from publishing import add_results_option, conclude
-from readme import STOCK, measure
+from readme import STOCK, add_at_once_option, measure
 
 SPEEDS = (1.1, 1.2, 1.35, 1.6)
 MARGIN = 1.02  # predictions are a little off: a plan is made for so much more than it is asked for
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without torch.compile; `vllm serve` compiles")
     parser.add_argument("--speed-only", action="store_true", help="leave the perplexities out: the weights are random")
     parser.add_argument("--work", type=Path, default=Path("front.work"), help="folder for what is finished [default: front.work]")
+    add_at_once_option(parser)
     add_results_option(parser)
     arguments = parser.parse_args()
     overrides = {
@@ -158,7 +159,7 @@ def main() -> None:
             name: export(job, plan, source, Path(place) / f"{index}") for index, (name, (plan, _)) in enumerate(made.items())
         }
         windows = first_tokens(job.windows["report"], 1 if arguments.speed_only else job.recipe.report.tokens)
-        rows = judged(measure(job, artifacts, windows, job.recipe.engine.repeats), made)
+        rows = judged(measure(job, artifacts, windows, job.recipe.engine.repeats, arguments.at_once), made)
     errors = errors_of(rows)
     mode = "eager" if arguments.eager else "compiled"
     plans = "; ".join(f"{name}: {_levels(plan)}" for name, (plan, _) in made.items())

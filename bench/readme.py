@@ -4,8 +4,8 @@
     lrserve compress-and-export --recipe $(python bench/inputs.py) --min-speedup 1.25 -o second --work readme.work
     python bench/readme.py first second
 
-Every row is a vLLM engine. All engines are up at once and compute in the recipe's dtype, as stock `vllm serve` starts them. Model,
-texts, workloads and rounds are those of the first artifact's recipe.
+Every row is a vLLM engine. All are up at once, or a few beside the dense one (--at-once), and compute in the recipe's dtype, as
+stock `vllm serve` starts them. Model, texts, workloads and rounds are those of the first artifact's recipe.
 
     perplexity   of the report text, by the engine's own log probabilities; the same windows for every row
     MB           of weights, as stored in the dtype that is served
@@ -85,8 +85,10 @@ def label_of(artifact: Path) -> str:
     return f"lrserve at {target.min_speedup:g}x" if target.min_speedup else f"lrserve, {target}"
 
 
-def measure(job: Job, artifacts: Mapping[str, Path], windows: torch.Tensor, rounds: int) -> list[dict[str, Any]]:
-    """Measure every row."""
+def measure(
+    job: Job, artifacts: Mapping[str, Path], windows: torch.Tensor, rounds: int, at_once: int | None = None
+) -> list[dict[str, Any]]:
+    """Measure every row; besides the dense engine at most `at_once` are up, and measured in turns with it."""
     recipe, version = job.recipe, engine_version()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrserve-")))
@@ -95,26 +97,33 @@ def measure(job: Job, artifacts: Mapping[str, Path], windows: torch.Tensor, roun
         for label, precision in STOCK.items():
             checkpoints[label] = write_stock(job.source, linears, precision, folder / precision, job.dtype)
         checkpoints |= artifacts
-        steps = len(checkpoints) * (1 + len(windows) + rounds * len(recipe.workloads))
+        first, *labels = checkpoints
+        most = at_once or len(labels)
+        measured = len(labels) + math.ceil(len(labels) / most)  # the dense engine in each turn
+        steps = len(checkpoints) * (1 + len(windows)) + measured * rounds * len(recipe.workloads)
         progress, done = stack.enter_context(progress_bar(steps, "engines")), count(1)
 
         def step() -> None:
             progress(next(done))
 
-        engines = []
-        for checkpoint in checkpoints.values():
-            engine = open_engine(checkpoint, room_for(job, windows), recipe.engine, sharing=len(checkpoints))
-            engines.append(stack.enter_context(engine))
+        def open_row(label: str) -> EngineProcess:
+            engine = open_engine(checkpoints[label], room_for(job, windows), recipe.engine, sharing=1 + most)
             step()
-        found = [perplexity(engine, windows, step) for engine in engines]
-        dense, *others = engines
-        comparisons = compare(dense, others, recipe.workloads, rounds, version=version, seed=recipe.seed, progress=step)
-        rows = [
-            {"model": label, "perplexity": value, "bytes": weight_bytes(checkpoint, job.dtype)}
-            for (label, checkpoint), value in zip(checkpoints.items(), found, strict=True)
-        ]
-        for row, comparison in zip(rows[1:], comparisons, strict=True):
-            row["speed"] = comparison.to_json()
+            return engine
+
+        def row(label: str, engine: EngineProcess) -> dict[str, Any]:
+            found = perplexity(engine, windows, step)
+            return {"model": label, "perplexity": found, "bytes": weight_bytes(checkpoints[label], job.dtype)}
+
+        dense = stack.enter_context(open_row(first))
+        rows = [row(first, dense)]
+        for start in range(0, len(labels), most):
+            with ExitStack() as turn:
+                engines = {label: turn.enter_context(open_row(label)) for label in labels[start : start + most]}
+                made = [row(label, engine) for label, engine in engines.items()]
+                others = list(engines.values())
+                comparisons = compare(dense, others, recipe.workloads, rounds, version=version, seed=recipe.seed, progress=step)
+                rows += [one | {"speed": comparison.to_json()} for one, comparison in zip(made, comparisons, strict=True)]
     return rows
 
 
@@ -132,12 +141,20 @@ def render(rows: Sequence[Mapping[str, Any]], workloads: Mapping[str, Workload])
     return table(["model", "perplexity", "MB", *workloads, "all"], lines)
 
 
+def add_at_once_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option --at-once."""
+    parser.add_argument(
+        "--at-once", type=int, metavar="NUMBER", help="engines beside the dense one, where memory is short [default: all]"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, nargs="+", help="folders that compress-and-export made of one dense model")
     parser.add_argument("--tokens", type=int, help="of report text [default: the recipe's]")
     parser.add_argument("--rounds", type=int, help="counted rounds [default: the recipe's]")
     parser.add_argument("--eager", action="store_true", help="without torch.compile; `vllm serve` compiles")
+    add_at_once_option(parser)
     add_results_option(parser)
     arguments = parser.parse_args()
     if not one_dense_model(arguments.artifact):
@@ -154,7 +171,7 @@ def main() -> None:
     if len(artifacts) < len(arguments.artifact):
         artifacts = {artifact.name: artifact for artifact in arguments.artifact}
     rounds, workloads = job.recipe.engine.repeats, job.recipe.workloads
-    rows = measure(job, artifacts, windows, rounds)
+    rows = measure(job, artifacts, windows, rounds, arguments.at_once)
     requests = "; ".join(
         f"{name}: {w.concurrency} at once, {w.prompt_tokens} tokens in and {w.output_tokens} out" for name, w in workloads.items()
     )
