@@ -6,6 +6,7 @@ sets something in the recipe is text here, which the recipe parses: it has the r
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import signal
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lrserve.errors import InputError, LrserveError
+from lrserve.errors import InputError, LrserveError, shown
 
 if TYPE_CHECKING:
     from lrserve.recipe import Recipe
@@ -401,7 +402,10 @@ def main() -> None:
     except LrserveError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # only a user gives such names
+            print(f"error: no file or folder can be called {shown(error.filename)}; check the argument", file=sys.stderr)
+            sys.exit(2)
         traceback.print_exc()
         print(_BUG, file=sys.stderr)
         sys.exit(1)

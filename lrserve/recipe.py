@@ -30,6 +30,7 @@ _REFINE_STEPS: Final = 25
 _PROMPTS_AT_ONCE: Final = 32
 
 
+_NAMED: Final = 100  # characters of a setting's name, of which a user may make up any
 _LARGEST: Final = 2**31 - 1
 """Largest number of any setting: what every library behind it takes for a seed or a count."""
 
@@ -353,7 +354,7 @@ _TYPES: Final[Mapping[str, str]] = {
 def _explain(error: ErrorDetails, path: Path | None, flags: Mapping[str, str]) -> str:
     """Say in one line what is wrong with a setting: by its flag, else by its dotted name and the recipe that it stands in."""
     parts = [str(part) for part in error["loc"] if part != "[key]"]
-    where = ".".join(parts)
+    where = ".".join(parts)[:_NAMED]
     kind, context, got = error["type"], error.get("ctx", {}), f"; got {shown(error['input'])}"
     if kind == "extra_forbidden":
         of_workload = _names(Workload, ".".join(parts[:2]) + ".") if parts[0] == "workloads" else ()
