@@ -38,7 +38,9 @@ _DEQUANTIZED = 4  # bytes of a converted file over those of the GGUF file, which
 def cache_folder() -> Path:
     """Return the user's cache folder for lrserve: $LRSERVE_CACHE, else under $XDG_CACHE_HOME, else ~/.cache/lrserve."""
     with reading("LRSERVE_CACHE, XDG_CACHE_HOME or HOME", "set LRSERVE_CACHE to a folder"):
-        return Path(os.environ.get("LRSERVE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lrserve").expanduser()
+        return Path(
+            os.environ.get("LRSERVE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lrserve"
+        ).expanduser()
 
 
 def cache_place(needed: int) -> Place:

@@ -56,7 +56,9 @@ def fitted(recipe: Recipe, context: int, say: Say) -> Recipe:
         name: Workload.model_validate({**workload.model_dump(), **changes.get(f"workloads.{name}", {})})
         for name, workload in recipe.workloads.items()
     }
-    sections = {part: getattr(recipe, part).model_copy(update=changes.get(part, {})) for part in ("calibration", "search", "report")}
+    sections = {
+        part: getattr(recipe, part).model_copy(update=changes.get(part, {})) for part in ("calibration", "search", "report")
+    }
     return recipe.model_copy(update={**sections, "workloads": workloads})
 
 

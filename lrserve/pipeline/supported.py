@@ -17,11 +17,10 @@ from typing import Any, Final
 import torch
 
 from exporters.base import Exporter, SelfProving
-from lrserve.compression.groups import family_of
 from lrserve.engines.runtimes import Runtime, loader_of, runtime_of
 from lrserve.engines.timing import random_prompts
 from lrserve.engines.transcripts import transcribe_checkpoint, transcribe_model
-from lrserve.errors import ArtifactError, EngineError, InputError, UnsupportedModelError, reading
+from lrserve.errors import ArtifactError, EngineError, UnsupportedModelError, reading
 from lrserve.inputs.source import cache_folder, cache_place
 from lrserve.pipeline.agreement import FACTOR, Pair, differences
 from lrserve.pipeline.job import Job
@@ -101,7 +100,6 @@ def _random_model(config: Any, dtype: torch.dtype) -> Any:
 
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
-    family_of(model.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:

@@ -40,13 +40,15 @@ def require_space(places: Sequence[Place]) -> None:
         if place.replaced and os.path.ismount(place.folder):
             raise ArtifactError(f"{place.folder} is a mount point, which cannot be replaced as a whole; choose a folder inside it")
         there = place.folder
-        while not there.exists():
-            there = there.parent
         try:
+            while not there.exists():
+                there = there.parent
             with tempfile.TemporaryDirectory(prefix=".lrserve-", dir=there):  # what os.access says is not true of every file system
                 device = there.stat().st_dev
         except OSError as error:
-            raise ArtifactError(f"{place.what}: cannot write to {there}: {error.strerror}; choose another place") from None
+            raise ArtifactError(
+                f"{place.what}: cannot write to {shown(str(there), 200)}: {error.strerror}; choose another place"
+            ) from None
         disks.setdefault(device, []).append((place, there))
     for found in disks.values():
         needed, free = sum(place.needed for place, _ in found), shutil.disk_usage(found[0][1]).free

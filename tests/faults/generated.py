@@ -13,14 +13,40 @@ from typing import Any
 from unittest import mock
 
 import yaml
+from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 
 from lrserve.cli import main
 
+PLAIN: dict[str, Any] = {
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    "phases": [Phase.generate],
+    "suppress_health_check": list(HealthCheck),
+}
+"""Settings of hypothesis: the same cases in every run, each run once."""
 LONGEST = 700  # characters of a line that a user still reads, with the long paths of temporary folders
 
 NUMBERS = [0, -1, 1, 2, 3, 5, 7, 64, 4096, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf")]
-TEXTS = ["", " ", "x", "null", "1", "auto", "silu", "float16", "x" * 5000, "\0", "\ud83d", "🜨", "\u202e", "a\nb", "../x", "/dev/zero"]
+TEXTS = [
+    "",
+    " ",
+    "x",
+    "null",
+    "1",
+    "auto",
+    "silu",
+    "float16",
+    "x" * 5000,
+    "\0",
+    "\ud83d",
+    "🜨",
+    "\u202e",
+    "a\nb",
+    "../x",
+    "/dev/zero",
+]
 JUNK = st.sampled_from([None, True, False, *NUMBERS, *TEXTS, [], {}, [[]], [None] * 50, {"a": []}, {"": {"": 1}}, [1, "x", None]])
 
 
@@ -79,7 +105,7 @@ def damaged(draw: Any, good: bytes) -> bytes:
     elif how == "insert":
         content[at:at] = draw(st.sampled_from([b"\0", b"\xff", b"[" * 3000, b"{", b'"', b",", b"\xef\xbb\xbf", b"9" * 5000]))
     elif how == "double":
-        content += content
+        content = content * 2
     elif how == "empty":
         content.clear()
     else:

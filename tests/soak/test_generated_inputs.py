@@ -6,14 +6,16 @@ Each goes to the cheapest command that reads it. Engines are not tried (tests/pi
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from faults.generated import answer, as_json, as_yaml, files
-from hypothesis import HealthCheck, given, settings
+from faults.generated import PLAIN, answer, as_json, as_yaml, files
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import dense_model, factorized_model, write_artifact, write_dense, write_text
 
@@ -30,9 +32,10 @@ ONNX = ("--target", "onnx", "--export", "onnx", "--dry-run")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("generated")
-    write_dense(dense_model("LlamaForCausalLM"), place / "model")
-    weights = {"metadata": {"total_size": 1}, "weight_map": {f"tensor{number}": "model.safetensors" for number in range(5)}}
-    (place / "model" / "model.safetensors.index.json").write_bytes(as_json(weights))
+    model = dense_model("LlamaForCausalLM", layers=1)
+    write_dense(model, place / "model")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(model.state_dict(), "model.safetensors")}
+    (place / "model" / "model.safetensors.index.json").write_bytes(as_json(index))
     write_text(place / "text.jsonl", 200)
     recipe = Recipe.load(None, {"model": str(place / "model"), "text.calibration": str(place / "text.jsonl"), "export": ["onnx"]})
     made = {**recipe.model_dump(mode="json"), "calibration": {"sequences": 4, "length": 32}}
@@ -67,7 +70,7 @@ def commands(place: Path, file: str) -> list[tuple[str | Path, ...]]:
     ],
 )
 def test_every_generated_file_is_accepted_or_refused_in_one_line(
-    file: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, soak_row: Callable[..., None]
 ) -> None:
     monkeypatch.setattr(run, "require_engines", lambda *_: None)
     monkeypatch.setenv("LRSERVE_CACHE", str(tmp_path / "cache"))
@@ -78,12 +81,14 @@ def test_every_generated_file_is_accepted_or_refused_in_one_line(
     how: dict[str, Any] = {"write": as_yaml, "load": yaml.safe_load} if file.endswith(".yaml") else {}
     answers: Counter[int] = Counter()
 
-    @settings(max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=CASES, **PLAIN)
     @given(content=files(here / file, **how), command=st.sampled_from(commands(here, file)))
     def every(content: bytes, command: tuple[str | Path, ...]) -> None:
         (here / file).write_bytes(content)
         answers[answer(*command)] += 1
 
+    began = time.monotonic()
     every()
+    soak_row(f"generated {file}", sum(answers.values()), 0, time.monotonic() - began, f"{answers[2]} refused")
     assert answers[2] > 0
     assert sum(answers.values()) >= CASES / 2  # hypothesis leaves out what it has drawn before
