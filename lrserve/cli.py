@@ -393,7 +393,7 @@ def _silent(line: str) -> None:
 
 
 def main() -> None:
-    """Run the command line; a deliberate error becomes one line and exit code 2, any other a traceback and a request to report it."""
+    """Run a command: a deliberate error becomes one line and exit code 2, any other a traceback and a request to report it."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a file or a pipe shows each stage's line as it ends, not blocks of 8 KiB
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that staging folders and engines are cleaned up

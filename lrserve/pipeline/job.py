@@ -229,8 +229,8 @@ def _require_embedded(tokenizer: Any, windows: torch.Tensor, rows: int, document
     largest = int(windows.max())
     if largest >= rows:
         raise InputError(
-            f"{documents.name}: the tokenizer makes token {largest} ({shown(tokenizer.convert_ids_to_tokens(largest))}) of it, and the "
-            f"model's embedding has {rows} tokens; give the tokenizer that belongs to the model"
+            f"{documents.name}: the tokenizer makes token {largest} ({shown(tokenizer.convert_ids_to_tokens(largest))}) of it, and "
+            f"the model's embedding has {rows} tokens; give the tokenizer that belongs to the model"
         )
 
 

@@ -1,7 +1,7 @@
 """Whether the engines of a run can run its model: tried, before any work, on two layers with random weights.
 
-What an engine builds depends on its version and on the machine: head sizes, activations, windows, biases. A list of what works would
-be wrong with the next release, so the engine itself is asked, and its transcripts are compared with transformers'.
+What an engine builds depends on its version and on the machine: head sizes, activations, windows, biases. A list of what works
+would be wrong with the next release, so the engine itself is asked, and its transcripts are compared with transformers'.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _LAYERS: Final = 2
 _VOCABULARY: Final = 1024  # tokens: no engine depends on their number, and time and disk do
 _PROMPTS, _NEW_TOKENS = 2, 4
 _PROMPT_TOKENS: Final = 24  # at most
+_ADVICE: Final = "choose another engine (--target, --export) or another model"
 _MARK_BYTES: Final = 1_000_000  # of what is kept in the cache, with room
 
 
@@ -128,14 +129,12 @@ def _try(job: Job, model: Any, runtime: Runtime) -> None:
         except EngineError as error:
             reason = str(error).partition("\n")[0].replace(str(place), "two random layers of it")
             raise UnsupportedModelError(
-                f"{runtime.version} cannot run this model on this machine: {reason[:300]}; choose another engine (--target, --export) "
-                "or another model"
+                f"{runtime.version} cannot run this model on this machine: {reason[:300]}; {_ADVICE}"
             ) from error
     rounding = differences(Pair(exact, reference)).mean
     bound = FACTOR * rounding + exporter.tolerance
     if math.isfinite(rounding) and not found.mean <= bound:  # written so that a NaN of the engine fails
         raise UnsupportedModelError(
             f"{runtime.version} computes something else than transformers from this model's config.json: on two random layers log "
-            f"probabilities differ by {found.mean:.2g} nats on average (bound {bound:.2g}); choose another engine (--target, --export) "
-            "or another model"
+            f"probabilities differ by {found.mean:.2g} nats on average (bound {bound:.2g}); {_ADVICE}"
         )

@@ -1,4 +1,4 @@
-"""Files and options that people bring, damaged in every way they come: one line that names the file and the field, before stage 2."""
+"""Files and options that people bring, damaged: one line that names the file and the field, before stage 2."""
 
 from __future__ import annotations
 
