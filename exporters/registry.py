@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import metadata
 
-from lrserve.errors import InputError
+from lrserve.errors import InputError, shown
 
 
 def exporter_points(names: Sequence[str]) -> list[metadata.EntryPoint]:
@@ -20,5 +20,5 @@ def exporter_points(names: Sequence[str]) -> list[metadata.EntryPoint]:
         if name not in points:
             close = get_close_matches(name, points, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise InputError(f"no exporter named {name!r}; --export takes {', '.join(sorted(points))}{hint}")
+            raise InputError(f"no exporter named {shown(name)}; --export takes {', '.join(sorted(points))}{hint}")
     return [points[name] for name in dict.fromkeys(names)]

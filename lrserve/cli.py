@@ -6,10 +6,12 @@ sets something in the recipe is text here, which the recipe parses: it has the r
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import signal
 import sys
+import traceback
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lrserve.errors import InputError, LrserveError
+from lrserve.errors import InputError, LrserveError, shown
 
 if TYPE_CHECKING:
     from lrserve.recipe import Recipe
@@ -45,6 +47,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_BUG = (
+    "this is a bug in lrserve: please open an issue in lrserve's repository, with these lines, the command, the recipe and what "
+    "'pip freeze' prints"
+)
 _MODEL = "Hub id, folder in Hugging Face layout, or GGUF file"
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -387,7 +393,7 @@ def _silent(line: str) -> None:
 
 
 def main() -> None:
-    """Run the command line; a deliberate error becomes one line and exit code 2."""
+    """Run a command: a deliberate error becomes one line and exit code 2, any other a traceback and a request to report it."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a file or a pipe shows each stage's line as it ends, not blocks of 8 KiB
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that staging folders and engines are cleaned up
@@ -396,3 +402,10 @@ def main() -> None:
     except LrserveError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # only a user gives such names
+            print(f"error: no file or folder can be called {shown(error.filename)}; check the argument", file=sys.stderr)
+            sys.exit(2)
+        traceback.print_exc()
+        print(_BUG, file=sys.stderr)
+        sys.exit(1)

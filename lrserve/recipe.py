@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lrserve.compression.groups import KINDS, Kind, Structure
 from lrserve.compression.level import Precision
-from lrserve.errors import InputError
+from lrserve.errors import InputError, shown
+from lrserve.storage.yaml_files import read_settings
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -29,8 +30,23 @@ _REFINE_STEPS: Final = 25
 _PROMPTS_AT_ONCE: Final = 32
 
 
+_NAMED: Final = 100  # characters of a setting's name, of which a user may make up any
+_LARGEST: Final = 2**31 - 1
+"""Largest number of any setting: what every library behind it takes for a seed or a count."""
+
+
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _within_reach(cls, value: Any) -> Any:
+        for entry in value if isinstance(value, (tuple, dict)) else [value]:
+            if isinstance(entry, (int, float)) and abs(entry) > _LARGEST:
+                raise ValueError(f"must be at most {_LARGEST}; got {shown(entry)}")
+            if isinstance(entry, str) and "\0" in entry:
+                raise ValueError(f"must not hold a NUL character; got {shown(entry)}")
+        return value
 
 
 class Target(_Frozen):
@@ -290,7 +306,7 @@ class Recipe(_Frozen):
         Raises:
             InputError: an unreadable file, an unknown setting, or a value out of range, named by its flag or its dotted name.
         """
-        data: dict[str, Any] = {} if path is None else _read(path)
+        data: dict[str, Any] = {} if path is None else read_settings(path, "the recipe", "docs/recipe.md shows one")
         given = {name: value for name, value in overrides.items() if value is not None}
         if any(name.startswith("target.") for name in given):
             data.pop("target", None)
@@ -299,7 +315,7 @@ class Recipe(_Frozen):
             place = data
             for parent in parents:
                 if not isinstance(place.setdefault(parent, {}), dict):
-                    raise InputError(f"the recipe {path}: {parent} must hold settings by name, not {_shown(place[parent])}")
+                    raise InputError(f"the recipe {path}: {parent} must hold settings by name, not {shown(place[parent])}")
                 place = place[parent]
             place[leaf] = value
         if "model" not in data:
@@ -310,20 +326,6 @@ class Recipe(_Frozen):
             used = {name: flag for name, flag in (flags or {}).items() if name in given}
             raise InputError(_explain(error.errors()[0], path, used)) from None
 
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the recipe {path}: {error.strerror}; check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from None
-    if loaded is not None and not isinstance(loaded, dict):
-        raise InputError(f"the recipe {path} holds a {type(loaded).__name__}, not settings by name (docs/recipe.md)")
-    return loaded or {}
-
-
-_SHOWN: Final = 100  # characters of a value that was refused
 
 _NEEDED: Final[Mapping[str, str]] = {
     "greater_than": "must be above {gt:g}",
@@ -352,8 +354,8 @@ _TYPES: Final[Mapping[str, str]] = {
 def _explain(error: ErrorDetails, path: Path | None, flags: Mapping[str, str]) -> str:
     """Say in one line what is wrong with a setting: by its flag, else by its dotted name and the recipe that it stands in."""
     parts = [str(part) for part in error["loc"] if part != "[key]"]
-    where = ".".join(parts)
-    kind, context, got = error["type"], error.get("ctx", {}), f"; got {_shown(error['input'])}"
+    where = ".".join(parts)[:_NAMED]
+    kind, context, got = error["type"], error.get("ctx", {}), f"; got {shown(error['input'])}"
     if kind == "extra_forbidden":
         of_workload = _names(Workload, ".".join(parts[:2]) + ".") if parts[0] == "workloads" else ()
         close = get_close_matches(where, [*_names(Recipe), *of_workload], 1)
@@ -372,11 +374,6 @@ def _origin(path: Path | None) -> str:
     return "" if path is None else f" (recipe {path})"
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
-
-
 def _names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Yield the dotted name of every setting and of every section."""
     for name, field in model.model_fields.items():
@@ -389,7 +386,7 @@ def _absolute_paths(data: dict[str, Any]) -> dict[str, Any]:
     """Make paths of things that exist absolute: the recipe is saved, and read again from other folders."""
 
     def absolute(value: Any) -> Any:
-        place = os.path.expanduser(value) if isinstance(value, str) else ""
+        place = os.path.expanduser(value) if isinstance(value, str) and "\0" not in value else ""
         return os.path.abspath(place) if place and os.path.exists(place) else value
 
     text = data.get("text")

@@ -7,7 +7,6 @@ dequantized to bfloat16, so what 4-bit rounding took away stays away.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -18,8 +17,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from safetensors import SafetensorError
 
-from lrserve.errors import InputError
+from lrserve.errors import InputError, one_line, reading, shown
+from lrserve.inputs.config_file import CONFIG, build_skeleton, load_config
+from lrserve.storage.json_files import read_object
+from lrserve.storage.space import Place, require_space
 from lrserve.storage.store import file_sha256, replace_folder
+from lrserve.storage.yaml_files import MOST_BYTES, load_modest
 
 if TYPE_CHECKING:
     import torch
@@ -27,14 +30,22 @@ if TYPE_CHECKING:
 _FINGERPRINTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _CARD = "README.md"
 _GGUF_SUFFIX = re.compile(r"([.-](I?Q\d\w*|B?F16|F32))?\.gguf", re.IGNORECASE)
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+_DOWNLOAD = "check the download"
+_DEQUANTIZED = 4  # bytes of a converted file over those of the GGUF file, which has 4 bits a weight and more
 
 
 def cache_folder() -> Path:
     """Return the user's cache folder for lrserve: $LRSERVE_CACHE, else under $XDG_CACHE_HOME, else ~/.cache/lrserve."""
-    if own := os.environ.get("LRSERVE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrserve"
+    with reading("LRSERVE_CACHE, XDG_CACHE_HOME or HOME", "set LRSERVE_CACHE to a folder"):
+        return Path(
+            os.environ.get("LRSERVE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lrserve"
+        ).expanduser()
+
+
+def cache_place(needed: int) -> Place:
+    """Return the cache as a place into which so many bytes will be written (`space.require_space`)."""
+    return Place("the cache (LRSERVE_CACHE)", cache_folder().absolute(), needed)
 
 
 @dataclass(frozen=True)
@@ -53,10 +64,12 @@ class Source:
 
     def card(self) -> dict[str, Any]:
         """Return the metadata of the model card: the YAML at the head of its README.md; empty where there is none."""
+        path = self.path / _CARD
         try:
-            text = (self.path / _CARD).read_text(encoding="utf-8")
-            found = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+            with path.open(encoding="utf-8") as file:
+                text = file.read(MOST_BYTES)
+            found = load_modest(text.split("---", 2)[1], str(path)) if text.startswith("---") else None
+        except Exception:  # a card is for people, and no run depends on it
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -64,14 +77,9 @@ class Source:
         """Load the transformers config.
 
         Raises:
-            InputError: config.json is damaged.
+            InputError: as `load_config`.
         """
-        from transformers import AutoConfig
-
-        try:
-            return AutoConfig.from_pretrained(self.path)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{self.path / 'config.json'} cannot be read: {_one_line(error)}; check the download") from None
+        return load_config(self.path)
 
     def tokenizer(self) -> Any:
         """Load the tokenizer.
@@ -81,23 +89,18 @@ class Source:
         """
         from transformers import AutoTokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise InputError(
-                f"no usable tokenizer in {self.path}: {_one_line(error)}; copy the model's tokenizer files there"
-            ) from None
+        with reading(f"the tokenizer in {self.path}", "copy the model's tokenizer files there"):
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+            tokenizer("a")  # what some damages only then show
+        return tokenizer
 
     def skeleton(self) -> Any:
-        """Build the model on the meta device: its modules and shapes, without reading a weight."""
-        import torch
-        from transformers import AutoModelForCausalLM
+        """Build the model on the meta device: its modules and shapes, without reading a weight.
 
-        config = self.config()
-        if hasattr(config, "quantization_config"):  # an artifact of ours: the dense model behind it
-            del config.quantization_config
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+        Raises:
+            InputError: as `build_skeleton`.
+        """
+        return build_skeleton(self.path)
 
     def load(self, dtype: torch.dtype) -> Any:
         """Load the dense model for evaluation, on the CPU or the first CUDA device.
@@ -113,7 +116,7 @@ class Source:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"the weights in {self.path} cannot be loaded: {_one_line(error)}; check the download") from None
+            raise InputError(f"the weights in {self.path} cannot be loaded: {one_line(error)}; {_DOWNLOAD}") from None
         model, info = loaded
         missing = sorted(info["missing_keys"])
         if missing:
@@ -160,32 +163,34 @@ def model_folder(model: str) -> Path:
         return _convert_gguf(path)
     if _HUB_ID.fullmatch(model) and not model.startswith(".") and path.suffix != ".gguf":
         return _from_hub(model)
-    raise InputError(f"no model at {path}: there is no such file or folder; check the path")
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
+    raise InputError(f"no model at {shown(place, 300)}: there is no such file or folder; check the path")
 
 
 def checked_folder(path: Path) -> Path:
     """Return the absolute path of a folder in Hugging Face layout.
 
     Raises:
-        InputError: config.json, the weights or one of their shards is missing.
+        InputError: config.json, the weights or one of their shards is missing, or the index of the shards is damaged.
     """
-    present = sorted(p.name for p in path.iterdir())
-    missing = [] if (path / "config.json").is_file() else ["config.json"]
+    with reading(path, "choose a folder that you may read"):
+        present = sorted(p.name for p in path.iterdir())
+    strange = [file for pattern in _FINGERPRINTED for file in path.glob(pattern) if not file.is_file()]
+    if strange:  # a pipe would be waited for
+        raise InputError(f"{strange[0]} is no regular file; remove it, or finish the download")
+    missing = [] if (path / CONFIG).is_file() else [CONFIG]
     if not list(path.glob("*.safetensors")):
         missing.append("*.safetensors")
     if missing:
         ggufs = [name for name in present if name.endswith(".gguf")]
         hint = f"give the file itself: {path / ggufs[0]}" if ggufs else "give a folder in Hugging Face layout"
-        shown = ", ".join(present[:8]) + (", ..." if len(present) > 8 else "")
-        raise InputError(f"{path} lacks {' and '.join(missing)} (it holds {shown or 'nothing'}); {hint}")
+        held = ", ".join(present[:8]) + (", ..." if len(present) > 8 else "")
+        raise InputError(f"{path} lacks {' and '.join(missing)} (it holds {held or 'nothing'}); {hint}")
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = read_object(index, _DOWNLOAD).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise InputError(f"{index}: weight_map must name a file for each tensor; got {shown(names)}; {_DOWNLOAD}")
+        shards = set(names.values())
         absent = sorted(shards - set(present))
         if absent:
             raise InputError(f"{path} lacks {len(absent)} of {len(shards)} shards, first {absent[0]}; finish the download")
@@ -201,7 +206,7 @@ def _from_hub(model: str) -> Path:
         # huggingface_hub's own exceptions, and those of the HTTP client underneath, share no base class
         raise InputError(
             f"no model at {model!r}: no such file or folder, and the Hub does not deliver it "
-            f"({type(error).__name__}: {_one_line(error)}); check the name, the network and HF_TOKEN"
+            f"({one_line(error)}); check the name, the network and HF_TOKEN"
         ) from None
     return checked_folder(Path(folder))
 
@@ -213,8 +218,9 @@ def _convert_gguf(path: Path) -> Path:
     from transformers.utils import logging
 
     target = cache_folder() / "dequantized" / f"{path.stem}-{file_sha256(path)[:16]}"
-    if (target / "config.json").is_file():
+    if (target / CONFIG).is_file():
         return target
+    require_space([cache_place(_DEQUANTIZED * path.stat().st_size)])
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f"{target.name}.partial-{os.getpid()}")
     logging.disable_progress_bar()
@@ -231,7 +237,7 @@ def _convert_gguf(path: Path) -> Path:
             (staging / _CARD).write_text(f"---\n{yaml.safe_dump({'license': licence})}---\n", encoding="utf-8")
     except (OSError, ValueError, KeyError, ImportError) as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise InputError(f"{path} cannot be read as GGUF: {_one_line(error)}; convert it to Hugging Face layout") from None
+        raise InputError(f"{path} cannot be read as GGUF: {one_line(error)}; convert it to Hugging Face layout") from None
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

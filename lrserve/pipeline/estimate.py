@@ -14,6 +14,7 @@ from lrserve.allocation.speed import calls, shapes_to_measure, token_counts
 from lrserve.compression.calibrate import Rehearsal, run_block
 from lrserve.compression.groups import family_of
 from lrserve.compression.logits import logits_of
+from lrserve.errors import reading
 from lrserve.pipeline.job import Job
 from lrserve.recipe import Workload
 from lrserve.report.card import table
@@ -59,9 +60,15 @@ class Forward:
 
 @torch.inference_mode()
 def time_forward(job: Job) -> Forward:
-    """Time one decoder block of the model's shape, with made-up weights, and scale it by the number of blocks; reads no weights."""
-    model = _one_block(job)
-    device = next(model.parameters()).device
+    """Time one decoder block of the model's shape, with made-up weights, and scale it by the number of blocks; reads no weights.
+
+    Raises:
+        InputError: config.json describes a model that cannot compute.
+    """
+    with reading(job.source.path / "config.json", "correct the sizes that do not fit together"):
+        model = _one_block(job)
+        device = next(model.parameters()).device
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device))
     block = sum(group.dense_parameters for group in job.groups if group.layer == 0)
     length = job.recipe.calibration.length
     tokens = min(job.recipe.calibration.batch_tokens, max(64, int(_TIMED_OPERATIONS / (2 * block))))

@@ -17,8 +17,11 @@ from lrserve.compression.groups import Group, allocated, family_of, find_groups
 from lrserve.compression.level import Precision
 from lrserve.compression.repair import Repairs
 from lrserve.compression.rounding import Rounding
+from lrserve.errors import InputError, shown
+from lrserve.inputs.config_file import require_known_tokens
 from lrserve.inputs.source import Source, open_source
 from lrserve.inputs.text import Documents, load_texts, shortage, token_windows
+from lrserve.pipeline.context import context_length, fitted
 from lrserve.plugins.versions import require_sound_torchvision
 from lrserve.recipe import Recipe
 from lrserve.report.console import Say
@@ -147,6 +150,8 @@ def first_tokens(windows: torch.Tensor, tokens: int) -> torch.Tensor:
 def open_job(recipe: Recipe, say: Say) -> Job:
     """Open the model and the texts of a recipe; reads no weight but a GGUF file's, which is converted once.
 
+    The job's recipe is the given one with defaults that fit into the model's context.
+
     Raises:
         InputError, UnsupportedModelError: what cannot be used, and what to do.
         EngineError: transformers cannot work here (`versions.require_sound_torchvision`).
@@ -155,12 +160,17 @@ def open_job(recipe: Recipe, say: Say) -> Job:
     source = open_source(recipe.model)
     config = source.config()
     family_of(config)
+    require_known_tokens(source.path)
+    skeleton = source.skeleton()
+    groups, rows = find_groups(skeleton), int(config.vocab_size)
+    recipe = fitted(recipe, context_length(config, {recipe.engine.runtime, *recipe.export}), say)
     texts = load_texts(recipe.text.calibration, recipe.text.validation, recipe.text.report)
     tokenizer = source.tokenizer()
     calibration, search, report = recipe.calibration, recipe.search, recipe.report
 
     def cut(documents: Documents, length: int, count: int, setting: str, effect: str, **choice: int) -> torch.Tensor:
         found = token_windows(tokenizer, documents, length, count, **choice)
+        _require_embedded(tokenizer, found, rows, documents)
         if warning := shortage(documents, found, count, setting, effect):
             say(warning)
         return found
@@ -195,12 +205,13 @@ def open_job(recipe: Recipe, say: Say) -> Job:
             texts.report, report.prompt_tokens, report.prompts, "report.prompts", "The renderings are compared on fewer prompts"
         ),
     }
-    skeleton = source.skeleton()
+    if recipe.factorization.recover_minutes:  # goes through all of the text
+        _require_embedded(tokenizer, token_windows(tokenizer, texts.calibration, calibration.length), rows, texts.calibration)
     return Job(
         recipe=recipe,
         source=source,
         architecture=config.architectures[0],
-        groups=find_groups(skeleton),
+        groups=groups,
         output_layer=tuple(skeleton.get_output_embeddings().weight.shape),
         windows=windows,
         fingerprints={
@@ -212,6 +223,15 @@ def open_job(recipe: Recipe, say: Say) -> Job:
         calibration_text=texts.calibration,
         say=say,
     )
+
+
+def _require_embedded(tokenizer: Any, windows: torch.Tensor, rows: int, documents: Documents) -> None:
+    largest = int(windows.max())
+    if largest >= rows:
+        raise InputError(
+            f"{documents.name}: the tokenizer makes token {largest} ({shown(tokenizer.convert_ids_to_tokens(largest))}) of it, and "
+            f"the model's embedding has {rows} tokens; give the tokenizer that belongs to the model"
+        )
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:

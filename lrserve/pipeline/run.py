@@ -29,11 +29,13 @@ from lrserve.pipeline.prove import Rendered, prove_agreement, report_perplexity
 from lrserve.pipeline.rounding import gradient_reader, gradient_windows, rounding_of
 from lrserve.pipeline.search import tune
 from lrserve.pipeline.stages import MODULES, provenance
+from lrserve.pipeline.supported import require_engines
 from lrserve.recipe import EngineSettings, Recipe
 from lrserve.report import card
 from lrserve.report.advice import advice
 from lrserve.report.console import Say, progress_bar, reused, timed
-from lrserve.storage.store import check_place, disk_errors_named, read_manifest, staged, verify_files
+from lrserve.storage.space import Place, bytes_below, require_space, resolved
+from lrserve.storage.store import disk_errors_named, read_manifest, staged, verify_files
 from lrserve.storage.work import WorkFolder, differences, work_folder
 
 
@@ -71,12 +73,13 @@ def compress_and_export(
     Raises:
         LrserveError: of any kind; nothing half-written is left at `out`.
     """
-    out = out.resolve()
-    work = work.resolve() if work is not None else out.with_name(f"{out.name}.work")
+    out = resolved("-o", out)
+    work = resolved("--work", work if work is not None else out.with_name(f"{out.name}.work"))
     if out == work or out in work.parents:
         raise ArtifactError(f"the work folder {work} lies inside {out}, which is published as a whole; choose another --work")
     exporters = load_exporters(recipe.export, recipe.engine)
     job = replace(open_job(recipe, say), say=timed(say))
+    recipe = job.recipe
     skeleton = job.source.skeleton()
     for exporter in [runtime_of(recipe.engine).exporter, *exporters]:  # it measures the plans, whatever is exported
         exporter.preflight(skeleton)
@@ -96,9 +99,15 @@ def compress_and_export(
         fit = BudgetFit(job.units, job.offers, size)
         fit.require((recipe.target.max_bytes or 1 - (recipe.target.ratio or 0.0)) * fit.dense_cost)
     costs = estimate(job, time_forward(job))
-    check_place(out, costs[-1].disk)
-    check_place(work, sum(cost.disk for cost in costs[:-1]))
+    later = sum(cost.disk for cost in costs[:-1]) - bytes_below(work)
+    require_space(
+        [
+            Place("the artifact (-o)", out, costs[-1].disk, replaced=True),
+            Place("the work folder (--work)", work, max(0, later)),
+        ]
+    )
     say(in_words(costs))
+    require_engines(job, exporters)
     if dry_run:
         _say_intent(job, costs, say)
         return {}

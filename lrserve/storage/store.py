@@ -97,27 +97,6 @@ def fingerprint(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def check_place(out: Path, needed_bytes: int) -> None:
-    """Check, before the work starts, that `out` can be made and its disk has the space; makes nothing.
-
-    Raises:
-        ArtifactError: it cannot, or has not.
-    """
-    if os.path.ismount(out):
-        raise ArtifactError(f"{out} is a mount point, which cannot be replaced as a whole; choose a folder inside it")
-    place = out.parent
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise ArtifactError(f"cannot write to {place}: not a folder that you may write to; choose another place")
-    free = shutil.disk_usage(place).free
-    if free < needed_bytes:
-        raise ArtifactError(
-            f"{place} has {free / 1e9:.2f} GB free and the job needs about {needed_bytes / 1e9:.2f} GB; "
-            "free some space or choose another place"
-        )
-
-
 @contextmanager
 def disk_errors_named(what: Path) -> Iterator[None]:
     """Turn errors of a full or read-only disk into one line about `what`."""

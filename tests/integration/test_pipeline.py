@@ -135,6 +135,7 @@ def test_the_job_leaves_a_whole_artifact(made: tuple[Path, dict[str, Any], list[
     report = (out / "lrserve" / "report.html").read_text()
     assert all(measured["origin"] in report for measured in metrics["measured_plans"])
     steps = [line.split(":")[0].split(" (")[0] for line in lines if line[:2] in ("1/", "2/", "3/", "5/")]
+    steps = [step for step in steps if step != "1/6 engines"]  # tried only if the cache does not know them
     improvements = [f"5/6 {name}" for name in ("propagate", "refine", "recover", "improved", "export")]
     assert steps == ["1/6 open", "2/6 calibrate", "2/6 gradients", "3/6 factorize", *improvements]
     # closer to the dense model, which is random here: nothing says that the text's perplexity falls

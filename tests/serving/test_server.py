@@ -173,7 +173,7 @@ def test_hub_ids_and_gguf_files_are_served_from_the_cache_by_their_own_name(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("no/such/place", "no model at no/such/place"),
+        ("no/such/place", "no model at 'no/such/place'"),
         ("empty", r"lacks config\.json and \*\.safetensors \(it holds nothing\)"),
         ("model.safetensors", r"is a file but not a \.gguf"),
     ],

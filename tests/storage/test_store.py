@@ -17,7 +17,6 @@ from tiny import factorized_model, write_artifact
 from lrserve.errors import ArtifactError
 from lrserve.storage.store import (
     atomic_path,
-    check_place,
     disk_errors_named,
     read_manifest,
     replace_files,
@@ -120,17 +119,6 @@ def test_a_group_keeps_its_shared_folder(tmp_path: Path) -> None:
     with staged(tmp_path / "out", replace=False) as staging:
         (staging / "file").touch()
     assert modes(tmp_path / "out")["."] & stat.S_ISGID
-
-
-def test_a_full_disk_and_a_place_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="needs about"):
-        check_place(tmp_path / "new" / "out", 10**18)
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ArtifactError, match="cannot write to"):
-        check_place(tmp_path / "file" / "out", 0)
-    with pytest.raises(ArtifactError, match="mount point"):
-        check_place(Path("/"), 0)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_disk_that_runs_full_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
