@@ -120,12 +120,12 @@ def read_regular(path: Path, most: int) -> bytes:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}; check its permissions and the disk") from error
 
 
-def folder_faults(folder: Path, sizes: Mapping[str, int], own: str, needed: Callable[[str], bool]) -> dict[str, str]:
+def folder_faults(folder: Path, sizes: Mapping[str, int | None], own: str, needed: Callable[[str], bool]) -> dict[str, str]:
     """Hold what lies in a folder against names and sizes.
 
     Args:
         folder: the artifact.
-        sizes: bytes of each file that belongs there.
+        sizes: bytes of each file that belongs there; None is any number.
         own: the name of the file that says so, which belongs there too.
         needed: says of a name whether its absence is a fault.
 
@@ -153,7 +153,7 @@ def folder_faults(folder: Path, sizes: Mapping[str, int], own: str, needed: Call
                 waiting.append(PurePosixPath(name))
             if kind not in ("a file", "a folder") or (name in sizes and kind != "a file"):
                 faults[name] = f"{shown(name)} is {kind}, not a file"
-            elif name in sizes and size != sizes[name]:
+            elif sizes.get(name) not in (None, size):
                 faults[name] = f"{shown(name)} has {size} bytes, the manifest says {sizes[name]}"
             elif not belongs and not harmless:
                 faults[name] = f"{shown(name)} is not in the manifest"
