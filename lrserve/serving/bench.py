@@ -23,7 +23,7 @@ from lrserve.report.console import Say, progress_bar
 from lrserve.report.machine import made
 from lrserve.serving.generation import EngineName
 from lrserve.serving.online import GraphServer, Server, compare_online
-from lrserve.storage.store import read_manifest, write_json
+from lrserve.storage.store import check_files, read_manifest, write_json
 
 _SLACK_TOKENS = 8  # of a sequence, for what a tokenizer puts around a prompt
 
@@ -60,6 +60,7 @@ def bench(
     """
     read_manifest(out)
     on_graphs = engine == "onnxruntime"
+    check_files(out, FOLDER if on_graphs else "")
     if not on_graphs and not (out / "config.json").is_file():
         raise ArtifactError(f"{out} has no vLLM checkpoint; export it with --export vllm")
     if on_graphs and vllm_arguments:

@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn
 from lrserve.errors import ArtifactError, EngineError
 from lrserve.inputs.source import checked_folder, model_folder
 from lrserve.plugins.versions import on_cpu, require_sound_torchvision, require_vllm
-from lrserve.storage.store import MANIFEST
+from lrserve.storage.store import MANIFEST, check_files
 
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_CPU_KV_CACHE_GIB: Final = "1"
@@ -74,7 +74,8 @@ def check_model(folder: Path) -> None:
 
     Raises:
         InputError: config.json or the weights are missing.
-        ArtifactError: an artifact that was not exported for vLLM, an unreadable config.json, or another quantization method.
+        ArtifactError: an artifact that was not exported for vLLM, or whose files are not those of its manifest, an unreadable
+            config.json, or another quantization method.
     """
     path = folder / "config.json"
     if (folder / MANIFEST).is_file() and not path.is_file():
@@ -98,6 +99,7 @@ def check_model(folder: Path) -> None:
     if method != QUANT_METHOD:
         raise ArtifactError(f"{path}: quant_method is {method!r}, not {QUANT_METHOD!r}. Serve it with: vllm serve {folder}")
     parse_groups(entry)
+    check_files(folder)
 
 
 def check_engine() -> None:

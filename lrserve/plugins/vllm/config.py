@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,20 @@ class LrserveConfig(QuantizationConfig):
         """
         require_vllm()
         return cls(parse_groups(config))
+
+    def maybe_update_config(self, model_name: str, *args: Any, **options: Any) -> None:
+        """Refuse an artifact in a folder whose files or tensors are not what its manifest and config.json say.
+
+        vLLM calls this before it builds the model, whose norms and embeddings it would leave uninitialised where the checkpoint
+        lacks them. Of a name on the Hub nothing has been downloaded yet.
+
+        Raises:
+            ArtifactError: see `checkpoint.require_sound`.
+        """
+        if (folder := Path(model_name)).is_dir():
+            from lrserve.plugins.checkpoint import require_sound
+
+            require_sound(folder)
 
     @property
     def online_quantization_config(self) -> None:
