@@ -82,14 +82,15 @@ def conclude_beside(name: str | None, engine: str, first: str, others: Mapping[s
     conclude(name, markdown, results)
 
 
-def publish(name: str, command: str, markdown: str, data: Any) -> None:
-    """Write NAME.json and NAME.md into bench/results/.
+def publish(name: str, command: str, markdown: str, data: Any, *, folder: Path | None = None) -> None:
+    """Write NAME.json and NAME.md into bench/results/, or into another folder.
 
     Args:
         name: of the two files.
         command: what ran.
         markdown: the table, with what a reader has to know of it.
         data: the figures behind the table; JSON.
+        folder: None is bench/results/.
     """
     found: Mapping[str, Any] = {
         "name": name,
@@ -99,9 +100,10 @@ def publish(name: str, command: str, markdown: str, data: Any) -> None:
         "versions": versions(),
         "data": data,
     }
-    RESULTS.mkdir(exist_ok=True)
-    write_json(RESULTS / f"{name}.json", found)
-    with atomic_path(RESULTS / f"{name}.md") as partial:
+    folder = folder or RESULTS
+    folder.mkdir(exist_ok=True)
+    write_json(folder / f"{name}.json", found)
+    with atomic_path(folder / f"{name}.md") as partial:
         partial.write_text(f"# {name}\n\n{caption(found)}\n\n{markdown.strip()}\n", encoding="utf-8")
 
 
