@@ -22,7 +22,7 @@ def soak(place: Path, *, flips: int = 0, quiet: int = 0, late: int = 0) -> tuple
     (place / "conftest.py").write_text((ROOT / "tests/soak/conftest.py").read_text())
     for name, text in TESTS.items():
         (place / name).write_text(text.format(flips=flips, quiet=quiet, late=late))
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-c", os.devnull, "--rootdir", str(place), str(place)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-c", os.devnull, f"--rootdir={place}", str(place)]
     environment = {
         **os.environ,
         "LRSERVE_SOAK_RESULTS": str(place / "kept" / "soak.json"),
