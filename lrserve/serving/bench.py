@@ -69,7 +69,7 @@ def bench(
         raise ArtifactError(f"{out} has no vLLM checkpoint; export it with --export vllm")
     if on_graphs and vllm_arguments:
         raise InputError("bench: what follows -- goes to vLLM; leave it out, or --engine onnxruntime")
-    vllm_arguments = _about_engines(vllm_arguments)
+    vllm_arguments = engine_arguments(vllm_arguments)
     if on_graphs and "engine.enforce_eager" in (overrides or {}):
         raise InputError("bench: --compiled and --eager are for vLLM; leave them out, or --engine onnxruntime")
     if report is not None:
@@ -150,7 +150,7 @@ def _longest(workloads: Mapping[str, Workload]) -> int:
     return max(workload.prompt_tokens + workload.output_tokens for workload in workloads.values()) + _SLACK_TOKENS
 
 
-def _about_engines(vllm_arguments: Sequence[str]) -> list[str]:
+def engine_arguments(vllm_arguments: Sequence[str]) -> list[str]:
     """Return vLLM's arguments without those about clients; one of these may be a key, and figures are for everybody."""
     given = read_flags(vllm_arguments).given
     if wrong := [name for name in _ELSEWHERE if name in given]:

@@ -173,7 +173,7 @@ def build_app(service: Service) -> Starlette:
         if isinstance(error, ApiError):
             return JSONResponse(error.body, error.status, error.headers)
         if isinstance(error, HTTPException):
-            shown = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}")
+            shown = ApiError(error.status_code, f"{http.method} {http.url.path[:100]}: {error.detail}")
             return JSONResponse(shown.body, shown.status, error.headers)
         return Response(status_code=_GONE)
 
@@ -208,6 +208,8 @@ async def _body(http: HttpRequest) -> bytes:
         return await asyncio.wait_for(read(), _BODY_SECONDS)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body has not come within {_BODY_SECONDS} s", headers={"Connection": "close"}) from None
+    except asyncio.CancelledError:  # by uvicorn, whose patience has ended
+        raise ApiError(503, "the server is ending") from None
 
 
 async def _while_connected(http: HttpRequest, work: Awaitable[Result]) -> Result:

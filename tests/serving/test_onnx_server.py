@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,38 +16,12 @@ import httpx
 import pytest
 import uvicorn
 from openai import OpenAI
-from serving.tiny_graph import CONTEXT, chat_prompt, greedy, tokenizer, write_graph
+from serving.tiny_graph import CONTEXT, chat_prompt, greedy, running, tokenizer, write_graph
 
 from lrserve.engines.sampling import Sampling, Step
 from lrserve.errors import EngineError, InputError
 from lrserve.serving.answers import Service
 from lrserve.serving.onnx_server import build_app, parser, serve
-
-START = "from lrserve.cli import main; main()"
-
-
-@contextmanager
-def running(out: Path, log: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Run `lrserve serve --engine onnxruntime` and yield the process and its address once it is ready."""
-    command = [sys.executable, "-c", START, "serve", str(out), "--engine", "onnxruntime", "--port", "0", *flags]
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            found = re.search(r"on (http://127\.0\.0\.1:\d+)", log.read_text())
-            try:
-                if found and httpx.get(f"{found[1]}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-        yield process, found[1]
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
