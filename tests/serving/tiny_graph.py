@@ -70,13 +70,15 @@ START = "from lrserve.cli import main; main()"
 
 
 @contextmanager
-def running(out: Path, log: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Run `lrserve serve --engine onnxruntime` and yield the process and its address once it is ready."""
-    command = [sys.executable, "-c", START, "serve", str(out), "--engine", "onnxruntime", "--port", "0", *flags]
+def running(
+    out: Path, log: Path, *flags: str, engine: str = "onnxruntime", port: int = 0, patience: float = 60
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Run `lrserve serve` and yield the process and its address once it is ready."""
+    command = [sys.executable, "-c", START, "serve", str(out), "--engine", engine, "--port", str(port), *flags]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + patience
         while True:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
