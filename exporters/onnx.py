@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 
-from exporters.companions import copy_companions
+from exporters.companions import copy_companions, without_code
 from exporters.onnx_companions import loader_config, loader_tokenizer_config
 from exporters.onnx_graph import build_graph, check_renderable, head_width
 from exporters.onnx_linear import save_graph
@@ -75,7 +75,7 @@ class OnnxExporter:
         onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
         copy_companions(source, folder)
         found = _read_json(source / "config.json") or model.config.to_dict()
-        _write_json(folder / "config.json", loader_config(found, model.config))
+        _write_json(folder / "config.json", loader_config(without_code(found), model.config))
         if tokenizer := _read_json(folder / "tokenizer_config.json"):
             _write_json(folder / "tokenizer_config.json", loader_tokenizer_config(tokenizer, folder))
         generation = _read_json(source / "generation_config.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,10 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 
-from exporters.companions import copy_companions
+from exporters.companions import copy_companions, without_code
 from lrserve.compression.groups import ORDERED, family_of
 from lrserve.compression.layers import LowRankLinear, RoundedLinear, exact_names
-from lrserve.compression.spec import GroupSpec, leaves, quantization_config
+from lrserve.compression.spec import NEEDS_LRSERVE, WEIGHTS_ENTRY, GroupSpec, leaves, quantization_config
 from lrserve.errors import ArtifactError
 from lrserve.plugins.versions import require_vllm
 
@@ -51,6 +52,9 @@ class VllmExporter:
         config.architectures = [type(model).__name__]
         config.dtype = str(dtype).removeprefix("torch.")
         config.save_pretrained(out)
+        path = out / "config.json"
+        found = without_code(json.loads(path.read_text(encoding="utf-8"))) | ({WEIGHTS_ENTRY: NEEDS_LRSERVE} if groups else {})
+        path.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_torch_state_dict(_own_tensors(model, dtype), out, max_shard_size=_MAX_SHARD_SIZE)
         copy_companions(source, out)
 

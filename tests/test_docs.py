@@ -34,7 +34,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).parents[1]
 README, GUIDE, RECIPE = ROOT / "README.md", ROOT / "docs/guide.md", ROOT / "docs/recipe.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench/results/README.md"]
+PAGES = [README, ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench/results/README.md"]
 CELL = re.compile(r"@@[\w-]+@@")
 """A figure that is still to be measured."""
 DIARY = re.compile(r"today's build|(earlier|previous) (build|version)|of before\b|since then|session before|used to be", re.I)

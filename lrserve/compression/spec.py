@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from safetensors import safe_open
 
 from lrserve.compression.groups import STORED, Group, Stored, Structure
 from lrserve.compression.level import PRECISIONS, SCHEMES, Level, Precision
@@ -17,18 +15,12 @@ from lrserve.errors import ArtifactError
 QUANT_METHOD: Final = "lrserve"
 FORMAT_VERSIONS: Final = (1, 2)
 """That this lrserve reads. It writes 1 where nothing is rounded."""
+WEIGHTS_ENTRY: Final = "transformers_weights"
+"""The entry of config.json by which transformers is told the name of the file with the weights ..."""
+NEEDS_LRSERVE: Final = "lrserve has compressed this model: run 'pip install lrserve' once, and 'import lrserve' before it is loaded"
+"""... and what an artifact has there: no such name, so that transformers stops with these words unless lrserve takes it away."""
 REPAIRED: Final = ("dense", "narrow_out", "narrow_in")
 """Structures that may have a residual."""
-_DTYPES: Final = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
 
 
 @dataclass(frozen=True)
@@ -252,20 +244,3 @@ def is_permutation(order: torch.Tensor) -> bool:
     """Say whether an identity block's `order` (n,) is what it must be: the int32 numbers 0 to n - 1, each of them once."""
     wanted = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
     return order.dtype == torch.int32 and torch.equal(order.sort().values, wanted)
-
-
-def stored_tensors(files: Iterable[Path]) -> tuple[dict[str, Tensor], dict[str, torch.Tensor]]:
-    """Return every tensor's shape and dtype, from the headers of safetensors files, and the identity blocks' orders themselves.
-
-    The dtype is None where lrserve does not know it.
-    """
-    found: dict[str, Tensor] = {}
-    orders: dict[str, torch.Tensor] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                header = file.get_slice(name)
-                found[name] = Tensor(tuple(header.get_shape()), _DTYPES.get(header.get_dtype()))
-                if name.endswith(".A.order"):
-                    orders[name] = file.get_tensor(name)
-    return found, orders

@@ -6,18 +6,23 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import torch
-
-from lrserve.compression.groups import Group, as_listed, find_groups
-from lrserve.compression.spec import QUANT_METHOD, GroupSpec, Tensor, is_permutation, parse_groups, stored_tensors, tensors_of
-from lrserve.errors import ArtifactError
+from lrserve.allocation.plan import Plan
+from lrserve.compression.groups import allocated, as_listed, find_groups
+from lrserve.compression.spec import QUANT_METHOD, GroupSpec, parse_groups, specs_of
+from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.source import Source, model_folder, open_source
+from lrserve.plugins.checkpoint import CONFIG, open_checkpoint, read_object
 from lrserve.plugins.versions import require_sound_torchvision
 from lrserve.report.card import table
 from lrserve.report.sizes import linear_parameters, sizes
-from lrserve.storage.store import MANIFEST, read_manifest, verify_files
+from lrserve.storage.folder import listed
+from lrserve.storage.store import MANIFEST, check_files, read_manifest, verify_files
+
+_PLAN: Final = "lrserve/plan.json"
+_CODE: Final = (".py", ".pkl", ".pt", ".pth", ".bin", ".ckpt")
+"""Endings of Python files and pickles."""
 
 
 def _quantization(folder: Path) -> dict[str, Any] | None:
@@ -74,6 +79,8 @@ def describe(model: str) -> dict[str, Any]:
     require_sound_torchvision()
     folder = model_folder(model)
     entry = _quantization(folder)
+    if entry is not None:
+        check_files(folder)
     specs = parse_groups(entry) if entry is not None else {}
     source = Source(name=model, path=folder) if entry is not None else open_source(model)
     skeleton = source.skeleton()
@@ -107,75 +114,64 @@ def verify(out: Path) -> str:
     """Check an artifact and return one line that says what was checked.
 
     Raises:
-        ArtifactError: not an artifact, or damaged; the message names the first faults.
+        ArtifactError: not an artifact, or not what its manifest says; the message names the first faults.
     """
     found = check(out)
     if faults := found["faults"]:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ArtifactError(f"{out} is damaged: {'; '.join(faults[:5])}{more}; copy or export it again")
+        raise ArtifactError(f"{out} is damaged: {listed(faults)}; copy or export it again")
     return (
         f"{out}: {found['files']} files, {found['bytes'] / 1e6:.1f} MB, match the manifest; "
-        f"the tensors of {found['groups']} groups have the right shapes and dtypes"
+        f"the tensors of the model and of its {found['groups']} compressed groups have the right shapes and dtypes"
     )
 
 
 def check(out: Path) -> dict[str, Any]:
-    """Hold an artifact's files against its manifest, and its tensors against its config; JSON.
+    """Hold an artifact's files against its manifest, its tensors against its config, and that against its plan; JSON.
+
+    Only when all files are those of the manifest are they opened.
 
     Returns:
-        The number of `files` and their `bytes` by the manifest, the number of compressed `groups` whose tensors were compared, and
-        a line for each of the `faults`.
+        The number of `files` and their `bytes` by the manifest, the number of compressed `groups`, and a line for each of the
+        `faults`.
 
     Raises:
-        ArtifactError: not an artifact, or one whose config.json is not of this format.
+        ArtifactError: not an artifact, or one whose config.json, plan or weights cannot be read.
     """
     files = read_manifest(out)["files"]
     faults = verify_files(out)
-    entry = _quantization(out)
-    count = 0
-    if entry is not None and not faults:
+    specs: dict[str, GroupSpec] = {}
+    if not faults:
+        faults = [f"{name} may run code when it is loaded" for name in files if "/" not in name and name.endswith(_CODE)]
+    if not faults and (CONFIG in files or any(Path(name).parent == Path() and name.endswith(".safetensors") for name in files)):
         require_sound_torchvision()
-        specs = parse_groups(entry)
-        stored, orders = stored_tensors(sorted(out.glob("*.safetensors")))
-        skeleton = Source(name=str(out), path=out).skeleton()
-        groups = {group.name: group for group in as_listed(find_groups(skeleton), specs)}
-        for name, spec in specs.items():
-            if name not in groups:
-                faults.append(f"config.json names a group that the architecture does not have: {name}")
-            else:
-                faults += _group_faults(groups[name], spec, stored, orders, getattr(skeleton.config, "dtype", None))
-                count += 1
+        specs, faults = open_checkpoint(out)
+        faults += _code_faults(out)
+        if not faults and _PLAN in files:
+            faults = _plan_faults(out, specs)
     return {
         "path": str(out),
         "files": len(files),
         "bytes": sum(file["bytes"] for file in files.values()),
-        "groups": count,
+        "groups": len(specs),
         "faults": faults,
     }
 
 
-def _group_faults(
-    group: Group, spec: GroupSpec, stored: Mapping[str, Tensor], orders: Mapping[str, torch.Tensor], dtype: torch.dtype | None
-) -> list[str]:
-    order = f"{group.name}.A.order"
-    faults: list[str] = []
-    if spec.gathers:
-        if order in orders and not is_permutation(orders[order]):
-            faults.append(f"{order} is no permutation of the inputs in int32")
-    elif order in orders:
-        says = "its inputs are ordered" if spec.ordered else spec.structure
-        faults.append(f"{order} belongs to an identity block, config.json says {says}")
-    wanted = tensors_of(group, spec)
-    allowed = {order, *wanted}
-    if spec.structure in ("dense", "narrow_out"):
-        allowed |= {f"{member}.bias" for member in group.members}
-    owners = tuple(f"{name}." for name in (group.name, *group.members))
-    beside = [name for name in stored if name.startswith(owners) and name not in allowed]
-    faults += [f"{name} stands beside the tensors that replace it" for name in beside]
-    for name, (shape, own) in wanted.items():
-        found = stored.get(name)
-        if found is None or found.shape != shape:
-            faults.append(f"{name} has shape {found.shape if found else 'none'}, expected {shape}")
-        elif (own or dtype) not in (None, found.dtype):
-            faults.append(f"{name} is {found.dtype}, expected {own or dtype}")
-    return faults
+def _code_faults(out: Path) -> list[str]:
+    """Name the configs of a checkpoint that make a loader run code beside the weights."""
+    configs = [path for path in (out / CONFIG, out / "tokenizer_config.json") if path.exists()]
+    return [f"{path.name} has an auto_map, which names code to run" for path in configs if "auto_map" in read_object(path)]
+
+
+def _plan_faults(out: Path, specs: Mapping[str, GroupSpec]) -> list[str]:
+    """Hold the groups that config.json lists against those that the plan compresses."""
+    try:
+        plan = Plan.read(out / _PLAN)
+    except InputError as error:
+        raise ArtifactError(f"{error}; copy or export the artifact again") from error
+    units = {unit.name: unit for unit in allocated(find_groups(Source(name=str(out), path=out).skeleton()), plan.structure)}
+    if units.keys() != plan.levels.keys():
+        strange = sorted(units.keys() ^ plan.levels.keys())
+        return [f"{_PLAN} is of another model: {listed(strange)}"]
+    wanted = specs_of(plan.changed(list(units.values())), plan.structure)
+    return [f"{name} is not in {CONFIG} what {_PLAN} says" for name in {**wanted, **specs} if wanted.get(name) != specs.get(name)]

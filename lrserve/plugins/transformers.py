@@ -3,6 +3,10 @@
 `import lrserve` registers this with transformers (lrserve/__init__.py). transformers itself fills a parameter that the
 checkpoint lacks with random numbers and a warning, and for quantized models does not compare shapes; here both are
 errors, found in the safetensors files before the weights are loaded.
+
+Where nobody has imported lrserve, transformers passes over a `quantization_config` whose method it does not know, and would build
+the dense model of random numbers. So an artifact's config.json names a file with weights that cannot be (`spec.NEEDS_LRSERVE`), at
+which transformers stops. The quantizer takes that entry away first.
 """
 
 from __future__ import annotations
@@ -21,12 +25,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lrserve.compression.layers import FirstFactor, LowRankLinear, RoundedLinear, SharedResidual, exact_names
+from lrserve.compression.layers import LowRankLinear, RoundedLinear
 from lrserve.compression.lowrank import install_low_rank
-from lrserve.compression.spec import QUANT_METHOD, is_permutation, parse_groups, quantization_config, stored_tensors
+from lrserve.compression.spec import QUANT_METHOD, WEIGHTS_ENTRY, parse_groups, quantization_config
+from lrserve.compression.stored import read_headers, tensor_faults
 from lrserve.errors import ArtifactError
-
-_OWN = (LowRankLinear, RoundedLinear, FirstFactor, SharedResidual)
+from lrserve.storage.folder import listed
+from lrserve.storage.store import check_files
 
 
 class LrserveQuantizationConfig(QuantizationConfigMixin):
@@ -55,6 +60,12 @@ class LrserveQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._dtypes: dict[str, torch.dtype] = {}
 
+    def update_tp_plan(self, config: Any) -> Any:
+        """Take from the config what stops a program without lrserve; transformers looks for the weights after this."""
+        if hasattr(config, WEIGHTS_ENTRY):
+            delattr(config, WEIGHTS_ENTRY)
+        return config
+
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any) -> Any:
         base = f"{model.base_model_prefix}."
         # Groups carry the causal LM's names; a base model (AutoModel) has no `model.` level.
@@ -65,7 +76,7 @@ class LrserveQuantizer(HfQuantizer):
             if isinstance(module, (LowRankLinear, RoundedLinear)):
                 # transformers would initialise a linear layer's weight, which here is computed or made of integers
                 module._is_hf_initialized = True  # type: ignore[assignment]
-        _check_tensors(model, base, checkpoint_files or ())
+        _check_checkpoint(model, checkpoint_files or ())
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model
 
@@ -90,46 +101,16 @@ class LrserveQuantizer(HfQuantizer):
         return True
 
 
-def _check_tensors(model: nn.Module, base: str, checkpoint_files: Iterable[str]) -> None:
-    """Hold the model against the checkpoint: what is compressed must be there, shapes and dtypes fit, orders be permutations."""
+def _check_checkpoint(model: nn.Module, checkpoint_files: Iterable[str]) -> None:
+    """Hold the files against their manifest, if they have one, and their tensors against the model."""
     files = [Path(file) for file in checkpoint_files]
     for file in files:
         if file.suffix != ".safetensors":
             raise ArtifactError(f"{file}: an lrserve artifact keeps its tensors in safetensors files only")
-    stored, stored_orders = stored_tensors(files)
-    for name, order in stored_orders.items():
-        if not is_permutation(order):
-            raise ArtifactError(f"{name} is no permutation of the layer's inputs in int32. Export the artifact again")
-    own, exact = set(_own_names(model)), exact_names(model)
-    missing = []
-    for name, tensor in model.state_dict().items():
-        found = next((stored[key] for key in (name, base + name, name.removeprefix(base)) if key in stored), None)
-        if found is None:
-            if name in own:
-                missing.append(name)
-            continue
-        if found.shape != tuple(tensor.shape):
-            raise ArtifactError(
-                f"{name} is {found.shape} in the checkpoint; config.json makes it {tuple(tensor.shape)}. Export the artifact again"
-            )
-        fits = found.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-        if not (found.dtype == tensor.dtype if name in exact or not tensor.is_floating_point() else fits):
-            expected = tensor.dtype if name in exact or not tensor.is_floating_point() else "a floating point number"
-            raise ArtifactError(
-                f"{name} is {found.dtype} in the checkpoint; config.json makes it {expected}. Export the artifact again"
-            )
-    if missing:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        raise ArtifactError(
-            f"missing from the checkpoint: {', '.join(missing[:4])}{more}. The artifact is incomplete: run lrserve "
-            "verify on it, or export it again"
-        )
-
-
-def _own_names(model: nn.Module) -> Iterable[str]:
-    for name, module in model.named_modules():
-        if isinstance(module, _OWN):
-            yield from (f"{name}.{tensor}" for tensor in module.state_dict())
+    for folder in sorted({file.parent for file in files}):
+        check_files(folder)
+    if faults := tensor_faults(model, read_headers(files)):
+        raise ArtifactError(f"{files[0].parent}: {listed(faults)}; run lrserve verify on it, copy it or export it again")
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a module that is loaded again must not register twice

@@ -22,11 +22,11 @@ from lrserve.recipe import EngineSettings, Recipe, Workload, shares
 from lrserve.report.bench import bench_table, write_bench
 from lrserve.report.console import Say, progress_bar
 from lrserve.report.machine import made
-from lrserve.serving.flags import read_flags, without
+from lrserve.serving.flags import read_flags, settings_of_file, without
 from lrserve.serving.generation import EngineName
 from lrserve.serving.kv_cache import LEAST, cache_argument, is_said, model_cache
 from lrserve.serving.online import GraphServer, Server, compare_online
-from lrserve.storage.store import read_manifest, write_json
+from lrserve.storage.store import check_files, read_manifest, write_json
 
 _SLACK_TOKENS = 8  # of a sequence, for what a tokenizer puts around a prompt
 _OURS = ("api-key", "host", "port", "served-model-name")  # flags of vLLM that are about clients: bench has its own
@@ -65,6 +65,7 @@ def bench(
     """
     read_manifest(out)
     on_graphs = engine == "onnxruntime"
+    check_files(out, FOLDER if on_graphs else "")
     if not on_graphs and not (out / "config.json").is_file():
         raise ArtifactError(f"{out} has no vLLM checkpoint; export it with --export vllm")
     if on_graphs and vllm_arguments:
@@ -93,7 +94,7 @@ def bench(
         else:
             settings = settings.model_copy(update={"runtime": "vllm"})
             source = open_source(dense or recipe.model)
-            title, arguments = source.title, [*server_arguments(workloads, settings), *vllm_arguments]
+            title, arguments = source.title, [*_unsaid(server_arguments(workloads, settings), vllm_arguments), *vllm_arguments]
             arguments = [*cache_arguments(source.path, workloads, arguments), *arguments]
             servers = Server(source.path, arguments), Server(out, arguments)
         for server in servers:
@@ -156,6 +157,12 @@ def engine_arguments(vllm_arguments: Sequence[str]) -> list[str]:
     if wrong := [name for name in _ELSEWHERE if name in given]:
         raise InputError(f"bench: leave out vLLM's --{wrong[0]}; both servers listen on a port of this machine, for bench's client")
     return without(vllm_arguments, *_OURS)
+
+
+def _unsaid(ours: Sequence[str], vllm_arguments: Sequence[str]) -> list[str]:
+    """Return our arguments without those that a file of the user's has; vLLM would take ours instead."""
+    said = settings_of_file(vllm_arguments)
+    return [own for own in ours if own.partition("=")[0].removeprefix("--").removeprefix("no-") not in said]
 
 
 def cache_arguments(folder: Path, workloads: Mapping[str, Workload], arguments: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from lrserve.report.eval import card_with_tasks, eval_table, write_eval
 from lrserve.report.machine import made
 from lrserve.serving.recovery import compare
 from lrserve.serving.server import check_engine
-from lrserve.storage.store import read_manifest, replace_files, write_json
+from lrserve.storage.store import check_files, read_manifest, replace_files, write_json
 
 _CARD, _METRICS = "README.md", "lrserve/metrics.json"
 
@@ -63,6 +63,7 @@ def evaluate(
     read_manifest(out)
     if not (out / "config.json").is_file():
         raise ArtifactError(f"{out} has no checkpoint; export it with --export vllm")
+    check_files(out)
     require_eval()
     if engine == "vllm":
         check_engine()

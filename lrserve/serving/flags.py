@@ -33,7 +33,8 @@ _VALUES: Final = (
 )
 _LISTS: Final = ("api-key", "served-model-name")
 _SWITCHES: Final = ("grpc", "headless", "ssl-certfile", "ssl-keyfile")
-_ALIASES: Final = {"gpu-memory-utilization": ["--device-memory-utilization"], "tensor-parallel-size": ["-tp"]}
+_UNSET: Final = ("", "None")  # values that vLLM takes for none
+_ALIASES: Final = {"gpu-memory-utilization": "--device-memory-utilization", "tensor-parallel-size": "-tp"}
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,13 @@ class Flags:
     @property
     def host(self) -> str:
         """The address to listen at; an empty one is all of the machine's."""
-        host = self.given.get("host", DEFAULT_HOST)
-        return "" if host == "None" else str(host)  # as vLLM reads it
+        host = str(self.given.get("host", DEFAULT_HOST))
+        return "" if host in _UNSET else host
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the server listens at a socket in the file system, and at no port."""
+        return self.given.get("uds", "") not in _UNSET
 
     @property
     def port(self) -> int | None:
@@ -62,7 +68,7 @@ class Flags:
     def keys(self, environment: Mapping[str, str]) -> list[str]:
         """Return the keys of which a client must show one; none, and the server is open."""
         keys = self.given.get("api-key") or [environment.get(KEY_VARIABLE)]
-        return [key for key in keys if key and key != "None"]
+        return [key for key in keys if key and key not in _UNSET]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,7 +79,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     for name in _VALUES:
-        parser.add_argument(f"--{name}", *_ALIASES.get(name, []), dest=name)
+        parser.add_argument(f"--{name}", *([_ALIASES[name]] if name in _ALIASES else []), dest=name)
     for name in _LISTS:
         parser.add_argument(f"--{name}", dest=name, nargs="+")
     for name in _SWITCHES:
@@ -104,7 +110,12 @@ def _plain(arguments: Sequence[str]) -> list[str]:
     return [re.sub(r"^--[^.=]*", lambda name: name[0].replace("_", "-"), argument) for argument in arguments]
 
 
-def _from_file(arguments: Sequence[str]) -> dict[str, Any]:
+def settings_of_file(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return what the file says that vLLM's arguments name by --config, by names with hyphens; nothing without one.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     if "--config" not in arguments:  # vLLM does not read --config=FILE either
         return {}
     place = arguments.index("--config") + 1
@@ -116,11 +127,13 @@ def _from_file(arguments: Sequence[str]) -> dict[str, Any]:
         raise InputError(f"vLLM's --config {arguments[place]} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(found, dict):
         raise InputError(f"vLLM's --config {arguments[place]} holds no settings; write one a line, such as port: 8000")
-    named = {str(name).replace("_", "-"): value for name, value in found.items()}
-    named = {"gpu-memory-utilization": named.get("device-memory-utilization"), **named}
-    lists = {name: value if isinstance(value, list) else [value] for name, value in named.items() if name in _LISTS}
-    return {name: value for name, value in {**named, **lists}.items() if name in _known() and value not in (None, False, [])}
+    return {str(name).replace("_", "-"): value for name, value in found.items()}
 
 
-def _known() -> set[str]:
-    return {*_VALUES, *_LISTS, *_SWITCHES}
+def _from_file(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return what a file says of the flags that are known here."""
+    found = settings_of_file(arguments)
+    found = {name: found.get(alias.lstrip("-")) for name, alias in _ALIASES.items()} | found
+    lists = {name: found[name] if isinstance(found[name], list) else [found[name]] for name in _LISTS if found.get(name)}
+    plain = {name: found[name] for name in (*_VALUES, *_SWITCHES) if found.get(name) not in (None, False)}
+    return {**plain, **lists}

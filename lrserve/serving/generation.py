@@ -18,7 +18,8 @@ from exporters.onnx import FOLDER
 from lrserve.engines.sampling import Finish, Generates, Sampling
 from lrserve.errors import ArtifactError, EngineError, InputError
 from lrserve.plugins.versions import genai_installed, installed_vllm, require_genai, require_sound_torchvision
-from lrserve.serving.server import check_engine, check_files, check_model
+from lrserve.serving.server import check_engine, check_model
+from lrserve.storage.store import check_files
 
 EngineName = Literal["onnxruntime", "vllm"]
 
@@ -187,13 +188,13 @@ def checked_graph(out: Path) -> tuple[Path, int]:
 
     Raises:
         EngineError: onnxruntime-genai is missing or untested.
-        ArtifactError: there is no graph, or the artifact is damaged.
+        ArtifactError: there is no graph, or the files are not those of the manifest.
     """
     require_genai()
     path = out / FOLDER / "genai_config.json"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing. Make it with: lrserve compress-and-export --export onnx")
-    check_files(out)
+    check_files(out, FOLDER)
     return path.parent, _context(path, "model", "context_length")
 
 

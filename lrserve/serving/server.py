@@ -22,7 +22,7 @@ from lrserve.plugins.versions import on_cpu, require_sound_torchvision, require_
 from lrserve.serving.address import bound, warn_if_open
 from lrserve.serving.flags import KEY_VARIABLE, OWN_KEY_VARIABLE, Flags, read_flags
 from lrserve.serving.kv_cache import serving_cache
-from lrserve.storage.store import MANIFEST, read_manifest
+from lrserve.storage.store import MANIFEST, check_files
 
 _MALLOC: Final = {"hugetlb": 1, "mmap_threshold": 2**28, "trim_threshold": 2**31}  # bytes: of one piece, of the heap's free end
 _GLIBC: Final = (2, 35)  # the first that knows `hugetlb`; earlier ones refuse such a threshold, and then map more than before
@@ -77,8 +77,8 @@ def check_model(folder: Path) -> None:
 
     Raises:
         InputError: config.json or the weights are missing.
-        ArtifactError: an artifact that is damaged or was not exported for vLLM, an unreadable config.json, or another quantization
-            method.
+        ArtifactError: an artifact that was not exported for vLLM, or whose files are not those of its manifest, an unreadable
+            config.json, or another quantization method.
     """
     path = folder / "config.json"
     if (folder / MANIFEST).is_file() and not path.is_file():
@@ -86,11 +86,11 @@ def check_model(folder: Path) -> None:
 
         graph = "; --engine onnxruntime takes its graph" if (folder / FOLDER).is_dir() else ""
         raise ArtifactError(f"{folder} has no checkpoint for vLLM{graph}. Make one with: lrserve compress-and-export --export vllm")
-    checked_folder(folder)
     check_files(folder)
+    checked_folder(folder)
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}. Copy or export the model again") from error
     if not isinstance(config, dict):
         raise ArtifactError(f"{path} is not a JSON object. Copy or export the model again")
@@ -103,22 +103,6 @@ def check_model(folder: Path) -> None:
     if method != QUANT_METHOD:
         raise ArtifactError(f"{path}: quant_method is {method!r}, not {QUANT_METHOD!r}. Serve it with: vllm serve {folder}")
     parse_groups(entry)
-
-
-def check_files(folder: Path) -> None:
-    """Compare the files of an artifact with its manifest by their sizes; `lrserve verify` compares what is in them.
-
-    Raises:
-        ArtifactError: a file is missing, or has another size.
-    """
-    if not (folder / MANIFEST).is_file():
-        return
-    for name, entry in read_manifest(folder)["files"].items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != entry["bytes"]:
-            what = f"has {found:,} bytes, and the manifest says {entry['bytes']:,}" if path.is_file() else "is missing"
-            raise ArtifactError(f"{folder} is damaged: {name} {what}. Copy or export the artifact again")
 
 
 def check_engine() -> None:
@@ -176,7 +160,7 @@ def check_address(flags: Flags, environment: Mapping[str, str]) -> None:
     Raises:
         InputError: it is not.
     """
-    if "uds" in flags.given or flags.port is None:  # a socket in the file system, or a port that vLLM refuses
+    if flags.is_file or flags.port is None:  # or a port that vLLM refuses
         return
     bound(flags.host, flags.port).close()
     routes = "the model and every other route of vLLM's server, such as /metrics and /tokenize"

@@ -10,23 +10,29 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from safetensors import SafetensorError
 
 from lrserve.errors import ArtifactError
+from lrserve.storage.folder import MOST_BYTES, MOST_FILES, folder_faults, is_hub_snapshot, is_name, listed, read_regular, shown
 
 if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+"""That this lrserve writes. It reads 1 too, which has no sha256 of its own."""
+_DIGEST: Final = "sha256"
+_SHA256: Final = re.compile("[0-9a-f]{64}")
+_MOST_BYTES: Final = 16 * 2**20  # of a manifest
 
 
 def replace_folder(staging: Path, target: Path) -> None:
@@ -164,7 +170,13 @@ def write_manifest(folder: Path, versions: Mapping[str, str], inputs: Mapping[st
         if path.is_file() and path != folder / MANIFEST
     }
     data = {"format_version": MANIFEST_VERSION, "created_by": dict(versions), "inputs": dict(inputs), "files": files}
-    write_json(folder / MANIFEST, data)
+    with atomic_path(folder / MANIFEST) as partial:
+        partial.write_bytes(_rendered(data))
+
+
+def _rendered(data: Mapping[str, Any]) -> bytes:
+    """Return a manifest as it is stored: with its own sha256, so that a change of any of its bytes is noticed."""
+    return (json.dumps({**data, _DIGEST: fingerprint(data)}, indent=1) + "\n").encode()
 
 
 def replace_files(folder: Path, contents: Mapping[str, str]) -> None:
@@ -174,7 +186,7 @@ def replace_files(folder: Path, contents: Mapping[str, str]) -> None:
         ArtifactError: as `read_manifest`, or one of the files is not as the manifest has it.
         OSError: the folder cannot be written.
     """
-    manifest = read_manifest(folder)
+    manifest = {**read_manifest(folder), "format_version": MANIFEST_VERSION}
     with ExitStack() as stack:  # the manifest, which is entered first, is put in place last
         partial_manifest = stack.enter_context(atomic_path(folder / MANIFEST))
         for name, content in contents.items():
@@ -184,7 +196,7 @@ def replace_files(folder: Path, contents: Mapping[str, str]) -> None:
             partial = stack.enter_context(atomic_path(folder / name))
             partial.write_text(content, encoding="utf-8")
             manifest["files"][name] = {"bytes": partial.stat().st_size, "sha256": file_sha256(partial)}
-        partial_manifest.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        partial_manifest.write_bytes(_rendered(manifest))
 
 
 def file_sha256(path: Path) -> str:
@@ -197,41 +209,98 @@ def file_sha256(path: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read manifest.json.
+    """Read manifest.json, and check that it is one: no name in it leaves the folder.
+
+    Returns:
+        `format_version`, `created_by`, `inputs` and `files`, as docs/format.md has them.
 
     Raises:
-        ArtifactError: the folder, the manifest or its version is not there.
+        ArtifactError: the folder or the manifest is not there, or is damaged, or of another version.
     """
     if not folder.is_dir():
         raise ArtifactError(f"no folder at {folder}; check the path")
     path = folder / MANIFEST
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+        content = read_regular(path, _MOST_BYTES)
+        data = json.loads(content)
+        signed = isinstance(data, dict) and _DIGEST in data
+        whole = signed and _rendered({key: value for key, value in data.items() if key != _DIGEST}) == content
+    except FileNotFoundError:
         raise ArtifactError(
             f"{folder} has no {MANIFEST}: it is not an lrserve artifact, or a copy of one is incomplete; "
             "make one with 'lrserve compress-and-export'"
         ) from None
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON ({error}); copy or export the artifact again") from None
-    if not isinstance(data, dict) or data.get("format_version") != MANIFEST_VERSION or "files" not in data:
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise ArtifactError(f"{path} is not JSON ({reason}); copy or export the artifact again") from None
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if type(version) is not int or version not in (1, MANIFEST_VERSION):
         raise ArtifactError(f"{path} has an unknown format version; install the lrserve that wrote it, or export again")
-    return data
+    if not whole if version > 1 else signed:
+        raise ArtifactError(f"{path} was changed after it was written; copy or export the artifact again")
+    for key in ("created_by", "inputs", "files"):
+        if not isinstance(data.get(key), dict):
+            raise ArtifactError(f"{path}: {key} is no JSON object; copy or export the artifact again")
+    if len(data["files"]) > MOST_FILES:
+        raise ArtifactError(f"{path} names {len(data['files'])} files, at most {MOST_FILES} can be; export the artifact again")
+    for name, entry in data["files"].items():
+        if not is_name(name) or name == MANIFEST:
+            raise ArtifactError(f"{path} names {shown(name)}, which is no file inside the folder; do not use this artifact")
+        if not _is_entry(entry):
+            raise ArtifactError(f"{path}: the entry of {shown(name)} has no size and sha256; copy or export the artifact again")
+    return {key: value for key, value in data.items() if key != _DIGEST}
+
+
+def _is_entry(entry: object) -> bool:
+    """Say whether this is what a manifest has for a file."""
+    if not isinstance(entry, dict):
+        return False
+    size, digest = entry.get("bytes"), entry.get("sha256")
+    return type(size) is int and 0 <= size <= MOST_BYTES and isinstance(digest, str) and bool(_SHA256.fullmatch(digest))
 
 
 def verify_files(folder: Path) -> list[str]:
     """Compare every file with the manifest and return one line per fault; an empty list means that all is well.
 
+    What is in the folder and not in the manifest is a fault too, unless it is harmless (folder.py).
+
     Raises:
-        ArtifactError: as `read_manifest`.
+        ArtifactError: as `read_manifest`, or a folder cannot be listed.
     """
-    faults = []
-    for name, entry in read_manifest(folder)["files"].items():
-        path = folder / name
-        if not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            faults.append(f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
-        elif file_sha256(path) != entry["sha256"]:
-            faults.append(f"{name} differs from the manifest's sha256")
-    return faults
+    files = read_manifest(folder)["files"]
+    sizes = {name: entry["bytes"] for name, entry in files.items()}
+    faults = folder_faults(folder, sizes, MANIFEST, needed=lambda name: True)
+    for name, entry in files.items():
+        if name in faults:
+            continue
+        try:
+            if file_sha256(folder / name) != entry["sha256"]:
+                faults[name] = f"{name} differs from the manifest's sha256"
+        except OSError as error:
+            faults[name] = f"{name} cannot be read: {error.strerror}"
+    return list(faults.values())
+
+
+def check_files(folder: Path, part: str = "") -> None:
+    """Compare names, kinds and sizes of files with the manifest, before any of them is loaded; nothing is hashed.
+
+    A folder without a manifest passes: a dense checkpoint, or what `save_pretrained` wrote.
+
+    Args:
+        folder: the artifact.
+        part: the folder below that is about to be loaded, such as `onnx`; empty for the checkpoint. Its files must be there, but
+            for the model card. Other parts may be left out of a copy, and so may be anything in the Hub's cache.
+
+    Raises:
+        ArtifactError: as `read_manifest`; or a file is missing, is of another size, is no file, or is not in the manifest.
+    """
+    if not os.path.lexists(folder / MANIFEST):
+        return
+    sizes = {name: entry["bytes"] for name, entry in read_manifest(folder)["files"].items()}
+    partial = is_hub_snapshot(folder)
+
+    def needed(name: str) -> bool:
+        return not partial and name.rpartition("/")[0] == part and not name.endswith(".md")
+
+    if faults := list(folder_faults(folder, sizes, MANIFEST, needed).values()):
+        raise ArtifactError(f"{folder} is not what its {MANIFEST} says: {listed(faults)}; remove what was added, or copy it again")

@@ -20,7 +20,7 @@ from lrserve.compression.groups import Structure, find_groups
 from lrserve.compression.layers import FirstFactor, IdentityBlock, LowRankLinear
 from lrserve.compression.level import Level
 from lrserve.compression.lowrank import install_low_rank
-from lrserve.compression.spec import specs_of
+from lrserve.compression.spec import NEEDS_LRSERVE, WEIGHTS_ENTRY, specs_of
 from lrserve.errors import ArtifactError
 
 INPUTS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -66,7 +66,9 @@ def test_saving_a_loaded_model_writes_the_same_artifact(architecture: str, tmp_p
     folder = write_artifact(factorized_model(architecture), tmp_path / "model")
     again = tmp_path / "again"
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(again)
-    assert json.loads((again / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    written = json.loads((folder / "config.json").read_text())
+    assert written.pop(WEIGHTS_ENTRY) == NEEDS_LRSERVE  # of artifacts alone: transformers never writes that entry
+    assert json.loads((again / "config.json").read_text()) == written
     first, second = tensors_of(folder), tensors_of(again)
     assert first.keys() == second.keys()
     assert all(tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]) for name, tensor in first.items())
@@ -263,10 +265,10 @@ def test_tokenizer_files_are_copied_and_code_is_not(tmp_path: Path) -> None:
     out.mkdir()
     kept = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.json")
     for name in (*kept, "tokenization_custom.py", "tokenizer.py", "model.safetensors", "README.md"):
-        (source / name).write_text(f"of the source: {name}")
+        (source / name).write_text(json.dumps({"of the source": name}))
     VllmExporter().export(factorized_model("LlamaForCausalLM"), source, out, torch.float32)
     assert {path.name for path in out.iterdir()} == {*kept, "config.json", "model.safetensors"}
-    assert all((out / name).read_text() == f"of the source: {name}" for name in kept)
+    assert all(json.loads((out / name).read_text()) == {"of the source": name} for name in kept)
 
 
 @pytest.mark.parametrize("first", ["lrserve", "transformers"])

@@ -13,7 +13,7 @@ from lrserve.engines.workloads import Mix, spread
 from lrserve.errors import EngineError, InputError
 from lrserve.recipe import PROFILES, EngineSettings, Workload
 from lrserve.serving import online
-from lrserve.serving.bench import cache_arguments, engine_arguments, server_arguments
+from lrserve.serving.bench import _unsaid, cache_arguments, engine_arguments, server_arguments
 from lrserve.serving.flags import read_flags
 from lrserve.serving.online import Client, Load, OnlineComparison, Server, compare_online, load
 
@@ -152,6 +152,14 @@ def test_a_key_of_vllms_does_not_lock_the_client_out(tmp_path: Path, monkeypatch
     assert read_flags(command).keys({}) == []
     assert read_flags(command).host == "127.0.0.1"
     assert "--api-key=" not in Server(tmp_path).command([])
+
+
+def test_a_file_of_the_users_wins_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vllm.yaml").write_text("max-model-len: 4096\nenable_prefix_caching: true\n")
+    ours = ["--max-model-len=64", "--no-enable-prefix-caching", "--generation-config=vllm"]
+    assert _unsaid(ours, ["--config", "vllm.yaml"]) == ["--generation-config=vllm"]
+    assert _unsaid(ours, []) == ours
 
 
 def test_what_is_about_clients_is_left_out_of_figures() -> None:

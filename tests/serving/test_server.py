@@ -146,8 +146,8 @@ def test_plugin_that_vllm_would_not_load_is_reported(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(b"12"), "is damaged: model.safetensors has 2 bytes, and the manifest says 0"),
-        (lambda path: path.unlink(), "is damaged: model.safetensors is missing"),
+        (lambda path: path.write_bytes(b"12"), r"is not what its manifest.json says: .*model.safetensors has 2 bytes"),
+        (lambda path: path.unlink(), "is not what its manifest.json says: .*model.safetensors is missing"),
     ],
 )
 def test_a_damaged_artifact_is_refused(artifact: Path, damage: Callable[[Path], object], message: str) -> None:
@@ -275,7 +275,8 @@ OPEN = "warning: this server has no key: everyone who reaches port 8000 at"
         (["--config", "open.yaml"], f"{OPEN} any address"),
         (["--config", "open.yaml", "--host", "127.0.0.1"], None),
         (["--config", "keyed.yaml"], None),
-        (["--uds", "socket"], None),
+        (["--host=::", "--uds", "socket"], None),
+        (["--host=::", "--uds="], f"{OPEN} any address"),
     ],
 )
 def test_what_is_open_is_said(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from lrserve.compression.spec import QUANT_METHOD, GroupSpec, parse_groups
 from lrserve.errors import ArtifactError, EngineError
+from lrserve.plugins.checkpoint import require_sound
 from lrserve.plugins.versions import require_vllm
 
 _DRAFT_PREFIX = "draft_model."  # vLLM builds the draft model of speculative decoding under this name
@@ -53,6 +55,18 @@ class LrserveConfig(QuantizationConfig):
         """
         require_vllm()
         return cls(parse_groups(config))
+
+    def maybe_update_config(self, model_name: str, *args: Any, **options: Any) -> None:
+        """Refuse an artifact in a folder whose files or tensors are not what its manifest and config.json say.
+
+        vLLM calls this before it builds the model, whose norms and embeddings it would leave uninitialised where the checkpoint
+        lacks them. Of a name on the Hub nothing has been downloaded yet.
+
+        Raises:
+            ArtifactError: see `checkpoint.require_sound`.
+        """
+        if (folder := Path(model_name)).is_dir():
+            require_sound(folder)
 
     @property
     def online_quantization_config(self) -> None:
