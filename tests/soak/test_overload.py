@@ -40,7 +40,7 @@ IDLE_SECONDS = 60.0  # within which memory is back
 MORE_MEMORY = 1.10
 VLLM_NAMES = (
     *("text", "half", "list", "lists, deep", "text/plain", "10 MB of text", "prompt too long", "token negative", "NaN"),
-    *("n huge", "n negative", "max_tokens huge", "seed '1'", "messages []", "unknown model", "unknown path"),
+    *("n huge", "n negative", "max_tokens huge", "messages []", "unknown model", "unknown path"),
 )
 VLLM = [wrong for wrong in REQUESTS if wrong.name in VLLM_NAMES]  # what is wrong there too, for it has more parameters
 
