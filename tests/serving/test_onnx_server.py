@@ -19,7 +19,7 @@ from openai import OpenAI
 from serving.tiny_graph import CONTEXT, chat_prompt, greedy, running, tokenizer, write_graph
 
 from lrserve.engines.sampling import Sampling, Step
-from lrserve.errors import EngineError, InputError
+from lrserve.errors import ArtifactError, EngineError, InputError
 from lrserve.serving.answers import Service
 from lrserve.serving.onnx_server import build_app, parser, serve
 
@@ -390,6 +390,49 @@ def test_without_a_template_there_is_no_chat(tmp_path: Path) -> None:
 def test_wrong_flags_are_refused_before_the_engine_starts(tiny: tuple[Any, Path], flags: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         serve(str(tiny[1]), flags)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "genai_config.json has no model.context_length that can be read"),
+        ("[]", "has no model.context_length"),
+        ('{"model": 5}', "has no model.context_length"),
+        ("[" * 100_000, "has no model.context_length"),
+        ('{"model": {"context_length": "4096"}}', "model.context_length is '4096', not a number of tokens"),
+        ('{"model": {"context_length": -1}}', "model.context_length is -1, not a number"),
+    ],
+)
+def test_a_damaged_graph_is_refused_before_the_engine_starts(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "genai_config.json").write_text(content)
+    with pytest.raises(ArtifactError, match=message):
+        serve(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "key", "warned"),
+    [([], "", False), (["--host", "0.0.0.0"], "", True), (["--host=::"], "", True), (["--host", "0.0.0.0"], "secret", False)],
+)
+def test_what_is_open_is_said_before_the_engine_starts(
+    tiny: tuple[Any, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    flags: list[str],
+    key: str,
+    warned: bool,
+) -> None:
+    def no_engine(folder: Path, threads: int | None) -> None:
+        raise EngineError("the engine starts")
+
+    monkeypatch.setattr("lrserve.serving.onnx_server.GenaiEngine", no_engine)
+    monkeypatch.setenv("LRSERVE_API_KEY", key)
+    with pytest.raises(EngineError, match="the engine starts"):
+        serve(str(tiny[1]), [*flags, "--port", "0"])
+    said = capfd.readouterr().err
+    assert "secret" not in said
+    assert ("warning: this server has no key: everyone who reaches port " in said) == warned
+    assert not warned or "may use the model. Set LRSERVE_API_KEY, or leave out --host" in said
 
 
 def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
