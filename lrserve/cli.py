@@ -180,10 +180,11 @@ def serve(
 ) -> None:
     """Serve a model with vLLM's OpenAI server.
 
-    Further flags go to vLLM unchanged, and so does all that follows --. The server listens on 127.0.0.1 without --host.
+    Further flags go to vLLM unchanged, and so does all that follows --. The server listens on 127.0.0.1 without --host, and with
+    LRSERVE_API_KEY clients must show that key.
 
     With --engine onnxruntime, onnxruntime-genai serves the ONNX graph on the CPU: one answer at a time, other requests wait. Its
-    flags are --host, --port, --api-key (or LRSERVE_API_KEY), --served-model-name, --max-model-len, --max-queue and --threads.
+    flags are --host, --port, --api-key, --served-model-name, --max-model-len, --max-queue and --threads.
     """
     if model.startswith("-") or (context.args and not context.args[0].startswith("-")):
         stray = model if model.startswith("-") else context.args[0]
@@ -259,8 +260,9 @@ def bench(
 ) -> None:
     """Measure an artifact against its dense model.
 
-    Both run behind vLLM's server, and what follows -- goes to both servers; or behind the server of --engine onnxruntime, which
-    answers one request at a time. Without --prompt-tokens, --output-tokens and --concurrency the recipe's workloads are measured.
+    Both run behind vLLM's server, and what follows -- goes to both servers, but for names, keys and addresses; or behind the
+    server of --engine onnxruntime, which answers one request at a time. Without --prompt-tokens, --output-tokens and --concurrency
+    the recipe's workloads are measured.
     """
     if context.args:
         raise InputError(

@@ -35,7 +35,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).parents[1]
 README, GUIDE, RECIPE = ROOT / "README.md", ROOT / "docs/guide.md", ROOT / "docs/recipe.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench/results/README.md"]
+PAGES = [README, ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench/results/README.md"]
 CELL = re.compile(r"@@[\w-]+@@")
 """A figure that is still to be measured."""
 DIARY = re.compile(r"today's build|(earlier|previous) (build|version)|of before\b|since then|session before|used to be", re.I)
@@ -428,5 +428,5 @@ def test_what_is_generated_is_up_to_date(script: str, function: str, written: Pa
 
 def test_performance_lists_what_serve_sets() -> None:
     page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    for name, value in memory_environment(server_environment({}, cpu=True)).items():
+    for name, value in memory_environment(server_environment({})).items():
         assert f"{name}={value}" in page

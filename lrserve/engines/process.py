@@ -8,12 +8,27 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
 _LOG_LINES: Final = 25
+
+# The kernel's signal at the parent's end stays set over execv; a parent that has ended before is somebody else now.
+_TIE: Final = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL); "  # 1 is PR_SET_PDEATHSIG
+    "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+def tied(command: Sequence[str]) -> list[str]:
+    """Return a command that becomes another one, which the kernel kills when the thread that started it ends, however that ends.
+
+    The children of that program have to look to themselves.
+    """
+    return [sys.executable, "-ISc", _TIE, str(os.getpid()), *command]
 
 
 class Scratch:

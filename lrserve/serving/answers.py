@@ -12,8 +12,8 @@ import hmac
 import queue
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import closing, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -51,7 +51,7 @@ class Service:
         text: the model's tokenizer.
         model: the name by which clients call it.
         context: most tokens of a prompt and its answer.
-        most_waiting: requests that may wait for another one's end.
+        most_waiting: requests that may wait for another one's end, from their first byte to their last.
         api_key: what clients must show; None is no key.
     """
 
@@ -62,6 +62,7 @@ class Service:
         self._engine, self._most_waiting, self._api_key = engine, most_waiting, api_key
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._live: set[_Job] = set()
+        self._places = 0
         self._ended = False
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -85,7 +86,7 @@ class Service:
             ApiError: another model, or a prompt that cannot be used.
         """
         if request.model not in (None, self.model):
-            message = f"the model {request.model!r} does not exist; this server has {self.model!r}"
+            message = f"the model {request.model[:100]!r} does not exist; this server has {self.model!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
         try:
@@ -121,15 +122,28 @@ class Service:
             ignore_eos=bool(request.ignore_eos),
         )
 
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place for a request, so that what all clients send together has a bound too.
+
+        Raises:
+            ApiError: there is none.
+        """
+        if self._places > self._most_waiting:
+            message = f"{self._most_waiting} requests are waiting already"
+            raise ApiError(503, message, code="queue_full", headers={"Retry-After": str(_RETRY_SECONDS)})
+        self._places += 1
+        try:
+            yield
+        finally:
+            self._places -= 1
+
     async def answer(self, prompt: Sequence[int], sampling: Sampling, stop: Sequence[str]) -> AsyncGenerator[Piece]:
         """Yield an answer; whoever closes the generator, or is cancelled in it, cancels the request.
 
         Raises:
-            ApiError: the queue is full, or the engine failed.
+            ApiError: the engine failed, or the server ends.
         """
-        if len(self._live) > self._most_waiting:
-            message = f"{self._most_waiting} requests are waiting already"
-            raise ApiError(503, message, code="queue_full", headers={"Retry-After": str(_RETRY_SECONDS)})
         job = _Job(prompt, sampling, stop, asyncio.get_running_loop())
         self._live.add(job)
         self._jobs.put(job)

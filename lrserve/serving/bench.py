@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,11 +22,15 @@ from lrserve.recipe import EngineSettings, Recipe, Workload, shares
 from lrserve.report.bench import bench_table, write_bench
 from lrserve.report.console import Say, progress_bar
 from lrserve.report.machine import made
+from lrserve.serving.flags import read_flags, settings_of_file, without
 from lrserve.serving.generation import EngineName
+from lrserve.serving.kv_cache import LEAST, cache_argument, is_said, model_cache
 from lrserve.serving.online import GraphServer, Server, compare_online
 from lrserve.storage.store import check_files, read_manifest, write_json
 
 _SLACK_TOKENS = 8  # of a sequence, for what a tokenizer puts around a prompt
+_OURS = ("api-key", "host", "port", "served-model-name")  # flags of vLLM that are about clients: bench has its own
+_ELSEWHERE = ("grpc", "headless", "ssl-certfile", "ssl-keyfile", "uds")  # flags with which its client reaches no server
 
 
 def bench(
@@ -48,7 +53,7 @@ def bench(
         workload: settings of one workload to measure instead of the recipe's; what is `None` is that of the recipe's first.
         overrides: dotted settings of the recipe to change; `None` values are passed over.
         report: folder for bench.json, bench.md and bench.png; made if need be.
-        vllm_arguments: further arguments for both servers, where they are vLLM's.
+        vllm_arguments: further arguments for both servers, where they are vLLM's; names, keys and addresses are left out.
         say: takes the table.
 
     Returns:
@@ -65,6 +70,7 @@ def bench(
         raise ArtifactError(f"{out} has no vLLM checkpoint; export it with --export vllm")
     if on_graphs and vllm_arguments:
         raise InputError("bench: what follows -- goes to vLLM; leave it out, or --engine onnxruntime")
+    vllm_arguments = engine_arguments(vllm_arguments)
     if on_graphs and "engine.enforce_eager" in (overrides or {}):
         raise InputError("bench: --compiled and --eager are for vLLM; leave them out, or --engine onnxruntime")
     if report is not None:
@@ -88,7 +94,8 @@ def bench(
         else:
             settings = settings.model_copy(update={"runtime": "vllm"})
             source = open_source(dense or recipe.model)
-            title, arguments = source.title, [*server_arguments(workloads, settings), *vllm_arguments]
+            title, arguments = source.title, [*_unsaid(server_arguments(workloads, settings), vllm_arguments), *vllm_arguments]
+            arguments = [*cache_arguments(source.path, workloads, arguments), *arguments]
             servers = Server(source.path, arguments), Server(out, arguments)
         for server in servers:
             stack.enter_context(server)
@@ -142,6 +149,32 @@ def graph_arguments(workloads: Mapping[str, Workload]) -> list[str]:
 
 def _longest(workloads: Mapping[str, Workload]) -> int:
     return max(workload.prompt_tokens + workload.output_tokens for workload in workloads.values()) + _SLACK_TOKENS
+
+
+def engine_arguments(vllm_arguments: Sequence[str]) -> list[str]:
+    """Return vLLM's arguments without those about clients; one of these may be a key, and figures are for everybody."""
+    given = read_flags(vllm_arguments).given
+    if wrong := [name for name in _ELSEWHERE if name in given]:
+        raise InputError(f"bench: leave out vLLM's --{wrong[0]}; both servers listen on a port of this machine, for bench's client")
+    return without(vllm_arguments, *_OURS)
+
+
+def _unsaid(ours: Sequence[str], vllm_arguments: Sequence[str]) -> list[str]:
+    """Return our arguments without those that a file of the user's has; vLLM would take ours instead."""
+    said = settings_of_file(vllm_arguments)
+    return [own for own in ours if own.partition("=")[0].removeprefix("--").removeprefix("no-") not in said]
+
+
+def cache_arguments(folder: Path, workloads: Mapping[str, Workload], arguments: Sequence[str]) -> list[str]:
+    """Return vLLM's argument for the size of the cache on the CPU, for every request of a workload at once.
+
+    There is none where the user has decided, by an argument or by the environment.
+    """
+    flags = read_flags(arguments)
+    if not on_cpu() or is_said(flags, os.environ):
+        return []
+    cache, most = model_cache(folder, flags), max(workload.concurrency for workload in workloads.values())
+    return [cache_argument(max(LEAST, most * cache.needed if cache else 0))]
 
 
 def server_arguments(workloads: Mapping[str, Workload], settings: EngineSettings) -> list[str]:

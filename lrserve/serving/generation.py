@@ -195,14 +195,20 @@ def checked_graph(out: Path) -> tuple[Path, int]:
     if not path.is_file():
         raise ArtifactError(f"{path} is missing. Make it with: lrserve compress-and-export --export onnx")
     check_files(out, FOLDER)
-    return path.parent, int(_read_json(path)["model"]["context_length"])
+    return path.parent, _context(path, "model", "context_length")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _context(path: Path, *names: str) -> int:
+    """Return the number of tokens in a JSON file, under these names."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}. Copy or export the model again") from error
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        for name in names:
+            found = found[name]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} has no {'.'.join(names)} that can be read. Copy or export the model again") from error
+    if type(found) is not int or found < 1:
+        raise ArtifactError(f"{path}: {'.'.join(names)} is {found!r:.100}, not a number of tokens. Copy or export the model again")
+    return found
 
 
 def generate(
@@ -231,7 +237,7 @@ def generate(
     if name == "vllm":
         check_engine()
         check_model(out)
-        folder, context = out, int(_read_json(out / "config.json")["max_position_embeddings"])
+        folder, context = out, _context(out / "config.json", "max_position_embeddings")
     else:
         folder, context = checked_graph(out)
     text = Text(folder)

@@ -23,13 +23,14 @@ from typing import Any, Final
 import numpy as np
 
 from exporters.onnx import FOLDER
-from lrserve.engines.process import Scratch, end_session, log_tail, open_log
+from lrserve.engines.process import Scratch, end_session, log_tail, open_log, tied
 from lrserve.engines.workloads import Paired, in_turns
 from lrserve.errors import EngineError
-from lrserve.plugins.versions import on_cpu, require_http
+from lrserve.plugins.lifetime import end_with_parent
+from lrserve.plugins.versions import require_http
 from lrserve.recipe import Workload
+from lrserve.serving.flags import KEY_VARIABLE, OWN_KEY_VARIABLE, read_flags
 from lrserve.serving.generation import checked_graph
-from lrserve.serving.onnx_server import API_KEY
 from lrserve.serving.server import check_engine, check_model, server_command, server_environment
 
 _HOST: Final = "127.0.0.1"
@@ -41,7 +42,8 @@ _FEWEST_REQUESTS: Final = 4
 class Server:
     """A vLLM server on a free port of this machine, as a context manager that returns once it answers.
 
-    A class of another server's overrides `engine`, `key_variable`, `tokenizer`, `check` and `command`.
+    It asks for no key, since only this machine reaches it, and it ends with this process. A class of another server's overrides
+    `engine`, `tokenizer`, `check` and `command`.
 
     Args:
         model: an artifact of lrserve or a dense checkpoint; a folder.
@@ -55,7 +57,6 @@ class Server:
     """
 
     engine = "vLLM"
-    key_variable = "VLLM_API_KEY"
 
     def __init__(
         self, model: Path, arguments: Sequence[str] = (), *, log: Path | None = None, start_timeout: float = 900.0
@@ -78,7 +79,8 @@ class Server:
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """Return the command line."""
-        return server_command(self.model, arguments)
+        no_key = ["--api-key="] if "api-key" in read_flags(arguments).given else []  # for a file may hold one
+        return server_command(self.model, [*arguments, *no_key])
 
     def __enter__(self) -> Server:
         self.check()
@@ -87,15 +89,14 @@ class Server:
             port = free.getsockname()[1]
         self.url = f"http://{_HOST}:{port}"
         self._scratch = Scratch()
-        inherited = self._scratch.environment({**os.environ, "VLLM_NO_USAGE_STATS": "1"})
-        environment = server_environment(inherited, cpu=on_cpu())
-        environment.pop(self.key_variable, None)  # the client has none, and only this machine reaches the server
+        inherited = {name: value for name, value in os.environ.items() if name not in (KEY_VARIABLE, OWN_KEY_VARIABLE)}
+        environment = server_environment(self._scratch.environment({**inherited, "VLLM_NO_USAGE_STATS": "1"}))
         # last, so that they win: the client finds the model by its folder
         arguments = [*self._arguments, "--served-model-name", str(self.model), "--host", _HOST, "--port", str(port)]
         with open_log(self._wanted_log) as log:
             self._log_path = Path(log.name)
             self._process = subprocess.Popen(
-                self.command(arguments),
+                tied(self.command(arguments)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -147,7 +148,6 @@ class GraphServer(Server):
     """The server of an ONNX graph (onnx_server.py); `model` has the folder onnx."""
 
     engine = "onnxruntime-genai"
-    key_variable = API_KEY
 
     @property
     def tokenizer(self) -> Path:
@@ -190,7 +190,8 @@ def bench_client() -> Iterator[Client]:
 
 
 def _alone() -> None:
-    """Print nothing, and talk to this machine without a proxy."""
+    """Print nothing, talk to this machine without a proxy, and end with the parent."""
+    end_with_parent()
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = _HOST
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):

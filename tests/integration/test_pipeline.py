@@ -12,15 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 import torch
-from openai import APIConnectionError, OpenAI
+from openai import APIConnectionError, AuthenticationError, OpenAI
 from safetensors.torch import load_file, save_file
 from tiny import dense_model, write_dense, write_text
 from transformers import AutoModelForCausalLM
@@ -323,16 +324,24 @@ def test_an_engine_that_serves_another_model_is_refused(
         agree_as_served(runtime.name, dense, Pair(loaded, found))
 
 
-def test_the_server_answers_the_openai_client(made: tuple[Path, dict[str, Any], list[str]]) -> None:
+def test_the_server_answers_the_openai_client_and_leaves_nothing(
+    made: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    """With a key that nobody else sees, and killed without warning in the end."""
+    log, key = tmp_path / "log", "k-6f1d8c"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
     command = [sys.executable, "-c", "from lrserve.cli import main; main()", "serve", str(made[0]), "--", *flags]
     with (
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as server,
-        OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client,
+        log.open("wb") as file,
+        subprocess.Popen(
+            command, stdout=file, stderr=file, env={**os.environ, "LRSERVE_API_KEY": key}, start_new_session=True
+        ) as server,
+        OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0) as client,
     ):
+        started: list[psutil.Process] = []
         try:
             answer = None
             while answer is None and server.poll() is None:
@@ -343,8 +352,17 @@ def test_the_server_answers_the_openai_client(made: tuple[Path, dict[str, Any], 
             assert answer is not None, "the server ended"
             assert answer.usage is not None
             assert answer.usage.completion_tokens > 0
+            with pytest.raises(AuthenticationError):
+                client.with_options(api_key="other").models.list()
+            started = psutil.Process(server.pid).children(recursive=True)
+            assert len(started) >= 2  # the engine and its worker
+            assert not any(key in word for process in (psutil.Process(server.pid), *started) for word in process.cmdline())
+            assert key not in log.read_text()
+            server.kill()
+            assert psutil.wait_procs(started, timeout=30)[1] == []
         finally:
-            os.killpg(server.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 def test_an_interrupted_search_goes_on(place: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 
 from lrserve.engines.workloads import Mix, spread
-from lrserve.errors import EngineError
+from lrserve.errors import EngineError, InputError
 from lrserve.recipe import PROFILES, EngineSettings, Workload
 from lrserve.serving import online
-from lrserve.serving.bench import server_arguments
+from lrserve.serving.bench import _unsaid, cache_arguments, engine_arguments, server_arguments
+from lrserve.serving.flags import read_flags
 from lrserve.serving.online import Client, Load, OnlineComparison, Server, compare_online, load
 
 WORKLOAD = Workload(prompt_tokens=4, output_tokens=3, concurrency=2)
@@ -128,17 +130,60 @@ def test_a_server_is_there_once_it_is_healthy_and_gone_afterwards(tmp_path: Path
 
 def test_settings_of_the_users_own_server_do_not_lock_the_client_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setenv("LRSERVE_API_KEY", "secret")
     given: list[str] = []
 
     def command(model: Path, arguments: Sequence[str]) -> list[str]:
         given.extend(arguments)
-        return [sys.executable, "-c", "import os; assert 'VLLM_API_KEY' not in os.environ; " + ANSWERS, arguments[-1]]
+        return [sys.executable, "-c", "import os; assert 'secret' not in os.environ.values(); " + ANSWERS, arguments[-1]]
 
     startable(monkeypatch, command)
     with Server(tmp_path, ["--served-model-name", "foo", "--host", "0.0.0.0", "--port", "1"]):
         pass
     last = {option: given[len(given) - given[::-1].index(option)] for option in ("--served-model-name", "--host")}
     assert last == {"--served-model-name": str(tmp_path), "--host": "127.0.0.1"}
+
+
+@pytest.mark.parametrize("keys", [["--api-key", "a", "b"], ["--config", "keyed.yaml"]])
+def test_a_key_of_vllms_does_not_lock_the_client_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keyed.yaml").write_text("api-key: a\nhost: 0.0.0.0\n")
+    command = Server(tmp_path).command([*keys, "--host", "127.0.0.1"])
+    assert read_flags(command).keys({}) == []
+    assert read_flags(command).host == "127.0.0.1"
+    assert "--api-key=" not in Server(tmp_path).command([])
+
+
+def test_a_file_of_the_users_wins_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vllm.yaml").write_text("max-model-len: 4096\nenable_prefix_caching: true\n")
+    ours = ["--max-model-len=64", "--no-enable-prefix-caching", "--generation-config=vllm"]
+    assert _unsaid(ours, ["--config", "vllm.yaml"]) == ["--generation-config=vllm"]
+    assert _unsaid(ours, []) == ours
+
+
+def test_what_is_about_clients_is_left_out_of_figures() -> None:
+    given = ["--served-model-name", "foo", "--block-size=32", "--api_key", "secret", "--host=0.0.0.0", "--port", "1", "-O0"]
+    assert engine_arguments(given) == ["--block-size=32", "-O0"]
+    for wrong in (["--uds", "a"], ["--ssl-keyfile=a"], ["--headless"]):
+        with pytest.raises(InputError, match=f"leave out vLLM's {wrong[0].partition('=')[0]}"):
+            engine_arguments(wrong)
+
+
+def test_the_cache_is_large_enough_for_every_workload_unless_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrserve.serving.bench.on_cpu", lambda: True)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    config = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
+    arguments = server_arguments(PROFILES, EngineSettings())
+    most = max(workload.concurrency for workload in PROFILES.values())
+    needed = most * 10 * 128 * 2 * 32 * 8 * 128 * 2  # 1,064 tokens in blocks of 128, and one besides
+    assert cache_arguments(tmp_path, PROFILES, arguments) == [f"--kv-cache-memory-bytes={needed}"]
+    assert cache_arguments(tmp_path, PROFILES, [*arguments, "--gpu-memory-utilization=0.5"]) == []
+    (tmp_path / "config.json").write_text("{}")
+    assert cache_arguments(tmp_path, PROFILES, arguments) == [f"--kv-cache-memory-bytes={2**30}"]
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    assert cache_arguments(tmp_path, PROFILES, arguments) == []
 
 
 def test_both_sides_are_measured_greedily_whatever_their_generation_config_says() -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,38 +16,12 @@ import httpx
 import pytest
 import uvicorn
 from openai import OpenAI
-from serving.tiny_graph import CONTEXT, chat_prompt, greedy, tokenizer, write_graph
+from serving.tiny_graph import CONTEXT, chat_prompt, greedy, running, tokenizer, write_graph
 
 from lrserve.engines.sampling import Sampling, Step
-from lrserve.errors import EngineError, InputError
+from lrserve.errors import ArtifactError, EngineError, InputError
 from lrserve.serving.answers import Service
 from lrserve.serving.onnx_server import build_app, parser, serve
-
-START = "from lrserve.cli import main; main()"
-
-
-@contextmanager
-def running(out: Path, log: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Run `lrserve serve --engine onnxruntime` and yield the process and its address once it is ready."""
-    command = [sys.executable, "-c", START, "serve", str(out), "--engine", "onnxruntime", "--port", "0", *flags]
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            found = re.search(r"on (http://127\.0\.0\.1:\d+)", log.read_text())
-            try:
-                if found and httpx.get(f"{found[1]}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-        yield process, found[1]
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -419,6 +390,49 @@ def test_without_a_template_there_is_no_chat(tmp_path: Path) -> None:
 def test_wrong_flags_are_refused_before_the_engine_starts(tiny: tuple[Any, Path], flags: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         serve(str(tiny[1]), flags)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "genai_config.json has no model.context_length that can be read"),
+        ("[]", "has no model.context_length"),
+        ('{"model": 5}', "has no model.context_length"),
+        ("[" * 100_000, "has no model.context_length"),
+        ('{"model": {"context_length": "4096"}}', "model.context_length is '4096', not a number of tokens"),
+        ('{"model": {"context_length": -1}}', "model.context_length is -1, not a number"),
+    ],
+)
+def test_a_damaged_graph_is_refused_before_the_engine_starts(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "genai_config.json").write_text(content)
+    with pytest.raises(ArtifactError, match=message):
+        serve(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "key", "warned"),
+    [([], "", False), (["--host", "0.0.0.0"], "", True), (["--host=::"], "", True), (["--host", "0.0.0.0"], "secret", False)],
+)
+def test_what_is_open_is_said_before_the_engine_starts(
+    tiny: tuple[Any, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    flags: list[str],
+    key: str,
+    warned: bool,
+) -> None:
+    def no_engine(folder: Path, threads: int | None) -> None:
+        raise EngineError("the engine starts")
+
+    monkeypatch.setattr("lrserve.serving.onnx_server.GenaiEngine", no_engine)
+    monkeypatch.setenv("LRSERVE_API_KEY", key)
+    with pytest.raises(EngineError, match="the engine starts"):
+        serve(str(tiny[1]), [*flags, "--port", "0"])
+    said = capfd.readouterr().err
+    assert "secret" not in said
+    assert ("warning: this server has no key: everyone who reaches port " in said) == warned
+    assert not warned or "may use the model. Set LRSERVE_API_KEY, or leave out --host" in said
 
 
 def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

