@@ -1,5 +1,15 @@
 """Every error that lrserve raises on purpose. A message says what is wrong, where, and the next step."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+_SHOWN: Final = 100  # characters of a value that was refused
+_TOLD: Final = 300  # characters of a library's message
+
 
 class LrserveError(Exception):
     """Base of every deliberate error. The command line prints it as one line and exits with code 2."""
@@ -31,3 +41,38 @@ class EngineError(LrserveError):
 
 class AgreementError(LrserveError):
     """An exported rendering computes something else than the model in memory; the export is not published."""
+
+
+def shown(value: Any, most: int = _SHOWN) -> str:
+    """Return a value for a message: `repr`, cut to `most` characters."""
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def one_line(error: BaseException) -> str:
+    """Return a library's exception for a message: its class and its words, on one line of at most 300 characters."""
+    words = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {words}" if words else type(error).__name__
+    return text if len(text) <= _TOLD else text[: _TOLD - 3] + "..."
+
+
+@contextmanager
+def reading(file: Path | str, advice: str, raised: type[LrserveError] = InputError) -> Iterator[None]:
+    """Name a user's file in whatever a library raises while it reads it: the boundary between such files and lrserve.
+
+    Only a call that reads or interprets the file belongs into the block: a fault of lrserve's own would be blamed on the file.
+
+    Args:
+        file: its path, or what the user called it.
+        advice: the next step.
+        raised: class of the error.
+
+    Raises:
+        LrserveError: of class `raised`; one that lrserve raised on purpose passes unchanged.
+    """
+    try:
+        yield
+    except (LrserveError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # tokenizers panic outside of Exception
+        raise raised(f"{file} cannot be read: {one_line(error)}; {advice}") from error

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +18,16 @@ import yaml
 from safetensors import SafetensorError
 
 from lrserve.errors import InputError
-from lrserve.storage.store import file_sha256, replace_folder
+from lrserve.inputs.checkpoint import INDEX, check_checkpoint, instead_of_weights, is_causal
+from lrserve.storage.store import file_sha256
 
 if TYPE_CHECKING:
     import torch
 
 _FINGERPRINTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _CARD = "README.md"
-_GGUF_SUFFIX = re.compile(r"([.-](I?Q\d\w*|B?F16|F32))?\.gguf", re.IGNORECASE)
+_GGUF = ".gguf"
+_GGUF_SUFFIX = re.compile(r"([.-](I?Q\d\w*|B?F16|F32))?(-\d{5}-of-\d{5})?\.gguf", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -103,7 +104,7 @@ class Source:
         """Load the dense model for evaluation, on the CPU or the first CUDA device.
 
         Raises:
-            InputError: weights are missing or do not fit the config.
+            InputError: the weights cannot be read.
         """
         import torch
         from transformers import AutoModelForCausalLM
@@ -111,15 +112,9 @@ class Source:
 
         logging.disable_progress_bar()
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, output_loading_info=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"the weights in {self.path} cannot be loaded: {_one_line(error)}; check the download") from None
-        model, info = loaded
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise InputError(
-                f"{self.path} lacks {len(missing)} tensors that its config promises, first {missing[0]}; check the download"
-            )
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def fingerprint(self) -> str:
@@ -131,16 +126,16 @@ class Source:
 
 
 def open_source(model: str) -> Source:
-    """Resolve what the user calls a model to a folder of safetensors.
+    """Resolve what the user calls a model to a folder of safetensors, whose headers are those of the dense model of its config.
 
     Raises:
-        InputError: no such path, an incomplete folder, a compressed model, or a Hub id that cannot be fetched.
+        InputError: no such path, an incomplete folder, weights that are not the config's, a compressed model, or a Hub id that
+            cannot be fetched.
     """
     source = Source(name=model, path=model_folder(model))
-    if getattr(source.config(), "quantization_config", None) is not None:
-        raise InputError(
-            f"{source.path} is already quantized or compressed (config.json has a quantization_config); give the dense model"
-        )
+    config = source.config()
+    if is_causal(config):  # nothing else is of a family that lrserve knows
+        check_checkpoint(source.path, source.skeleton(), getattr(config, "quantization_config", None))
     return source
 
 
@@ -155,10 +150,12 @@ def model_folder(model: str) -> Path:
     if os.path.isdir(place):
         return checked_folder(path)
     if os.path.isfile(place):
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != _GGUF:
             raise InputError(f"{path} is a file but not a .gguf; give the folder that holds config.json and the weights")
-        return _convert_gguf(path)
-    if _HUB_ID.fullmatch(model) and not model.startswith(".") and path.suffix != ".gguf":
+        from lrserve.inputs.gguf import convert_gguf
+
+        return convert_gguf(path, cache_folder())
+    if _HUB_ID.fullmatch(model) and not model.startswith(".") and path.suffix.lower() != _GGUF:
         return _from_hub(model)
     raise InputError(f"no model at {path}: there is no such file or folder; check the path")
 
@@ -174,16 +171,18 @@ def checked_folder(path: Path) -> Path:
     Raises:
         InputError: config.json, the weights or one of their shards is missing.
     """
+    if instead := instead_of_weights(path):
+        raise InputError(instead)
     present = sorted(p.name for p in path.iterdir())
     missing = [] if (path / "config.json").is_file() else ["config.json"]
     if not list(path.glob("*.safetensors")):
         missing.append("*.safetensors")
     if missing:
-        ggufs = [name for name in present if name.endswith(".gguf")]
+        ggufs = [name for name in present if name.lower().endswith(_GGUF)]
         hint = f"give the file itself: {path / ggufs[0]}" if ggufs else "give a folder in Hugging Face layout"
         shown = ", ".join(present[:8]) + (", ..." if len(present) > 8 else "")
         raise InputError(f"{path} lacks {' and '.join(missing)} (it holds {shown or 'nothing'}); {hint}")
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     if index.is_file():
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         absent = sorted(shards - set(present))
@@ -204,43 +203,3 @@ def _from_hub(model: str) -> Path:
             f"({type(error).__name__}: {_one_line(error)}); check the name, the network and HF_TOKEN"
         ) from None
     return checked_folder(Path(folder))
-
-
-def _convert_gguf(path: Path) -> Path:
-    """Dequantize a GGUF file to a folder of bfloat16 safetensors in the cache, once."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    target = cache_folder() / "dequantized" / f"{path.stem}-{file_sha256(path)[:16]}"
-    if (target / "config.json").is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # says "gguf", which the plain weights no longer are
-        plain: Any = type(model)(model.config)
-        plain.load_state_dict(model.state_dict())
-        plain.to(torch.bfloat16).save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        if licence := _gguf_licence(path):
-            (staging / _CARD).write_text(f"---\n{yaml.safe_dump({'license': licence})}---\n", encoding="utf-8")
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise InputError(f"{path} cannot be read as GGUF: {_one_line(error)}; convert it to Hugging Face layout") from None
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    replace_folder(staging, target)
-    return target
-
-
-def _gguf_licence(path: Path) -> str | None:
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).get_field("general.license")
-    return None if field is None else str(field.contents())
