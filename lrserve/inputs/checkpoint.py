@@ -21,7 +21,7 @@ INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
 _ADAPTER: Final = "adapter_config.json"
 _ADAPTER_WEIGHTS: Final = "adapter_model."
-_PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt")
+_OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _LEFTOVERS: Final = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(masked_)?bias|position_ids)")
 """Tensors of old checkpoints that every program computes for itself: rotary frequencies and tables, causal masks, positions."""
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
@@ -38,13 +38,6 @@ class Stored(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     dtype: str
-
-
-def is_causal(config: Any) -> bool:
-    """Say whether transformers has a causal language model for a config."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def check_checkpoint(folder: Path, skeleton: Any, quantization: Any) -> None:
@@ -80,23 +73,24 @@ def instead_of_weights(folder: Path) -> str | None:
     if any(name == _ADAPTER or name.startswith(_ADAPTER_WEIGHTS) for name in names):
         try:
             base = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except Exception:  # whatever stands there, it is an adapter
             base = None
         return (
             f"{folder} is an adapter (LoRA) of {shown(base) if base else 'another model'}: merge it first, and give what this "
             f'writes: python -c "from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({str(folder)!r})'
             ".merge_and_unload().save_pretrained('MERGED')\"; copy the tokenizer's files to MERGED"
         )
-    pickled = [name for name in names if name.endswith(_PICKLED)]
-    if "config.json" in names and any(name.startswith("pytorch_model") for name in pickled):
+    others = [name for name in names if name.endswith(_OTHER_WEIGHTS)]
+    pickled = [name for name in others if name.startswith("pytorch_model")]
+    if "config.json" in names and pickled:
         return (
             f"{folder} holds its weights as {pickled[0]}, not as safetensors: convert them, and give what this writes: python -c "
             f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r}, dtype='auto')"
             ".save_pretrained('CONVERTED')\"; copy the tokenizer's files to CONVERTED"
         )
-    if pickled and not any(name.lower().endswith(".gguf") for name in names):
+    if others and not any(name.lower().endswith(".gguf") for name in names):
         return (
-            f"{folder} holds no *.safetensors but {pickled[0]}: get the model in Hugging Face layout, or load it into its class "
+            f"{folder} holds no *.safetensors but {others[0]}: get the model in Hugging Face layout, or load it into its class "
             "of transformers and call save_pretrained"
         )
     return None
@@ -156,8 +150,6 @@ def _fault(folder: Path, skeleton: Any, stored: Mapping[str, Stored]) -> str | N
     tied = skeleton.all_tied_weights_keys
     missing = [name for name in wanted if name not in stored and name not in tied]
     unexpected = [name for name in stored if name not in wanted and not _LEFTOVERS.fullmatch(name)]
-    if (missing or unexpected) and _renamed(skeleton):
-        return None
     for name, own in stored.items():
         if own.dtype not in _FLOATS and not _LEFTOVERS.fullmatch(name):
             return f"{folder} holds quantized weights ({name} is {own.dtype}); give the dense model, in 16 or 32 bits"
@@ -177,13 +169,6 @@ def _fault(folder: Path, skeleton: Any, stored: Mapping[str, Stored]) -> str | N
                 "set tie_word_embeddings to false"
             )
     return None
-
-
-def _renamed(skeleton: Any) -> bool:
-    """Say whether transformers renames or fuses a model's tensors as it reads them; it does so for no family of lrserve's."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    return get_checkpoint_conversion_mapping(skeleton.config.model_type) is not None
 
 
 def counted(names: list[str]) -> str:

@@ -35,7 +35,7 @@ _LEFTOVERS: Final = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")
 """Tensors of old files that no program reads: rotary frequencies."""
 _LLAMA3_SPLITS: Final = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 """Values of tokenizer.ggml.pre by which llama.cpp adds BOS unless told otherwise, and takes a word that is a token as it is."""
-_GPT2_SPLITS: Final = ("default", "gpt-2", "smollm", "starcoder", "refact", "command-r")
+_GPT2_SPLITS: Final = ("default", "gpt-2", "gpt2", "smollm", "starcoder", "refact", "command-r")
 """Those whose texts are cut into words as GPT-2's are, apart from digits."""
 _PROBE: Final = "It's 12 o'clock,\n  and  all is well."
 _ADVICE: Final = "give the model in Hugging Face layout"
@@ -167,6 +167,9 @@ def _tokenizer(file: GgufFile, rows: int) -> Any:
         raise InputError(f"{file.path}: tokenizer.ggml.model is {shown(model)}; lrserve can convert gpt2 and llama; {_ADVICE}")
     if not isinstance(tokens, list) or len(tokens) > rows:
         raise InputError(f"{file.path}: the embedding has {rows} rows, but tokenizer.ggml.tokens is {shown(tokens)}; {_ADVICE}")
+    template = file.metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise InputError(f"{file.path}: tokenizer.chat_template is {shown(template)}, not text; download it again")
     adds = {"bos": _flag(file, "bos", model == "llama" or split in _LLAMA3_SPLITS), "eos": _flag(file, "eos", False)}
     with reading(file.path, _ADVICE), tempfile.TemporaryDirectory(prefix="lrserve-gguf-") as folder:
         (Path(folder) / "model.gguf").symlink_to(file.path.absolute())  # alone: files of a tokenizer beside it would be mixed in
@@ -193,7 +196,7 @@ def _tokenizer(file: GgufFile, rows: int) -> Any:
             add_eos_token=adds["eos"],
             **{name: None if own is None else tokens[own] for name, own in ids.items()},
         )
-        tokenizer.chat_template = file.metadata.get("tokenizer.chat_template")
+        tokenizer.chat_template = template
         plain, whole = (tokenizer(_PROBE, add_special_tokens=added)["input_ids"] for added in (False, True))
     first, last = ([ids[f"{token}_token"]] * adds[token] for token in ("bos", "eos"))
     if whole != [*first, *plain, *last] or max(tokenizer.get_vocab().values()) >= rows:

@@ -35,7 +35,7 @@ def config_of(file: GgufFile) -> Any:
     architecture = file.metadata.get("general.architecture")
     if (kind := file.metadata.get("general.type", "model")) != "model":
         raise InputError(f"{file.path} holds no model but {shown(kind)} (general.type); give the file of the model")
-    if architecture not in _MODEL_TYPES:
+    if not isinstance(architecture, str) or architecture not in _MODEL_TYPES:
         raise InputError(
             f"{file.path}: general.architecture is {shown(architecture)}; of GGUF files, lrserve converts those of "
             f"{', '.join(_MODEL_TYPES)}; {_ADVICE}"

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import yaml
 from safetensors import SafetensorError
 
 from lrserve.errors import InputError
-from lrserve.inputs.checkpoint import INDEX, check_checkpoint, instead_of_weights, is_causal
+from lrserve.inputs.checkpoint import INDEX, check_checkpoint, instead_of_weights
 from lrserve.storage.store import file_sha256
 
 if TYPE_CHECKING:
@@ -125,8 +126,12 @@ class Source:
         return digest.hexdigest()
 
 
-def open_source(model: str) -> Source:
+def open_source(model: str, accept: Callable[[Any], object] = lambda config: None) -> Source:
     """Resolve what the user calls a model to a folder of safetensors, whose headers are those of the dense model of its config.
+
+    Args:
+        model: a Hub id, a folder or a GGUF file.
+        accept: raises for the config of a model that the caller cannot use, before the weights are looked at.
 
     Raises:
         InputError: no such path, an incomplete folder, weights that are not the config's, a compressed model, or a Hub id that
@@ -134,8 +139,8 @@ def open_source(model: str) -> Source:
     """
     source = Source(name=model, path=model_folder(model))
     config = source.config()
-    if is_causal(config):  # nothing else is of a family that lrserve knows
-        check_checkpoint(source.path, source.skeleton(), getattr(config, "quantization_config", None))
+    accept(config)
+    check_checkpoint(source.path, source.skeleton(), getattr(config, "quantization_config", None))
     return source
 
 
@@ -152,8 +157,10 @@ def model_folder(model: str) -> Path:
     if os.path.isfile(place):
         if path.suffix.lower() != _GGUF:
             raise InputError(f"{path} is a file but not a .gguf; give the folder that holds config.json and the weights")
-        from lrserve.inputs.gguf import convert_gguf
-
+        try:
+            from lrserve.inputs.gguf import convert_gguf
+        except ModuleNotFoundError as error:
+            raise InputError(f"GGUF files need {error.name}, not installed here. Run: pip install 'lrserve[compress]'") from None
         return convert_gguf(path, cache_folder())
     if _HUB_ID.fullmatch(model) and not model.startswith(".") and path.suffix.lower() != _GGUF:
         return _from_hub(model)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lrserve.compression.groups import Group, as_listed, find_groups
+from lrserve.compression.groups import Group, as_listed, family_of, find_groups
 from lrserve.compression.spec import QUANT_METHOD, GroupSpec, Tensor, is_permutation, parse_groups, stored_tensors, tensors_of
 from lrserve.errors import ArtifactError
 from lrserve.inputs.source import Source, model_folder, open_source
@@ -75,7 +75,7 @@ def describe(model: str) -> dict[str, Any]:
     folder = model_folder(model)
     entry = _quantization(folder)
     specs = parse_groups(entry) if entry is not None else {}
-    source = Source(name=model, path=folder) if entry is not None else open_source(model)
+    source = Source(name=model, path=folder) if entry is not None else open_source(model, accept=family_of)
     skeleton = source.skeleton()
     groups = as_listed(find_groups(skeleton), specs)
     kinds = {}

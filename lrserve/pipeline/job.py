@@ -152,9 +152,8 @@ def open_job(recipe: Recipe, say: Say) -> Job:
         EngineError: transformers cannot work here (`versions.require_sound_torchvision`).
     """
     require_sound_torchvision()
-    source = open_source(recipe.model)
+    source = open_source(recipe.model, accept=family_of)
     config = source.config()
-    family_of(config)
     texts = load_texts(recipe.text.calibration, recipe.text.validation, recipe.text.report)
     tokenizer = source.tokenizer()
     calibration, search, report = recipe.calibration, recipe.search, recipe.report

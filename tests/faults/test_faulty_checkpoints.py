@@ -239,6 +239,7 @@ FAULTS = [
     Fault("pickled", renamed("pytorch_model.bin"), ("pytorch_model.bin", "convert", "save_pretrained", "CONVERTED")),
     Fault("pickled shards", renamed("pytorch_model-00001-of-00002.bin"), ("pytorch_model-00001", "save_pretrained")),
     Fault("Meta's own", renamed("consolidated.00.pth"), ("consolidated.00.pth", "Hugging Face layout")),
+    Fault("TensorFlow's", renamed("tf_model.h5"), ("tf_model.h5", "Hugging Face layout")),
     # damaged files
     Fault("nothing", cut(0), (WEIGHTS, "download it again")),
     Fault("a cut length", cut(5), (WEIGHTS, "download it again")),

@@ -210,6 +210,7 @@ FAULTS = [
     Fault("BOS beyond the words", words(bos_token_id=256), ("bos_token_id is 256", "256 tokens")),
     Fault("padding below 0", words(padding_token_id=2**32 - 1), ("padding_token_id is 4294967295",)),
     Fault("maybe BOS", words(add_bos_token=2), ("add_bos_token is 2", "not true or false")),
+    Fault("a template of numbers", written(metadata={"tokenizer.chat_template": 3}), ("tokenizer.chat_template is 3",)),
     # parts
     Fault("the first part alone", first_part_alone, ("one of 2 parts", "1 are missing", "tiny-00002-of-00002.gguf")),
     Fault("the second part alone", second_part_alone, ("one of 2 parts", "tiny-00001-of-00002.gguf")),

@@ -17,9 +17,11 @@ from tiny_gguf import ARCHITECTURES, gguf_metadata, gguf_tensors, write_gguf, wr
 from transformers import GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from exporters.companions import copy_companions
 from lrserve.errors import InputError
 from lrserve.inputs.gguf import convert_gguf
 from lrserve.inputs.source import Source, open_source
+from lrserve.inputs.text import read_documents, token_windows
 
 TEXT = "the 3rd word"
 
@@ -100,6 +102,19 @@ def test_texts_begin_and_end_as_the_file_says(tmp_path: Path, keys: dict[str, An
     assert ids[bos] == 255  # "th", the one merge
     assert tokenizer.decode(ids, skip_special_tokens=True) == TEXT
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
+
+
+def test_bos_is_in_every_window_and_travels_with_the_artifact(tmp_path: Path) -> None:
+    source = opened(write_gguf(tmp_path / "tiny.gguf", metadata={"tokenizer.ggml.add_bos_token": True}))
+    (tmp_path / "text.txt").write_text(f"{TEXT}\n\n" * 40)
+    windows = token_windows(source.tokenizer(), read_documents(str(tmp_path / "text.txt")), 16)
+    assert (windows[:, 0] == 1).all()
+    assert (windows[:, 1:] != 1).all()
+    artifact = tmp_path / "artifact"
+    artifact.mkdir()
+    shutil.copy(source.path / "config.json", artifact)
+    copy_companions(source.path, artifact)
+    assert Source(name="artifact", path=artifact).tokenizer()(TEXT)["input_ids"] == source.tokenizer()(TEXT)["input_ids"]
 
 
 @pytest.mark.parametrize(("prefix", "first"), [(None, "▁"), (True, "▁"), (False, "t")])
