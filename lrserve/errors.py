@@ -51,7 +51,7 @@ def shown(value: Any, most: int = _SHOWN) -> str:
 
 def one_line(error: BaseException) -> str:
     """Return a library's exception for a message: its class and its words, on one line of at most 300 characters."""
-    words = " ".join(str(error).split())
+    words = " ".join(str(getattr(error, "strerror", None) or error).split())  # an OSError's own words repeat the path
     text = f"{type(error).__name__}: {words}" if words else type(error).__name__
     return text if len(text) <= _TOLD else text[: _TOLD - 3] + "..."
 
