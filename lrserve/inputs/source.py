@@ -9,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from safetensors import SafetensorError
 
 from lrserve.errors import InputError, one_line, reading, shown
+from lrserve.inputs.checkpoint import INDEX, check_checkpoint, instead_of_weights
 from lrserve.inputs.config_file import CONFIG, build_skeleton, load_config
 from lrserve.storage.json_files import read_object
-from lrserve.storage.space import Place, require_space
-from lrserve.storage.store import file_sha256, replace_folder
+from lrserve.storage.space import Place
+from lrserve.storage.store import file_sha256
 from lrserve.storage.yaml_files import MOST_BYTES, load_modest
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 _FINGERPRINTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _CARD = "README.md"
-_GGUF_SUFFIX = re.compile(r"([.-](I?Q\d\w*|B?F16|F32))?\.gguf", re.IGNORECASE)
+_GGUF = ".gguf"
+_GGUF_SUFFIX = re.compile(r"([.-](I?Q\d\w*|B?F16|F32))?(-\d{5}-of-\d{5})?\.gguf", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _DOWNLOAD = "check the download"
-_DEQUANTIZED = 4  # bytes of a converted file over those of the GGUF file, which has 4 bits a weight and more
 
 
 def cache_folder() -> Path:
@@ -106,7 +106,7 @@ class Source:
         """Load the dense model for evaluation, on the CPU or the first CUDA device.
 
         Raises:
-            InputError: weights are missing or do not fit the config.
+            InputError: the weights cannot be read.
         """
         import torch
         from transformers import AutoModelForCausalLM
@@ -114,15 +114,9 @@ class Source:
 
         logging.disable_progress_bar()
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, output_loading_info=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"the weights in {self.path} cannot be loaded: {one_line(error)}; {_DOWNLOAD}") from None
-        model, info = loaded
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise InputError(
-                f"{self.path} lacks {len(missing)} tensors that its config promises, first {missing[0]}; check the download"
-            )
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def fingerprint(self) -> str:
@@ -133,17 +127,21 @@ class Source:
         return digest.hexdigest()
 
 
-def open_source(model: str) -> Source:
-    """Resolve what the user calls a model to a folder of safetensors.
+def open_source(model: str, accept: Callable[[Any], object] = lambda config: None) -> Source:
+    """Resolve what the user calls a model to a folder of safetensors, whose headers are those of the dense model of its config.
+
+    Args:
+        model: a Hub id, a folder or a GGUF file.
+        accept: raises for the config of a model that the caller cannot use, before the weights are looked at.
 
     Raises:
-        InputError: no such path, an incomplete folder, a compressed model, or a Hub id that cannot be fetched.
+        InputError: no such path, an incomplete folder, weights that are not the config's, a compressed model, or a Hub id that
+            cannot be fetched.
     """
     source = Source(name=model, path=model_folder(model))
-    if getattr(source.config(), "quantization_config", None) is not None:
-        raise InputError(
-            f"{source.path} is already quantized or compressed (config.json has a quantization_config); give the dense model"
-        )
+    config = source.config()
+    accept(config)
+    check_checkpoint(source.path, source.skeleton(), getattr(config, "quantization_config", None))
     return source
 
 
@@ -158,10 +156,14 @@ def model_folder(model: str) -> Path:
     if os.path.isdir(place):
         return checked_folder(path)
     if os.path.isfile(place):
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != _GGUF:
             raise InputError(f"{path} is a file but not a .gguf; give the folder that holds config.json and the weights")
-        return _convert_gguf(path)
-    if _HUB_ID.fullmatch(model) and not model.startswith(".") and path.suffix != ".gguf":
+        try:
+            from lrserve.inputs.gguf import convert_gguf
+        except ModuleNotFoundError as error:
+            raise InputError(f"GGUF files need {error.name}, not installed here. Run: pip install 'lrserve[compress]'") from None
+        return convert_gguf(path, cache_place)
+    if _HUB_ID.fullmatch(model) and not model.startswith(".") and path.suffix.lower() != _GGUF:
         return _from_hub(model)
     raise InputError(f"no model at {shown(place, 300)}: there is no such file or folder; check the path")
 
@@ -177,15 +179,17 @@ def checked_folder(path: Path) -> Path:
     strange = [file for pattern in _FINGERPRINTED for file in path.glob(pattern) if not file.is_file()]
     if strange:  # a pipe would be waited for
         raise InputError(f"{strange[0]} is no regular file; remove it, or finish the download")
+    if instead := instead_of_weights(path):
+        raise InputError(instead)
     missing = [] if (path / CONFIG).is_file() else [CONFIG]
     if not list(path.glob("*.safetensors")):
         missing.append("*.safetensors")
     if missing:
-        ggufs = [name for name in present if name.endswith(".gguf")]
+        ggufs = [name for name in present if name.lower().endswith(_GGUF)]
         hint = f"give the file itself: {path / ggufs[0]}" if ggufs else "give a folder in Hugging Face layout"
         held = ", ".join(present[:8]) + (", ..." if len(present) > 8 else "")
         raise InputError(f"{path} lacks {' and '.join(missing)} (it holds {held or 'nothing'}); {hint}")
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     if index.is_file():
         names = read_object(index, _DOWNLOAD).get("weight_map")
         if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
@@ -209,44 +213,3 @@ def _from_hub(model: str) -> Path:
             f"({one_line(error)}); check the name, the network and HF_TOKEN"
         ) from None
     return checked_folder(Path(folder))
-
-
-def _convert_gguf(path: Path) -> Path:
-    """Dequantize a GGUF file to a folder of bfloat16 safetensors in the cache, once."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    target = cache_folder() / "dequantized" / f"{path.stem}-{file_sha256(path)[:16]}"
-    if (target / CONFIG).is_file():
-        return target
-    require_space([cache_place(_DEQUANTIZED * path.stat().st_size)])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # says "gguf", which the plain weights no longer are
-        plain: Any = type(model)(model.config)
-        plain.load_state_dict(model.state_dict())
-        plain.to(torch.bfloat16).save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        if licence := _gguf_licence(path):
-            (staging / _CARD).write_text(f"---\n{yaml.safe_dump({'license': licence})}---\n", encoding="utf-8")
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise InputError(f"{path} cannot be read as GGUF: {one_line(error)}; convert it to Hugging Face layout") from None
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    replace_folder(staging, target)
-    return target
-
-
-def _gguf_licence(path: Path) -> str | None:
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).get_field("general.license")
-    return None if field is None else str(field.contents())

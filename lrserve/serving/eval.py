@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from lrserve.compression.groups import family_of
 from lrserve.engines.harness import Harness
 from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.cloze import CLOZE_ITEMS, write_cloze
@@ -75,7 +76,7 @@ def evaluate(
         except OSError as error:
             raise InputError(f"no folder {report} can be made for --report: {error.strerror}") from error
     recipe = Recipe.load(out / "lrserve" / "recipe.yaml", {})
-    source = open_source(dense or recipe.model)
+    source = open_source(dense or recipe.model, accept=family_of)
     with tempfile.TemporaryDirectory(prefix="lrserve-eval-") as folder:
         if not wanted:
             wanted = [str(write_cloze(_unseen(recipe.text, text), Path(folder), limit or CLOZE_ITEMS, seed=recipe.seed))]

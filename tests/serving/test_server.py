@@ -197,7 +197,7 @@ def test_hub_ids_and_gguf_files_are_served_from_the_cache_by_their_own_name(
     monkeypatch.chdir(artifact)
     (artifact / "MODEL.gguf").touch()
     monkeypatch.setattr("lrserve.inputs.source._from_hub", lambda name: artifact if name == "owner/model" else None)
-    monkeypatch.setattr("lrserve.inputs.source._convert_gguf", lambda path: artifact if path.name == "MODEL.gguf" else None)
+    monkeypatch.setattr("lrserve.inputs.gguf.convert_gguf", lambda path, _: artifact if path.name == "MODEL.gguf" else None)
     with pytest.raises(Replaced):
         serve(model, named)
     [(command, _)] = calls
