@@ -10,29 +10,43 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 import time
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 import optuna
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from lrserve.allocation.goal import Evaluated, Goal
 from lrserve.allocation.plan import Plan
 from lrserve.allocation.quality import Judgement
 from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.speed import SpeedModel
-from lrserve.errors import InputError
+from lrserve.errors import ArtifactError, InputError
 from lrserve.recipe import Search
 
 _HEARTBEAT_SECONDS: Final = 60
 _GRACE_SECONDS: Final = 240
 _ATTEMPTS: Final = 3
+_PATIENCE_SECONDS: Final = 60  # with a program that holds the database
+_LONGEST_REASON: Final = 200
+_DATABASE_ERRORS: Final = (SQLAlchemyError, sqlite3.Error, StorageInternalError)
+_NEXT_STEPS: Final[Mapping[str, str]] = {
+    "locked": f"another program has held it for {_PATIENCE_SECONDS} s: end that",
+    "full": "make room",
+    "disk I/O": "make room, or check the disk",
+    "readonly": "make it writable",
+    "malformed": "it is made anew: only repeat the command",
+    "not a database": "it is made anew: only repeat the command",
+}
 _LIVE: Final = (TrialState.COMPLETE, TrialState.RUNNING)
 _FEWEST_TRIALS = 8  # for importances
 _BEST = 0.25  # quantile of the trials that are told from the others: a tenth, as is usual, would be two of 24
@@ -152,7 +166,7 @@ def finished(study: optuna.Study) -> list[Evaluated]:
 
 def study_of(storage: Path | tuple[str, str]) -> optuna.Study:
     """Load a study from where `run_study` keeps it."""
-    name, place = (STUDY, f"sqlite:///{storage}") if isinstance(storage, Path) else (storage[1], storage[0])
+    name, place = (STUDY, _file(storage)) if isinstance(storage, Path) else (storage[1], storage[0])
     return optuna.load_study(study_name=name, storage=place)
 
 
@@ -161,7 +175,7 @@ def copy_study(storage: Path | tuple[str, str], path: Path) -> None:
     if isinstance(storage, Path):
         path.write_bytes(storage.read_bytes())
     else:
-        optuna.copy_study(from_study_name=storage[1], from_storage=storage[0], to_storage=f"sqlite:///{path}", to_study_name=STUDY)
+        optuna.copy_study(from_study_name=storage[1], from_storage=storage[0], to_storage=_file(path), to_study_name=STUDY)
 
 
 def time_spent(study: optuna.Study) -> dict[str, float]:
@@ -209,7 +223,7 @@ def open_study(name: str, storage: Path | str, metrics: Mapping[str, str] | None
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns, with a trace, of every trial that Ctrl-C or an error ends
     directions: list[Any] = list(metrics.values()) if metrics else ["minimize"]
     with quietly():
-        backend = connect(storage) if isinstance(storage, str) else f"sqlite:///{storage}"
+        backend = connect(storage) if isinstance(storage, str) else _file(storage)
         study = optuna.create_study(study_name=name, storage=backend, directions=directions, load_if_exists=True)
         if metrics:
             study.set_metric_names(list(metrics))
@@ -217,6 +231,39 @@ def open_study(name: str, storage: Path | str, metrics: Mapping[str, str] | None
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
     return study
+
+
+def _file(path: Path) -> Any:
+    """Open the storage in a SQLite file, whatever characters are in its path; waits while another program holds it."""
+    with quietly():
+        return optuna.storages.RDBStorage(
+            "sqlite:///", {"creator": lambda: sqlite3.connect(path, timeout=_PATIENCE_SECONDS, check_same_thread=False)}
+        )
+
+
+class _Database(optuna.storages.RDBStorage):
+    """A shared database; a heartbeat that does not reach it is followed by the next one, where optuna's would be the last."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """Note that a trial's worker lives."""
+        with suppress(*_DATABASE_ERRORS):
+            super().record_heartbeat(trial_id)
+
+
+@contextmanager
+def study_errors_named(place: str) -> Iterator[None]:
+    """Turn errors of the study's database into one line about the `place` where it is kept.
+
+    Raises:
+        ArtifactError: it is locked, full, damaged, or out of reach.
+    """
+    try:
+        yield
+    except _DATABASE_ERRORS as error:
+        cause = getattr(error, "orig", None) or error.__cause__ or error  # what the driver said, without the statement
+        reason = " ".join(str(getattr(cause, "orig", None) or cause).split())[:_LONGEST_REASON]
+        step = next((step for words, step in _NEXT_STEPS.items() if words in reason), "see that it works")
+        raise ArtifactError(f"the study's database in {place} failed: {reason}; {step}, then run again, which goes on") from error
 
 
 def connect(url: str) -> Any:
@@ -228,7 +275,12 @@ def connect(url: str) -> Any:
     for attempt in range(_ATTEMPTS):
         try:
             with quietly():
-                return optuna.storages.RDBStorage(url, heartbeat_interval=_HEARTBEAT_SECONDS, grace_period=_GRACE_SECONDS)
+                return _Database(
+                    url,
+                    {"connect_args": {"timeout": _PATIENCE_SECONDS}} if url.startswith("sqlite") else None,
+                    heartbeat_interval=_HEARTBEAT_SECONDS,
+                    grace_period=_GRACE_SECONDS,
+                )
         except Exception as error:  # of sqlalchemy, of the driver, or an import of it
             failure = error
         if attempt + 1 < _ATTEMPTS:
@@ -256,6 +308,8 @@ def run_trial(
 ) -> None:
     """Run one trial: of these parameters, or of the sampler's. If `objective` raises, the trial fails and the exception goes on.
 
+    A trial that other workers took for dead, whose heartbeat did not reach the database for minutes, has failed; that is no error.
+
     `origin` is kept as the user attribute of a trial that is made from `parameters`.
     """
     if parameters is not None:  # not enqueued: workers that share the study could both be given a trial that waits
@@ -263,12 +317,23 @@ def run_trial(
             sampler = optuna.samplers.PartialFixedSampler(dict(parameters), sampler)
     study.sampler = sampler
 
-    def named(trial: optuna.Trial) -> float | Sequence[float]:
-        if origin:
-            trial.set_user_attr("origin", origin)
-        return objective(trial)
+    lost = False
 
-    study.optimize(named, n_trials=1)
+    def named(trial: optuna.Trial) -> float | Sequence[float]:
+        nonlocal lost
+        try:
+            if origin:
+                trial.set_user_attr("origin", origin)
+            return objective(trial)
+        except UpdateFinishedTrialError:
+            lost = True
+            raise
+
+    try:
+        study.optimize(named, n_trials=1)
+    except ValueError:  # of telling the end of a trial that has one
+        if not lost:
+            raise
 
 
 def live(study: optuna.Study) -> int:

@@ -297,8 +297,9 @@ def _divergence(teacher: Any, student: Any, wanted: torch.Tensor, hidden: torch.
 
 
 def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, state: _Progress) -> None:
-    with atomic_path(path) as partial:
-        torch.save({"groups": student.state(), "optimizer": optimizer.state_dict(), "progress": asdict(state)}, partial)
+    saved = {"groups": student.state(), "optimizer": optimizer.state_dict(), "progress": asdict(state)}
+    with atomic_path(path) as partial, partial.open("wb") as file:  # whose errors of a full disk torch passes on
+        torch.save(saved, file)
 
 
 def _restore(path: Path, student: Student, optimizer: torch.optim.Optimizer, state: _Progress) -> None:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from lrserve.errors import InputError
 from lrserve.storage.store import file_sha256, replace_folder
+from lrserve.storage.temporary import neighbour
 
 if TYPE_CHECKING:
     import torch
@@ -216,7 +217,7 @@ def _convert_gguf(path: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    staging = neighbour(target, "partial")
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

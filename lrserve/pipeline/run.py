@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +16,14 @@ from exporters.base import Configured, Exporter, SelfProving
 from exporters.registry import exporter_points
 from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit, byte_cost
-from lrserve.allocation.study import connect
+from lrserve.allocation.study import connect, study_errors_named
 from lrserve.compression.calibrate import calibrate
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.engines.runtimes import loader_of, runtime_of
 from lrserve.errors import ArtifactError
+from lrserve.inputs.source import cache_folder
 from lrserve.pipeline.estimate import StageCost, by_stage, estimate, in_words, time_forward
 from lrserve.pipeline.evidence import collect_metrics, write_evidence
 from lrserve.pipeline.improve import improve_factors, validate_improved
@@ -34,6 +37,7 @@ from lrserve.report import card
 from lrserve.report.advice import advice
 from lrserve.report.console import Say, progress_bar, reused, timed
 from lrserve.storage.store import check_place, disk_errors_named, read_manifest, staged, verify_files
+from lrserve.storage.temporary import remove_leftovers, restore_replaced
 from lrserve.storage.work import WorkFolder, differences, work_folder
 
 
@@ -75,6 +79,8 @@ def compress_and_export(
     work = work.resolve() if work is not None else out.with_name(f"{out.name}.work")
     if out == work or out in work.parents:
         raise ArtifactError(f"the work folder {work} lies inside {out}, which is published as a whole; choose another --work")
+    if not dry_run:
+        _clean_up(out, work, say)
     exporters = load_exporters(recipe.export, recipe.engine)
     job = replace(open_job(recipe, say), say=timed(say))
     skeleton = job.source.skeleton()
@@ -103,7 +109,8 @@ def compress_and_export(
         _say_intent(job, costs, say)
         return {}
 
-    with work_folder(work, say, MODULES) as folder, disk_errors_named(work), float32_matmuls():
+    database = storage or f"the work folder {work}"
+    with work_folder(work, say, MODULES) as folder, disk_errors_named(work), study_errors_named(database), float32_matmuls():
         model = job.source.load(job.dtype)
         statistics = calibrate_blocks(job, model, folder)
         gradients = backpropagate(job, model, folder)
@@ -127,6 +134,16 @@ def compress_and_export(
             write_evidence(job, tuned, metrics, staging)
     _say_summary(metrics, out, say)
     return metrics
+
+
+def _clean_up(out: Path, work: Path, say: Say) -> None:
+    """Remove what runs left that were killed, and put back what one of them had moved aside."""
+    restore_replaced(out, say)
+    beside = f".{glob.escape(out.name)}."
+    places = [(out.parent, f"{beside}staging-*"), (out.parent, f"{beside}replaced-*"), (work, "**/*.partial-*")]
+    cache = cache_folder()
+    places += [(cache / "dequantized", "*.partial-*"), (cache / "demo", "*-*"), (Path(tempfile.gettempdir()), "lrserve-*")]
+    remove_leftovers(places, say)
 
 
 def load_exporters(names: Sequence[str], settings: EngineSettings) -> list[Exporter]:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from lrserve.report.machine import made
 from lrserve.serving.generation import EngineName
 from lrserve.serving.online import GraphServer, Server, compare_online
 from lrserve.storage.store import read_manifest, write_json
+from lrserve.storage.temporary import temporary_folder
 
 _SLACK_TOKENS = 8  # of a sequence, for what a tokenizer puts around a prompt
 
@@ -126,7 +126,7 @@ def dense_graph(model: str, stack: ExitStack) -> tuple[str, Path]:
     if (own / FOLDER / "genai_config.json").is_file():
         return own.resolve().name, own
     source = open_source(model)
-    folder = Path(stack.enter_context(TemporaryDirectory(prefix="lrserve-dense-")))
+    folder = Path(stack.enter_context(temporary_folder()))
     exporter, loaded = OnnxExporter(), source.load(torch.float32)
     exporter.preflight(loaded)
     exporter.export(loaded, source.path, folder, torch.float32)
