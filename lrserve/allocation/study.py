@@ -10,43 +10,25 @@ from __future__ import annotations
 
 import os
 import socket
-import sqlite3
 import time
-import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import optuna
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
+from lrserve.allocation.database import connect, in_file, quietly
 from lrserve.allocation.goal import Evaluated, Goal
 from lrserve.allocation.plan import Plan
 from lrserve.allocation.quality import Judgement
 from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.speed import SpeedModel
-from lrserve.errors import ArtifactError, InputError
 from lrserve.recipe import Search
 
-_HEARTBEAT_SECONDS: Final = 60
-_GRACE_SECONDS: Final = 240
-_ATTEMPTS: Final = 3
-_PATIENCE_SECONDS: Final = 60  # with a program that holds the database
-_LONGEST_REASON: Final = 200
-_DATABASE_ERRORS: Final = (SQLAlchemyError, sqlite3.Error, StorageInternalError)
-_NEXT_STEPS: Final[Mapping[str, str]] = {
-    "locked": f"another program has held it for {_PATIENCE_SECONDS} s: end that",
-    "full": "make room",
-    "disk I/O": "make room, or check the disk",
-    "readonly": "make it writable",
-    "malformed": "it is made anew: only repeat the command",
-    "not a database": "it is made anew: only repeat the command",
-}
 _LIVE: Final = (TrialState.COMPLETE, TrialState.RUNNING)
 _FEWEST_TRIALS = 8  # for importances
 _BEST = 0.25  # quantile of the trials that are told from the others: a tenth, as is usual, would be two of 24
@@ -166,7 +148,7 @@ def finished(study: optuna.Study) -> list[Evaluated]:
 
 def study_of(storage: Path | tuple[str, str]) -> optuna.Study:
     """Load a study from where `run_study` keeps it."""
-    name, place = (STUDY, _file(storage)) if isinstance(storage, Path) else (storage[1], storage[0])
+    name, place = (STUDY, in_file(storage)) if isinstance(storage, Path) else (storage[1], storage[0])
     return optuna.load_study(study_name=name, storage=place)
 
 
@@ -175,7 +157,7 @@ def copy_study(storage: Path | tuple[str, str], path: Path) -> None:
     if isinstance(storage, Path):
         path.write_bytes(storage.read_bytes())
     else:
-        optuna.copy_study(from_study_name=storage[1], from_storage=storage[0], to_storage=_file(path), to_study_name=STUDY)
+        optuna.copy_study(from_study_name=storage[1], from_storage=storage[0], to_storage=in_file(path), to_study_name=STUDY)
 
 
 def time_spent(study: optuna.Study) -> dict[str, float]:
@@ -223,7 +205,7 @@ def open_study(name: str, storage: Path | str, metrics: Mapping[str, str] | None
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns, with a trace, of every trial that Ctrl-C or an error ends
     directions: list[Any] = list(metrics.values()) if metrics else ["minimize"]
     with quietly():
-        backend = connect(storage) if isinstance(storage, str) else _file(storage)
+        backend = connect(storage) if isinstance(storage, str) else in_file(storage)
         study = optuna.create_study(study_name=name, storage=backend, directions=directions, load_if_exists=True)
         if metrics:
             study.set_metric_names(list(metrics))
@@ -231,67 +213,6 @@ def open_study(name: str, storage: Path | str, metrics: Mapping[str, str] | None
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
     return study
-
-
-def _file(path: Path) -> Any:
-    """Open the storage in a SQLite file, whatever characters are in its path; waits while another program holds it."""
-    with quietly():
-        return optuna.storages.RDBStorage(
-            "sqlite:///", {"creator": lambda: sqlite3.connect(path, timeout=_PATIENCE_SECONDS, check_same_thread=False)}
-        )
-
-
-class _Database(optuna.storages.RDBStorage):
-    """A shared database; a heartbeat that does not reach it is followed by the next one, where optuna's would be the last."""
-
-    def record_heartbeat(self, trial_id: int) -> None:
-        """Note that a trial's worker lives."""
-        with suppress(*_DATABASE_ERRORS):
-            super().record_heartbeat(trial_id)
-
-
-@contextmanager
-def study_errors_named(place: str) -> Iterator[None]:
-    """Turn errors of the study's database into one line about the `place` where it is kept.
-
-    Raises:
-        ArtifactError: it is locked, full, damaged, or out of reach.
-    """
-    try:
-        yield
-    except _DATABASE_ERRORS as error:
-        cause = getattr(error, "orig", None) or error.__cause__ or error  # what the driver said, without the statement
-        reason = " ".join(str(getattr(cause, "orig", None) or cause).split())[:_LONGEST_REASON]
-        step = next((step for words, step in _NEXT_STEPS.items() if words in reason), "see that it works")
-        raise ArtifactError(f"the study's database in {place} failed: {reason}; {step}, then run again, which goes on") from error
-
-
-def connect(url: str) -> Any:
-    """Open the storage of studies at a URL; makes its tables if need be.
-
-    Raises:
-        InputError: no database there, or no driver for it.
-    """
-    for attempt in range(_ATTEMPTS):
-        try:
-            with quietly():
-                return _Database(
-                    url,
-                    {"connect_args": {"timeout": _PATIENCE_SECONDS}} if url.startswith("sqlite") else None,
-                    heartbeat_interval=_HEARTBEAT_SECONDS,
-                    grace_period=_GRACE_SECONDS,
-                )
-        except Exception as error:  # of sqlalchemy, of the driver, or an import of it
-            failure = error
-        if attempt + 1 < _ATTEMPTS:
-            time.sleep(1)  # several workers that make a new database's tables at once trip over each other
-    scheme = url.partition(":")[0]
-    first = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
-    raise InputError(
-        f"--storage: no study can be kept at the {scheme} URL: {first}; it takes "
-        "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, mysql+pymysql://... or sqlite:///FILE, and the driver named there "
-        "has to be installed"
-    ) from failure
 
 
 def worker_salt() -> int:
@@ -347,11 +268,3 @@ def gp_sampler(seed: int, random_trials: int = 10) -> optuna.samplers.BaseSample
     """Return a Gaussian process sampler (Matern 5/2, log expected improvement) for values without noise."""
     with quietly():
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=random_trials, deterministic_objective=True)
-
-
-@contextmanager
-def quietly(category: type[Warning] = optuna.exceptions.ExperimentalWarning) -> Iterator[None]:
-    """Hide what optuna says of experimental features, or another kind of warning: nothing that the user can do anything about."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category)
-        yield

@@ -14,9 +14,9 @@ import torch
 
 from exporters.base import Configured, Exporter, SelfProving
 from exporters.registry import exporter_points
+from lrserve.allocation.database import connect, study_errors_named
 from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit, byte_cost
-from lrserve.allocation.study import connect, study_errors_named
 from lrserve.compression.calibrate import calibrate
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.matmul import float32_matmuls

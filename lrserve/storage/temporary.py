@@ -67,7 +67,8 @@ def _place_named(parent: Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where, step = (f"in {parent}", "choose another place") if parent else ("for temporary files", "set TMPDIR to another folder")
+        where = f"in {parent}" if parent else "for temporary files"
+        step = "choose another place" if parent else "set TMPDIR to another folder"
         raise ArtifactError(f"nothing can be made {where}: {error.strerror or error}; make room or {step}") from error
 
 
