@@ -298,8 +298,11 @@ def _divergence(teacher: Any, student: Any, wanted: torch.Tensor, hidden: torch.
 
 def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, state: _Progress) -> None:
     saved = {"groups": student.state(), "optimizer": optimizer.state_dict(), "progress": asdict(state)}
-    with atomic_path(path) as partial, partial.open("wb") as file:  # whose errors of a full disk torch passes on
-        torch.save(saved, file)
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        try:
+            torch.save(saved, file)
+        except RuntimeError as error:  # of a file that a full disk has cut short
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def _restore(path: Path, student: Student, optimizer: torch.optim.Optimizer, state: _Progress) -> None:

@@ -181,7 +181,6 @@ def staged(out: Path, *, replace: bool) -> Iterator[Path]:
         ArtifactError: the place cannot be written, ran full, or something appeared at `out` meanwhile.
     """
     with disk_errors_named(out.parent):
-        out.parent.mkdir(parents=True, exist_ok=True)
         staging = staging_folder(out)
         try:
             yield staging

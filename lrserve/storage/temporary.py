@@ -73,8 +73,14 @@ def _place_named(parent: Path | None) -> Iterator[None]:
 
 
 def staging_folder(out: Path) -> Path:
-    """Make a private folder beside `out`."""
-    return Path(tempfile.mkdtemp(prefix=f".{out.name}.staging-{owner()}-", dir=out.parent))
+    """Make a private folder beside `out`, and the folder that both are in.
+
+    Raises:
+        ArtifactError: it cannot be made.
+    """
+    with _place_named(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}.staging-{owner()}-", dir=out.parent))
 
 
 def temporary_folder(parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:

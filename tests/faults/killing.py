@@ -98,7 +98,7 @@ class Place:
         """Name what lies about that is no artifact, work folder, cache or compiled kernel."""
         temporary = [path for path in (self.root / "tmp").iterdir() if not path.name.startswith(_KERNELS)]
         hidden = [path for path in (self.root / "outs").iterdir() if path.name.startswith(".")]
-        partial = [path for path in self.root.rglob("*.partial-*")]
+        partial = list(self.root.rglob("*.partial-*"))
         return sorted(str(path.relative_to(self.root)) for path in {*temporary, *hidden, *partial})
 
     def unlike(self, name: str, reference: str) -> list[str]:
