@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import optuna
 from optuna.exceptions import StorageInternalError
+from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from lrserve.errors import ArtifactError, InputError
@@ -71,6 +72,11 @@ def study_errors_named(place: str) -> Iterator[None]:
         reason = " ".join(str(getattr(cause, "orig", None) or cause).split())[:_LONGEST_REASON]
         step = next((step for words, step in _NEXT_STEPS.items() if words in reason), "see that it works")
         raise ArtifactError(f"the study's database in {place} failed: {reason}; {step}; the same command then goes on") from error
+
+
+def without_password(url: str) -> str:
+    """Return the URL of a database as it may be shown."""
+    return make_url(url).render_as_string()
 
 
 def connect(url: str) -> Any:

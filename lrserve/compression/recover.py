@@ -301,8 +301,10 @@ def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, state:
     with atomic_path(path) as partial, partial.open("wb") as file:
         try:
             torch.save(saved, file)
-        except RuntimeError as error:  # of a file that a full disk has cut short
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+        except RuntimeError as error:  # at the end of a file that a full disk has cut short
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _restore(path: Path, student: Student, optimizer: torch.optim.Optimizer, state: _Progress) -> None:

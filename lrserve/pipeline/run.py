@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from exporters.base import Configured, Exporter, SelfProving
 from exporters.registry import exporter_points
-from lrserve.allocation.database import connect, study_errors_named
+from lrserve.allocation.database import connect, study_errors_named, without_password
 from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit, byte_cost
 from lrserve.compression.calibrate import calibrate
@@ -37,7 +36,7 @@ from lrserve.report import card
 from lrserve.report.advice import advice
 from lrserve.report.console import Say, progress_bar, reused, timed
 from lrserve.storage.store import check_place, disk_errors_named, read_manifest, staged, verify_files
-from lrserve.storage.temporary import remove_leftovers, restore_replaced
+from lrserve.storage.temporary import remove_leftovers, restore_replaced, temporary_leftovers
 from lrserve.storage.work import WorkFolder, differences, work_folder
 
 
@@ -109,7 +108,7 @@ def compress_and_export(
         _say_intent(job, costs, say)
         return {}
 
-    database = storage or f"the work folder {work}"
+    database = without_password(storage) if storage else f"the work folder {work}"
     with work_folder(work, say, MODULES) as folder, disk_errors_named(work), study_errors_named(database), float32_matmuls():
         model = job.source.load(job.dtype)
         statistics = calibrate_blocks(job, model, folder)
@@ -142,8 +141,8 @@ def _clean_up(out: Path, work: Path, say: Say) -> None:
     beside = f".{glob.escape(out.name)}."
     places = [(out.parent, f"{beside}staging-*"), (out.parent, f"{beside}replaced-*"), (work, "**/*.partial-*")]
     cache = cache_folder()
-    places += [(cache / "dequantized", "*.partial-*"), (cache / "demo", "*-*"), (Path(tempfile.gettempdir()), "lrserve-*")]
-    remove_leftovers(places, say)
+    places += [(cache / "dequantized", "*.partial-*"), (cache / "demo", "lrserve-*"), (cache / "demo", "*.partial-*")]
+    remove_leftovers([*places, temporary_leftovers()], say)
 
 
 def load_exporters(names: Sequence[str], settings: EngineSettings) -> list[Exporter]:

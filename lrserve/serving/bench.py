@@ -23,7 +23,7 @@ from lrserve.report.machine import made
 from lrserve.serving.generation import EngineName
 from lrserve.serving.online import GraphServer, Server, compare_online
 from lrserve.storage.store import read_manifest, write_json
-from lrserve.storage.temporary import temporary_folder
+from lrserve.storage.temporary import remove_leftovers, temporary_folder, temporary_leftovers
 
 _SLACK_TOKENS = 8  # of a sequence, for what a tokenizer puts around a prompt
 
@@ -72,6 +72,7 @@ def bench(
             report.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"no folder {report} can be made for --report: {error.strerror}") from error
+    remove_leftovers([temporary_leftovers()], say)
     recipe = Recipe.load(out / "lrserve" / "recipe.yaml", dict(overrides or {}))
     if given := {name: value for name, value in (workload or {}).items() if value is not None}:
         custom = {**next(iter(recipe.workloads.values())).model_dump(), **given}

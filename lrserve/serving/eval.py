@@ -22,7 +22,7 @@ from lrserve.report.machine import made
 from lrserve.serving.recovery import compare
 from lrserve.serving.server import check_engine
 from lrserve.storage.store import read_manifest, replace_files, write_json
-from lrserve.storage.temporary import temporary_folder
+from lrserve.storage.temporary import remove_leftovers, temporary_folder, temporary_leftovers
 
 _CARD, _METRICS = "README.md", "lrserve/metrics.json"
 
@@ -73,6 +73,7 @@ def evaluate(
             report.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"no folder {report} can be made for --report: {error.strerror}") from error
+    remove_leftovers([temporary_leftovers()], say)
     recipe = Recipe.load(out / "lrserve" / "recipe.yaml", {})
     source = open_source(dense or recipe.model)
     with temporary_folder() as folder:

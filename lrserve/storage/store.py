@@ -51,7 +51,7 @@ def replace_folder(staging: Path, target: Path) -> None:
         if old is not None:
             old.rename(target)
         raise
-    _flush(target.parent)
+    flush(target.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)  # what is new is in place; a leftover is no failure
 
@@ -61,14 +61,14 @@ def flush_folder(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         if not path.is_symlink():
             _follow_umask(path)
-            _flush(path)
+            flush(path)
 
 
 def publish(partial: Path, path: Path) -> None:
     """Rename a file into its place, where it is whole even if the machine dies."""
-    _flush(partial)
+    flush(partial)
     os.replace(partial, path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def _follow_umask(path: Path) -> None:
@@ -80,7 +80,8 @@ def _follow_umask(path: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask | inherited)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """See that a file or the names in a folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -105,6 +105,16 @@ def temporary_log() -> Path:
     return Path(name)
 
 
+def temporary_leftovers() -> tuple[Path, str]:
+    """Return where and by which names `remove_leftovers` finds what `temporary_folder` and `temporary_log` made.
+
+    Raises:
+        ArtifactError: there is no folder for temporary files.
+    """
+    with _place_named(None):
+        return Path(tempfile.gettempdir()), "lrserve-*"
+
+
 def exchange(one: Path, other: Path) -> bool:
     """Let two folders of one file system change places at once; returns False where that cannot be had.
 
@@ -153,7 +163,7 @@ def remove_leftovers(places: Iterable[tuple[Path, str]], say: Callable[[str], No
     if removed:
         say(f"removed what runs that were interrupted left: {_listed(removed)}")
     if stay:
-        say(f"runs that were interrupted left {_listed(stay)}, which you may not remove")
+        say(f"what runs that were interrupted left could not be removed: {_listed(stay)}")
     if unknown:
         say(f"{_listed(unknown)} belong to a run on another machine or in another container; remove them if it has ended")
 

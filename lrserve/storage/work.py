@@ -15,7 +15,7 @@ from typing import Any
 
 from lrserve.errors import ArtifactError
 from lrserve.storage.sound import damage
-from lrserve.storage.store import fingerprint, write_json
+from lrserve.storage.store import fingerprint, flush, write_json
 
 _INPUTS = "inputs.json"
 _CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")
@@ -93,6 +93,7 @@ class WorkFolder:
             self._say(f"{name}: made anew, since the last run here differs in {', '.join(changed)}")
         if not (folder / _INPUTS).is_file():
             folder.mkdir(parents=True, exist_ok=True)
+            flush(self.root)
             write_json(folder / _INPUTS, inputs)
         return folder
 
@@ -109,6 +110,8 @@ class WorkFolder:
             if found := damage(path):
                 self._say(f"{name}: {path} {found}; it is made anew")
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+                for journal in folder.glob(f"{path.name}-*"):  # which SQLite would play into the next database
+                    journal.unlink()
 
 
 @contextmanager

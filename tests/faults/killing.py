@@ -20,8 +20,11 @@ from typing import Any
 
 import yaml
 
+import lrserve
+
 PATIENCE = 60  # seconds that engines may outlive the run that is killed
 _MARK = "LRSERVE_KILLED_RUN"
+_CODE = Path(lrserve.__file__).parents[1]
 _COMPARED = ("*.safetensors", "onnx/*.onnx*", "config.json", "lrserve/plan.json")
 _KERNELS = ("torchinductor_",)  # compiled ones, which stay for the next process on purpose
 
@@ -30,14 +33,14 @@ _KERNELS = ("torchinductor_",)  # compiled ones, which stay for the next process
 class Place:
     """A folder with a model, a text and a recipe, and with all that the runs in it write.
 
-    `root`/tmp holds their temporary files, `root`/home their caches.
+    `root`/tmp holds their temporary files, `root`/home their caches; they run in `root`/cwd.
     """
 
     root: Path
     recipe: dict[str, Any]
 
     def __post_init__(self) -> None:
-        for name in ("tmp", "home", "outs"):
+        for name in ("tmp", "home", "outs", "cwd"):
             (self.root / name).mkdir(exist_ok=True)
         (self.root / "recipe.yaml").write_text(yaml.safe_dump(self.recipe), encoding="utf-8")
 
@@ -49,13 +52,19 @@ class Place:
 
     def start(self, name: str, reference: str | None = None) -> subprocess.Popen[str]:
         """Start a run; its lines come on standard output."""
-        own = {"TMPDIR": self.root / "tmp", "HOME": self.root / "home", "LRSERVE_CACHE": self.root / "home" / "lrserve"}
-        environment = {**os.environ, **{key: str(value) for key, value in own.items()}, _MARK: str(self.root)}
+        root, home = self.root, self.root / "home"
+        own = {"TMPDIR": root / "tmp", "HOME": home, "LRSERVE_CACHE": home / "lrserve", "PYTHONPATH": _CODE, _MARK: root}
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **os.environ, **{key: str(value) for key, value in own.items()}}
         replayed = "-" if reference is None else str(self.work(reference))
-        arguments = ["--recipe", self.root / "recipe.yaml", "-o", self.out(name), "--work", self.work(name), "--overwrite"]
+        arguments = ["--recipe", root / "recipe.yaml", "-o", self.out(name), "--work", self.work(name), "--overwrite"]
         command = [sys.executable, __file__, self.work(name), replayed, "compress-and-export", *arguments]
         return subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            list(map(str, command)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=root / "cwd",
         )
 
     def run(self, name: str, reference: str | None = None) -> list[str]:
@@ -97,9 +106,10 @@ class Place:
     def strays(self) -> list[str]:
         """Name what lies about that is no artifact, work folder, cache or compiled kernel."""
         temporary = [path for path in (self.root / "tmp").iterdir() if not path.name.startswith(_KERNELS)]
+        unexpected = list((self.root / "cwd").iterdir())
         hidden = [path for path in (self.root / "outs").iterdir() if path.name.startswith(".")]
         partial = list(self.root.rglob("*.partial-*"))
-        return sorted(str(path.relative_to(self.root)) for path in {*temporary, *hidden, *partial})
+        return sorted(str(path.relative_to(self.root)) for path in {*temporary, *unexpected, *hidden, *partial})
 
     def unlike(self, name: str, reference: str) -> list[str]:
         """Name the files of weights, graphs and plan in which two artifacts differ."""

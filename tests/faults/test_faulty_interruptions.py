@@ -30,14 +30,16 @@ from safetensors.torch import load_file, save_file
 from tiny import dense_model, write_dense, write_text
 
 from lrserve.allocation import database
-from lrserve.allocation.database import study_errors_named
+from lrserve.allocation.database import study_errors_named, without_password
 from lrserve.allocation.study import open_study, run_study, run_trial, study_of
 from lrserve.compression.calibrate import calibrate, memory_map, read_statistics
 from lrserve.compression.groups import find_groups
 from lrserve.compression.recover import _save
 from lrserve.errors import ArtifactError
 from lrserve.recipe import Target
+from lrserve.storage import temporary
 from lrserve.storage.store import disk_errors_named, read_manifest, staged, verify_files, write_json, write_tensors
+from lrserve.storage.temporary import temporary_leftovers
 from lrserve.storage.work import WorkFolder, work_folder
 
 # --- damaged work files --------------------------------------------------------------------------------------------------
@@ -279,6 +281,22 @@ def test_a_locked_study_is_waited_for_and_then_one_line(tmp_path: Path, monkeypa
     assert len(search_in(path)) == 3  # type: ignore[arg-type]
 
 
+def test_the_journal_of_a_damaged_study_is_not_played_into_the_next_one(tmp_path: Path) -> None:
+    said: list[str] = []
+    work = WorkFolder(tmp_path, said.append)
+    stage = work.stage("study", {})
+    search_in(stage / "study.sqlite3")
+    cut("study.sqlite3")(stage)
+    (stage / "study.sqlite3-journal").write_bytes(b"of the database that is gone")
+    assert [path.name for path in work.stage("study", {}).iterdir()] == ["inputs.json"]
+    assert len(said) == 1
+
+
+def test_a_database_is_named_without_its_password() -> None:
+    shown = without_password("postgresql+psycopg://me:secret@host/studies")
+    assert shown == "postgresql+psycopg://me:***@host/studies"
+
+
 def test_a_locked_study_is_no_damaged_one(tmp_path: Path) -> None:
     said: list[str] = []
     work = WorkFolder(tmp_path, said.append)
@@ -328,8 +346,8 @@ from lrserve.storage.temporary import temporary_folder
 def job():
     place = Path(sys.argv[1])
     with staged(place / "out", replace=True), temporary_folder(place):
-        print("waiting", flush=True)
         try:
+            print("waiting", flush=True)
             time.sleep(60)
         finally:
             print("cleaning", flush=True)
@@ -366,6 +384,15 @@ def test_nohup_keeps_a_run_alive(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_folder_for_temporary_files_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
+    monkeypatch.setattr(temporary.tempfile, "gettempdir", nowhere)
+    with pytest.raises(ArtifactError, match="for temporary files: No usable .*set TMPDIR to another folder$"):
+        temporary_leftovers()
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
@@ -434,7 +461,7 @@ def test_the_run_after_a_kill_leaves_what_an_undisturbed_one_leaves(place: Place
 
     shutil.rmtree(out)
     for stage, name in BROKEN.items():
-        (folder,) = place.work("killed").glob(f"{stage}-*")
+        (folder,) = place.work("killed").glob(f"{stage}-????????????")
         cut(name)(folder)
     lines = place.run("killed", "reference")
     for stage in BROKEN:
