@@ -52,6 +52,7 @@ _BUG = (
     "'pip freeze' prints"
 )
 _MODEL = "Hub id, folder in Hugging Face layout, or GGUF file"
+_ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -394,11 +395,20 @@ def _silent(line: str) -> None:
     pass
 
 
+def _end(number: int, frame: object) -> None:
+    """End the program so that staging folders and engines are cleaned up, which a second signal is not to interrupt."""
+    for each in _ENDINGS:
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run a command: a deliberate error becomes one line and exit code 2, any other a traceback and a request to report it."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a file or a pipe shows each stage's line as it ends, not blocks of 8 KiB
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that staging folders and engines are cleaned up
+    for number in _ENDINGS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's SIGHUP
+            signal.signal(number, _end)
     try:
         app()
     except LrserveError as error:

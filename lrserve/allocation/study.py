@@ -11,28 +11,24 @@ from __future__ import annotations
 import os
 import socket
 import time
-import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
+from lrserve.allocation.database import connect, in_file, quietly
 from lrserve.allocation.goal import Evaluated, Goal
 from lrserve.allocation.plan import Plan
 from lrserve.allocation.quality import Judgement
 from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.speed import SpeedModel
-from lrserve.errors import InputError
 from lrserve.recipe import Search
 
-_HEARTBEAT_SECONDS: Final = 60
-_GRACE_SECONDS: Final = 240
-_ATTEMPTS: Final = 3
 _LIVE: Final = (TrialState.COMPLETE, TrialState.RUNNING)
 _FEWEST_TRIALS = 8  # for importances
 _BEST = 0.25  # quantile of the trials that are told from the others: a tenth, as is usual, would be two of 24
@@ -152,7 +148,7 @@ def finished(study: optuna.Study) -> list[Evaluated]:
 
 def study_of(storage: Path | tuple[str, str]) -> optuna.Study:
     """Load a study from where `run_study` keeps it."""
-    name, place = (STUDY, f"sqlite:///{storage}") if isinstance(storage, Path) else (storage[1], storage[0])
+    name, place = (STUDY, in_file(storage)) if isinstance(storage, Path) else (storage[1], storage[0])
     return optuna.load_study(study_name=name, storage=place)
 
 
@@ -161,7 +157,7 @@ def copy_study(storage: Path | tuple[str, str], path: Path) -> None:
     if isinstance(storage, Path):
         path.write_bytes(storage.read_bytes())
     else:
-        optuna.copy_study(from_study_name=storage[1], from_storage=storage[0], to_storage=f"sqlite:///{path}", to_study_name=STUDY)
+        optuna.copy_study(from_study_name=storage[1], from_storage=storage[0], to_storage=in_file(path), to_study_name=STUDY)
 
 
 def time_spent(study: optuna.Study) -> dict[str, float]:
@@ -209,7 +205,7 @@ def open_study(name: str, storage: Path | str, metrics: Mapping[str, str] | None
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns, with a trace, of every trial that Ctrl-C or an error ends
     directions: list[Any] = list(metrics.values()) if metrics else ["minimize"]
     with quietly():
-        backend = connect(storage) if isinstance(storage, str) else f"sqlite:///{storage}"
+        backend = connect(storage) if isinstance(storage, str) else in_file(storage)
         study = optuna.create_study(study_name=name, storage=backend, directions=directions, load_if_exists=True)
         if metrics:
             study.set_metric_names(list(metrics))
@@ -217,29 +213,6 @@ def open_study(name: str, storage: Path | str, metrics: Mapping[str, str] | None
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
     return study
-
-
-def connect(url: str) -> Any:
-    """Open the storage of studies at a URL; makes its tables if need be.
-
-    Raises:
-        InputError: no database there, or no driver for it.
-    """
-    for attempt in range(_ATTEMPTS):
-        try:
-            with quietly():
-                return optuna.storages.RDBStorage(url, heartbeat_interval=_HEARTBEAT_SECONDS, grace_period=_GRACE_SECONDS)
-        except Exception as error:  # of sqlalchemy, of the driver, or an import of it
-            failure = error
-        if attempt + 1 < _ATTEMPTS:
-            time.sleep(1)  # several workers that make a new database's tables at once trip over each other
-    scheme = url.partition(":")[0]
-    first = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
-    raise InputError(
-        f"--storage: no study can be kept at the {scheme} URL: {first}; it takes "
-        "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, mysql+pymysql://... or sqlite:///FILE, and the driver named there "
-        "has to be installed"
-    ) from failure
 
 
 def worker_salt() -> int:
@@ -256,6 +229,8 @@ def run_trial(
 ) -> None:
     """Run one trial: of these parameters, or of the sampler's. If `objective` raises, the trial fails and the exception goes on.
 
+    A trial that other workers took for dead, whose heartbeat did not reach the database for minutes, has failed; that is no error.
+
     `origin` is kept as the user attribute of a trial that is made from `parameters`.
     """
     if parameters is not None:  # not enqueued: workers that share the study could both be given a trial that waits
@@ -263,12 +238,23 @@ def run_trial(
             sampler = optuna.samplers.PartialFixedSampler(dict(parameters), sampler)
     study.sampler = sampler
 
-    def named(trial: optuna.Trial) -> float | Sequence[float]:
-        if origin:
-            trial.set_user_attr("origin", origin)
-        return objective(trial)
+    lost = False
 
-    study.optimize(named, n_trials=1)
+    def named(trial: optuna.Trial) -> float | Sequence[float]:
+        nonlocal lost
+        try:
+            if origin:
+                trial.set_user_attr("origin", origin)
+            return objective(trial)
+        except UpdateFinishedTrialError:
+            lost = True
+            raise
+
+    try:
+        study.optimize(named, n_trials=1)
+    except ValueError:  # of telling the end of a trial that has one
+        if not lost:
+            raise
 
 
 def live(study: optuna.Study) -> int:
@@ -282,11 +268,3 @@ def gp_sampler(seed: int, random_trials: int = 10) -> optuna.samplers.BaseSample
     """Return a Gaussian process sampler (Matern 5/2, log expected improvement) for values without noise."""
     with quietly():
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=random_trials, deterministic_objective=True)
-
-
-@contextmanager
-def quietly(category: type[Warning] = optuna.exceptions.ExperimentalWarning) -> Iterator[None]:
-    """Hide what optuna says of experimental features, or another kind of warning: nothing that the user can do anything about."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category)
-        yield

@@ -27,7 +27,7 @@ from torch import nn
 from lrserve.compression.covariance import Covariance, CovarianceAccumulator
 from lrserve.compression.groups import Group, family_of
 from lrserve.errors import CalibrationError
-from lrserve.storage.store import write_tensors
+from lrserve.storage.store import publish, write_tensors
 
 _FIELDS = ("C", "mu", "pool_means", "pool_tokens")
 
@@ -142,19 +142,25 @@ def run_block(block: Callable[..., Any], hidden_states: torch.Tensor, kwargs: di
     return states
 
 
-def resume_at(folder: Path, published: Sequence[Path]) -> int:
+def resume_at(folder: Path, published: Sequence[Path], states_bytes: int) -> int:
     """Return the block to go on from, given each block's result file, and remove the hidden states of all others.
 
-    A block's input states exist until its result is published; without them the pass starts over. With nothing left to do, the
-    number of blocks is returned.
+    A block's input states, of so many bytes, exist until its result is published; without them the pass starts over. With nothing
+    left to do, the number of blocks is returned.
     """
     folder.mkdir(parents=True, exist_ok=True)
     todo = [index for index, path in enumerate(published) if not path.is_file()]
-    start = len(published) if not todo else todo[0] if states_path(folder, todo[0]).is_file() else 0
+    start = todo[0] if todo else len(published)
+    if todo and not _has_size(states_path(folder, start), states_bytes):
+        start = 0
     for leftover in folder.glob("hidden*"):
-        if not todo or leftover != states_path(folder, start):
+        if not todo or leftover != states_path(folder, start) or not _has_size(leftover, states_bytes):
             leftover.unlink()
     return start
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 @torch.inference_mode()
@@ -193,11 +199,12 @@ def calibrate(
     device = next(model.parameters()).device
     sequences, length = windows.shape
     batch = max(1, min(batch_tokens // length, pool_sequences))
-    start = resume_at(folder, [statistics_path(folder, index) for index in range(len(layers))])
-    if start == len(layers):
-        return start
     dtype = next(model.parameters()).dtype
     shape = (sequences, length, int(model.config.hidden_size))
+    states_bytes = torch.Size(shape).numel() * dtype.itemsize
+    start = resume_at(folder, [statistics_path(folder, index) for index in range(len(layers))], states_bytes)
+    if start == len(layers):
+        return start
     rehearsal = Rehearsal(model, layers, windows)
 
     def pooled_batches() -> Iterator[tuple[int, int, bool]]:
@@ -212,7 +219,7 @@ def calibrate(
         states = memory_map(partial, shape, dtype)
         for first, last, _ in pooled_batches():
             states[first:last] = embed(model, layers, windows[first:last].to(device)).cpu()
-        os.replace(partial, states_path(folder, 0))
+        publish(partial, states_path(folder, 0))
     progress(start)
     for index in range(start, len(layers)):
         block = layers[index]
@@ -237,7 +244,7 @@ def calibrate(
         finally:
             for handle in hooks:
                 handle.remove()
-        os.replace(partial, states_path(folder, index + 1))
+        publish(partial, states_path(folder, index + 1))
         if collect:
             _publish(statistics_path(folder, index), {name: a.finish() for name, a in accumulators.items()})
         states_path(folder, index).unlink()

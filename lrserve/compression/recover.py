@@ -297,8 +297,14 @@ def _divergence(teacher: Any, student: Any, wanted: torch.Tensor, hidden: torch.
 
 
 def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, state: _Progress) -> None:
-    with atomic_path(path) as partial:
-        torch.save({"groups": student.state(), "optimizer": optimizer.state_dict(), "progress": asdict(state)}, partial)
+    saved = {"groups": student.state(), "optimizer": optimizer.state_dict(), "progress": asdict(state)}
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        try:
+            torch.save(saved, file)
+        except RuntimeError as error:  # at the end of a file that a full disk has cut short
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _restore(path: Path, student: Student, optimizer: torch.optim.Optimizer, state: _Progress) -> None:

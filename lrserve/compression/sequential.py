@@ -21,7 +21,6 @@ The walk ends behind the last block that the plan compresses. Memory: the model,
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from lrserve.compression.groups import Group, family_of
 from lrserve.compression.spectra import stacked_weight
 from lrserve.compression.training import TrainableGroup, TrainedFactors, install_trainable
 from lrserve.errors import CalibrationError
-from lrserve.storage.store import write_tensors
+from lrserve.storage.store import publish, write_tensors
 
 
 @dataclass(frozen=True)
@@ -238,18 +237,18 @@ def walk_blocks(
     """
     layers = model.get_submodule(family_of(model.config).layers)
     paths = [folder / f"factors-{index:05d}.safetensors" for index in range(blocks)]
-    start = resume_at(folder, paths)
     parameter = next(model.parameters())
     sequences, length = windows.shape
     batch = max(1, batch_tokens // length)
     shape = (2, sequences, length, int(model.config.hidden_size))
+    start = resume_at(folder, paths, torch.Size(shape).numel() * parameter.dtype.itemsize)
     rehearsal = Rehearsal(model, layers, windows)
     partial = folder / "hidden.partial"
     if start == 0 and blocks:
         streams = memory_map(partial, shape, parameter.dtype)
         for first in range(0, sequences, batch):
             streams[:, first : first + batch] = embed(model, layers, windows[first : first + batch].to(parameter.device)).cpu()
-        os.replace(partial, states_path(folder, 0))
+        publish(partial, states_path(folder, 0))
     progress(start)
     for index in range(start, blocks):
         before = memory_map(states_path(folder, index), shape, parameter.dtype)
@@ -261,7 +260,7 @@ def walk_blocks(
             if not torch.isfinite(tensor).all():
                 raise CalibrationError(f"{name} is not finite; keep this group dense, or give more calibration text")
         _take_through(compressed, block, before[1], after[1])
-        os.replace(partial, states_path(folder, index + 1))
+        publish(partial, states_path(folder, index + 1))
         write_tensors(paths[index], tensors)
         states_path(folder, index).unlink()
         progress(index + 1)

@@ -6,7 +6,6 @@ A fused group is timed as one layer, though gate and up, and q, k and v that are
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lrserve.compression.lowrank import install_low_rank
 from lrserve.compression.spec import GroupSpec
 from lrserve.engines.onnx_session import open_session
 from lrserve.engines.timing import Entry, Row, UnsupportedLayerError, input_elements, time_layers
+from lrserve.storage.temporary import temporary_folder
 
 
 def latency_table(entries: Sequence[Entry], tokens: Sequence[int], threads: int | None, seconds: float | None) -> list[Row]:
@@ -73,7 +73,7 @@ def random_layer(entry: Entry) -> nn.Module:
 def open_layer(layer: nn.Module, n: int, threads: int | None) -> Any:
     """Open a session over a layer's own graph, x (B, S, n) -> y (B, S, m), as over the model's, its weights in a file too."""
     _share_arena()
-    with tempfile.TemporaryDirectory(prefix="lrserve-layer-") as folder:
+    with temporary_folder() as folder:
         path = Path(folder) / "layer.onnx"
         save_graph(build_layer(layer, n), path)
         return open_session(path, threads, {"session.use_env_allocators": "1"})

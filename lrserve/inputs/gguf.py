@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +27,7 @@ from lrserve.inputs.gguf_config import ROPE_FACTORS, config_of
 from lrserve.inputs.gguf_file import GgufFile, part_stem, read_gguf
 from lrserve.storage.space import Place, require_space
 from lrserve.storage.store import file_sha256, staged
+from lrserve.storage.temporary import temporary_folder
 
 _VERSION: Final = 2
 """Of what a conversion holds. Another one in the cache is made again."""
@@ -174,7 +174,7 @@ def _tokenizer(file: GgufFile, rows: int) -> Any:
     if not isinstance(template, str | None):
         raise InputError(f"{file.path}: tokenizer.chat_template is {shown(template)}, not text; download it again")
     adds = {"bos": _flag(file, "bos", model == "llama" or split in _LLAMA3_SPLITS), "eos": _flag(file, "eos", False)}
-    with reading(file.path, _ADVICE), tempfile.TemporaryDirectory(prefix="lrserve-gguf-") as folder:
+    with reading(file.path, _ADVICE), temporary_folder() as folder:
         (Path(folder) / "model.gguf").symlink_to(file.path.absolute())  # alone: files of a tokenizer beside it would be mixed in
         backend = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file="model.gguf").backend_tokenizer
     content = json.loads(backend.to_str())

@@ -29,7 +29,7 @@ from lrserve.pipeline.job import Job
 from lrserve.recipe import Workload
 from lrserve.report.console import progress_bar, reused
 from lrserve.report.machine import machine
-from lrserve.storage.store import fingerprint, write_json
+from lrserve.storage.store import fingerprint, flush_folder, write_json
 from lrserve.storage.work import WorkFolder
 
 _TABLE = "latency"  # user attribute of a shared study
@@ -94,12 +94,23 @@ def dense_checkpoint(job: Job, runtime: Runtime, folder: WorkFolder) -> Path:
     if runtime.loads_sources:
         return job.source.path
     stage = folder.stage("dense", {**job.model_inputs(), "engine": runtime.version})
-    done = stage / "done.json"
-    if not done.is_file():
-        runtime.exporter.export(job.source.load(torch.float32).cpu(), job.source.path, stage, job.dtype)
-        write_json(done, {})
+    model, done = stage / "model", stage / "done.json"
+    before = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else None
+    if before != _sizes(model):
+        if before is not None:
+            job.say(f"dense: {model} is incomplete; it is made anew")
+        shutil.rmtree(model, ignore_errors=True)
+        model.mkdir()
+        runtime.exporter.export(job.source.load(torch.float32).cpu(), job.source.path, model, job.dtype)
+        flush_folder(model)
+        write_json(done, _sizes(model))
         job.say(f"dense model: exported for {runtime.version}")
-    return stage
+    return model
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of a folder's files by their paths in it."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 def measure_layers(job: Job, runtime: Runtime, dense: DenseEngine, folder: WorkFolder) -> tuple[dict[str, Any], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,15 +13,16 @@ import torch
 
 from exporters.base import Configured, Exporter, SelfProving
 from exporters.registry import exporter_points
+from lrserve.allocation.database import connect, study_errors_named, without_password
 from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit, byte_cost
-from lrserve.allocation.study import connect
 from lrserve.compression.calibrate import calibrate
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.engines.runtimes import loader_of, runtime_of
 from lrserve.errors import ArtifactError
+from lrserve.inputs.source import cache_folder
 from lrserve.pipeline.estimate import StageCost, by_stage, estimate, in_words, time_forward
 from lrserve.pipeline.evidence import collect_metrics, write_evidence
 from lrserve.pipeline.improve import improve_factors, validate_improved
@@ -36,6 +38,7 @@ from lrserve.report.advice import advice
 from lrserve.report.console import Say, progress_bar, reused, timed
 from lrserve.storage.space import Place, bytes_below, require_space, resolved
 from lrserve.storage.store import disk_errors_named, read_manifest, staged, verify_files
+from lrserve.storage.temporary import remove_leftovers, restore_replaced, temporary_leftovers
 from lrserve.storage.work import WorkFolder, differences, work_folder
 
 
@@ -77,6 +80,8 @@ def compress_and_export(
     work = resolved("--work", work if work is not None else out.with_name(f"{out.name}.work"))
     if out == work or out in work.parents:
         raise ArtifactError(f"the work folder {work} lies inside {out}, which is published as a whole; choose another --work")
+    if not dry_run:
+        _clean_up(out, work, say)
     exporters = load_exporters(recipe.export, recipe.engine)
     job = replace(open_job(recipe, say), say=timed(say))
     recipe = job.recipe
@@ -112,7 +117,8 @@ def compress_and_export(
         _say_intent(job, costs, say)
         return {}
 
-    with work_folder(work, say, MODULES) as folder, disk_errors_named(work), float32_matmuls():
+    database = without_password(storage) if storage else f"the work folder {work}"
+    with work_folder(work, say, MODULES) as folder, disk_errors_named(work), study_errors_named(database), float32_matmuls():
         model = job.source.load(job.dtype)
         statistics = calibrate_blocks(job, model, folder)
         gradients = backpropagate(job, model, folder)
@@ -136,6 +142,16 @@ def compress_and_export(
             write_evidence(job, tuned, metrics, staging)
     _say_summary(metrics, out, say)
     return metrics
+
+
+def _clean_up(out: Path, work: Path, say: Say) -> None:
+    """Remove what runs left that were killed, and put back what one of them had moved aside."""
+    restore_replaced(out, say)
+    beside = f".{glob.escape(out.name)}."
+    places = [(out.parent, f"{beside}staging-*"), (out.parent, f"{beside}replaced-*"), (work, "**/*.partial-*")]
+    cache = cache_folder()
+    places += [(cache / "dequantized", "*.partial-*"), (cache / "demo", "lrserve-*"), (cache / "demo", "*.partial-*")]
+    remove_leftovers([*places, temporary_leftovers()], say)
 
 
 def load_exporters(names: Sequence[str], settings: EngineSettings) -> list[Exporter]:

@@ -29,6 +29,7 @@ from lrserve.report.console import progress_bar
 from lrserve.report.machine import machine
 from lrserve.storage.space import Place, require_space
 from lrserve.storage.store import fingerprint, write_json
+from lrserve.storage.temporary import temporary_folder
 
 _LAYERS: Final = 2
 _VOCABULARY: Final = 1024  # tokens: no engine depends on their number, and time and disk do
@@ -117,7 +118,7 @@ def _try(job: Job, model: Any, runtime: Runtime) -> None:
     prompts = random_prompts(model.config.vocab_size, prompt_tokens, _PROMPTS, seed=0)
     workload = Workload(prompt_tokens=prompt_tokens, output_tokens=_NEW_TOKENS, concurrency=_PROMPTS)
     exact = transcribe_model(model, prompts, _NEW_TOKENS)
-    with tempfile.TemporaryDirectory(prefix="lrserve-two-layers-") as folder:
+    with temporary_folder() as folder:
         place = Path(folder)
         exporter.export(model, job.source.path, place, job.dtype)
         (place / "generation_config.json").unlink(missing_ok=True)  # its end tokens may be none of these few

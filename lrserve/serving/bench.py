@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from lrserve.serving.generation import EngineName
 from lrserve.serving.kv_cache import LEAST, cache_argument, is_said, model_cache
 from lrserve.serving.online import GraphServer, Server, compare_online
 from lrserve.storage.store import check_files, read_manifest, write_json
+from lrserve.storage.temporary import remove_leftovers, temporary_folder, temporary_leftovers
 
 _SLACK_TOKENS = 8  # of a sequence, for what a tokenizer puts around a prompt
 _OURS = ("api-key", "host", "port", "served-model-name")  # flags of vLLM that are about clients: bench has its own
@@ -80,6 +80,7 @@ def bench(
             report.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"no folder {report} can be made for --report: {error.strerror}") from error
+    remove_leftovers([temporary_leftovers()], say)
     recipe = Recipe.load(out / "lrserve" / "recipe.yaml", dict(overrides or {}))
     if given := {name: value for name, value in (workload or {}).items() if value is not None}:
         custom = {**next(iter(recipe.workloads.values())).model_dump(), **given}
@@ -135,7 +136,7 @@ def dense_graph(model: str, stack: ExitStack) -> tuple[str, Path]:
     if (own / FOLDER / "genai_config.json").is_file():
         return own.resolve().name, own
     source = open_source(model, accept=family_of)
-    folder = Path(stack.enter_context(TemporaryDirectory(prefix="lrserve-dense-")))
+    folder = Path(stack.enter_context(temporary_folder()))
     exporter, loaded = OnnxExporter(), source.load(torch.float32)
     exporter.preflight(loaded)
     exporter.export(loaded, source.path, folder, torch.float32)

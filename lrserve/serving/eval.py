@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +23,7 @@ from lrserve.report.machine import made
 from lrserve.serving.recovery import compare
 from lrserve.serving.server import check_engine
 from lrserve.storage.store import check_files, read_manifest, replace_files, write_json
+from lrserve.storage.temporary import remove_leftovers, temporary_folder, temporary_leftovers
 
 _CARD, _METRICS = "README.md", "lrserve/metrics.json"
 
@@ -75,9 +75,10 @@ def evaluate(
             report.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"no folder {report} can be made for --report: {error.strerror}") from error
+    remove_leftovers([temporary_leftovers()], say)
     recipe = Recipe.load(out / "lrserve" / "recipe.yaml", {})
     source = open_source(dense or recipe.model, accept=family_of)
-    with tempfile.TemporaryDirectory(prefix="lrserve-eval-") as folder:
+    with temporary_folder() as folder:
         if not wanted:
             wanted = [str(write_cloze(_unseen(recipe.text, text), Path(folder), limit or CLOZE_ITEMS, seed=recipe.seed))]
         found: list[dict[str, Any]] = []

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 
 from lrserve.errors import ArtifactError
 from lrserve.storage.folder import MOST_BYTES, MOST_FILES, folder_faults, is_hub_snapshot, is_name, listed, read_regular, shown
+from lrserve.storage.temporary import exchange, neighbour, staging_folder
 
 if TYPE_CHECKING:
     import torch
@@ -37,23 +37,44 @@ _FOR_PEOPLE: Final = ".md"  # ending of the model card, which no loader reads
 
 
 def replace_folder(staging: Path, target: Path) -> None:
-    """Move a finished folder to its place; a folder that is already there is replaced and then removed."""
-    for path in [*staging.rglob("*"), staging]:
-        if not path.is_symlink():
-            _follow_umask(path)
-            _flush(path)
+    """Move a finished folder to its place; a folder that is already there is replaced and then removed.
+
+    The two change places at once, so that one of them is there whenever the process or the machine dies. Where the system cannot do
+    that, there is a moment between two renames, after which `temporary.restore_replaced` puts the old one back.
+    """
+    flush_folder(staging)
     old = None
     if target.exists():
-        old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-        target.rename(old)
+        if exchange(staging, target):
+            old = staging
+        else:
+            old = neighbour(target.with_name(f".{target.name}"), "replaced")
+            target.rename(old)
     try:
-        staging.rename(target)
+        if old != staging:
+            staging.rename(target)
     except OSError:
         if old is not None:
             old.rename(target)
         raise
+    flush(target.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)  # what is new is in place; a leftover is no failure
+
+
+def flush_folder(folder: Path) -> None:
+    """Give all of a folder the modes of ordinary files, and see that it is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        if not path.is_symlink():
+            _follow_umask(path)
+            flush(path)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Rename a file into its place, where it is whole even if the machine dies."""
+    flush(partial)
+    os.replace(partial, path)
+    flush(path.parent)
 
 
 def _follow_umask(path: Path) -> None:
@@ -65,10 +86,14 @@ def _follow_umask(path: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask | inherited)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """See that a file or the names in a folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF) or not path.is_dir():  # a file system that does not flush folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -76,11 +101,11 @@ def _flush(path: Path) -> None:
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary neighbour to write to, and rename it into the place of `path` once it is written; remove it otherwise."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial = neighbour(path, "partial")
     try:
         yield partial
         _follow_umask(partial)
-        os.replace(partial, path)
+        publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -104,17 +129,28 @@ def fingerprint(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
+_NEXT_STEPS: Final[Mapping[int, str]] = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room or choose another place"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable or choose another place"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT), "check the disk or choose another place"),
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
 @contextmanager
 def disk_errors_named(what: Path) -> Iterator[None]:
-    """Turn errors of a full or read-only disk into one line about `what`."""
+    """Turn errors of a full, read-only or failing disk into one line about `what`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
-        if isinstance(error, OSError) and error.errno not in codes:
-            raise
         reason = " ".join(str(error).split())
-        raise ArtifactError(f"writing below {what} failed: {reason}; make room or choose another place, then run again") from error
+        told = re.search(r"\(os error (\d+)\)", reason)  # safetensors says the system's number in words
+        code = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if step := _NEXT_STEPS.get(code or 0):
+            raise ArtifactError(f"writing below {what} failed: {reason}; {step}, then run again") from error
+        if isinstance(error, OSError):
+            raise
+        raise ArtifactError(f"a tensor file below {what} is damaged: {reason}; run again, which makes it anew") from error
 
 
 @contextmanager
@@ -131,8 +167,7 @@ def staged(out: Path, *, replace: bool) -> Iterator[Path]:
         ArtifactError: the place cannot be written, ran full, or something appeared at `out` meanwhile.
     """
     with disk_errors_named(out.parent):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.staging-", dir=out.parent))
+        staging = staging_folder(out)
         try:
             yield staging
             if not replace and out.exists() and any(out.iterdir()):

@@ -6,6 +6,7 @@ import fcntl
 import inspect
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ from types import ModuleType
 from typing import Any
 
 from lrserve.errors import ArtifactError
-from lrserve.storage.store import fingerprint, write_json
+from lrserve.storage.sound import damage
+from lrserve.storage.store import fingerprint, flush, write_json
 
 _INPUTS = "inputs.json"
 _CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")
@@ -85,15 +87,31 @@ class WorkFolder:
         modules = self._modules.get(name) or {module for own in self._modules.values() for module in own}
         inputs = json.loads(json.dumps({**inputs, "code": settings_of(*modules)}))
         folder = self.root / f"{name}-{fingerprint(inputs)[:12]}"
+        if folder.is_dir():
+            self._remove_damaged(name, folder)
+        elif changed := self._differences(name, inputs):
+            self._say(f"{name}: made anew, since the last run here differs in {', '.join(changed)}")
         if not (folder / _INPUTS).is_file():
-            earlier = list(self.root.glob(f"{name}-*/{_INPUTS}"))
-            if earlier:
-                latest = max(earlier, key=lambda path: path.stat().st_mtime)
-                changed = differences(json.loads(latest.read_text(encoding="utf-8")), inputs)
-                self._say(f"{name}: made anew, since the last run here differs in {', '.join(changed)}")
             folder.mkdir(parents=True, exist_ok=True)
+            flush(self.root)
             write_json(folder / _INPUTS, inputs)
         return folder
+
+    def _differences(self, name: str, inputs: Mapping[str, Any]) -> list[str]:
+        """Name the inputs of a stage in which the latest one of the same name differs."""
+        for path in sorted(self.root.glob(f"{name}-*/{_INPUTS}"), key=lambda path: path.stat().st_mtime, reverse=True):
+            if damage(path) is None:
+                return differences(json.loads(path.read_text(encoding="utf-8")), inputs)
+        return []
+
+    def _remove_damaged(self, name: str, folder: Path) -> None:
+        """Remove what does not count as made, so that it is made anew; says so."""
+        for path in sorted(folder.iterdir()):
+            if found := damage(path):
+                self._say(f"{name}: {path} {found}; it is made anew")
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                for journal in folder.glob(f"{path.name}-*"):  # which SQLite would play into the next database
+                    journal.unlink()
 
 
 @contextmanager
@@ -111,6 +129,11 @@ def work_folder(root: Path, say: Callable[[str], None], modules: Mapping[str, Se
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ArtifactError(f"another lrserve run is using {root}; wait for it or choose another --work") from None
+        except OSError as error:  # the study's database could not be used there either
+            raise ArtifactError(
+                f"the file system of the work folder {root} has no locks ({error.strerror}), which keep two runs apart; "
+                "choose a --work on a local disk"
+            ) from None
         yield WorkFolder(root, say, modules)

@@ -193,8 +193,8 @@ def test_the_trial_of_a_worker_that_is_gone_is_done_by_another(tmp_path: Path, m
         time.sleep(0.1)
     worker.kill()
     worker.join()
-    monkeypatch.setattr("lrserve.allocation.study._GRACE_SECONDS", 1)
-    monkeypatch.setattr("lrserve.allocation.study._HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr("lrserve.allocation.database._GRACE_SECONDS", 1)
+    monkeypatch.setattr("lrserve.allocation.database._HEARTBEAT_SECONDS", 1)
     time.sleep(2)
     trials = run(Target(ratio=0.3), place)
     assert [trial.origin for trial in trials[:3]] == ["loss_aware", "probed", "uniform"]

@@ -129,7 +129,7 @@ def test_a_graph_is_proven_and_the_dense_engine_started_once(
     said: list[str] = []
     job, model = replace(open_tiny(place), say=said.append), factorized_model("LlamaForCausalLM")
     proof = prove_graph(job, model, model, folder, tmp_path / "out")
-    assert started == ["out", "dense"]
+    assert started == ["out", "model"]
     assert [line.partition(":")[0] for line in said] == ["dense model", "6/6 agreement"]
     found = proof.agreement["onnxruntime"]
     assert found["max_logprob_difference"] < 1e-4
