@@ -155,8 +155,10 @@ def open_job(recipe: Recipe, say: Say) -> Job:
     source = open_source(recipe.model)
     config = source.config()
     family_of(config)
-    texts = load_texts(recipe.text.calibration, recipe.text.validation, recipe.text.report)
     tokenizer = source.tokenizer()
+    texts = load_texts(recipe.text.sources, recipe.text.validation, recipe.text.report, tokenizer)
+    for note in texts.notes:
+        say(note)
     calibration, search, report = recipe.calibration, recipe.search, recipe.report
 
     def cut(documents: Documents, length: int, count: int, setting: str, effect: str, **choice: int) -> torch.Tensor:

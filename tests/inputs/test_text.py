@@ -60,7 +60,7 @@ def test_bad_text_is_named(tmp_path: Path) -> None:
     assert len(read_documents(str(separators)).texts) == 1
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n{"body": 1}\n')
-    with pytest.raises(InputError, match=r"line 2 is not a JSON object with a \"text\""):
+    with pytest.raises(InputError, match="line 2 has no 'text', but 'body'"):
         read_documents(str(bad))
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe\x00")
