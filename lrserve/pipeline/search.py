@@ -29,7 +29,7 @@ from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
 from lrserve.compression.rounding import Rounding
 from lrserve.compression.spectra import SpectrumStore
 from lrserve.engines.runtimes import runtime_of
-from lrserve.errors import CalibrationError, InputError
+from lrserve.errors import CalibrationError, InputError, NotFiniteError
 from lrserve.pipeline.job import Job, first_tokens, tensor_sha256
 from lrserve.pipeline.measure import DenseEngine, Measured, dense_checkpoint, measure_front, measure_layers, published, speed_model
 from lrserve.pipeline.probe import probed_losses
@@ -150,7 +150,10 @@ def rounding_metric(
     """Let rounding to 4 bits be measured by moments in which tokens weigh by their gradients, if the engine can run it."""
     if gradients is not None and any(SCHEMES[precision].bits < 8 for precision in runnable.offers.precisions):
         merged.apply({})
-        rounding.measure_by(weigh_tokens(job, merged.model, gradients, folder))
+        try:
+            rounding.measure_by(weigh_tokens(job, merged.model, gradients, folder))
+        except NotFiniteError as error:
+            job.say(f"4/6 weigh: all tokens weigh alike, since {error}")
 
 
 def known_losses(

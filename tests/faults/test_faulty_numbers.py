@@ -30,7 +30,14 @@ from lrserve.compression.groups import find_groups
 from lrserve.compression.level import DENSE, Level
 from lrserve.compression.spectra import SpectrumStore, write_spectra
 from lrserve.engines.runtimes import Runtime
-from lrserve.errors import AgreementError, CalibrationError, EngineError, InfeasibleTargetError, InputError
+from lrserve.errors import (
+    AgreementError,
+    CalibrationError,
+    EngineError,
+    InfeasibleTargetError,
+    InputError,
+    NotFiniteError,
+)
 from lrserve.inputs.finite import require_finite
 from lrserve.inputs.source import Source
 from lrserve.pipeline import prove, search
@@ -394,6 +401,20 @@ def test_a_dense_run_of_no_finite_time_ends_the_search(
     engines.seconds_per_parameter = NAN
     with pytest.raises(EngineError, match="took nan s for the workload decode; remove .*latency-"):
         tuned(open_small(place, **{"target.ratio": 0.2}), folder)
+
+
+def test_weights_of_tokens_that_are_not_finite_weigh_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflows(*arguments: Any) -> Any:
+        raise NotFiniteError("activations are not finite")
+
+    monkeypatch.setattr(search, "weigh_tokens", overflows)
+    lines: list[str] = []
+    job: Any = SimpleNamespace(say=lines.append)
+    merged: Any = SimpleNamespace(apply=lambda levels: None, model=None)
+    runnable: Any = SimpleNamespace(offers=Offers(8, precisions=("int4_g32",)))
+    rounding: Any = SimpleNamespace(measure_by=lambda moment: lines.append("told"))
+    search.rounding_metric(job, merged, rounding, object(), runnable, object())  # type: ignore[arg-type]
+    assert lines == ["4/6 weigh: all tokens weigh alike, since activations are not finite"]
 
 
 # The proof and the summary

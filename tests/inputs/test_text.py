@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def test_plain_text_is_cut_at_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\nstill one\n\ntwo\n\n\n\nthree")
     assert [t.strip() for t in read_documents(str(path)).texts] == ["one\nstill one", "two", "three"]
+
+
+def test_documents_of_plain_text_are_what_stands_between_blank_lines(tmp_path: Path) -> None:
+    content = "one\nstill one\n\n\n two\n\n\n\nthree\n"
+    path = tmp_path / "a.txt"
+    path.write_text(content)
+    found = read_documents(str(path))
+    assert found.texts == tuple(text for text in content.split("\n\n") if text.strip())
+    assert found.fingerprint() == hashlib.sha256("".join(f"{text}\0" for text in found.texts).encode()).hexdigest()
 
 
 def test_bad_text_is_named(tmp_path: Path) -> None:
