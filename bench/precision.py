@@ -82,7 +82,7 @@ class Bench:
     def losses(self, offers: Offers) -> Losses:
         """Return the best guess of what levels lose."""
         merged = MergedLevels(self.model, self.job.units, self.store, self.rounding)
-        found = probed_losses(self.job, merged, self.store, offers, self.folder)
+        _, found = probed_losses(self.job, merged, self.store, offers, self.folder)
         merged.apply({})
         return next(iter(found.values()))
 

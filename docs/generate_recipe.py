@@ -90,15 +90,22 @@ def _unit_and_values(name: str, field: FieldInfo) -> tuple[str, str]:
         elif get_origin(annotation) is Literal:
             values.append(", ".join(f"`{choice}`" for choice in get_args(annotation)))
         elif get_origin(annotation) is tuple:
-            inner = get_args(annotation)[0]
-            choices = ", ".join(f"`{choice}`" for choice in get_args(inner)) if get_origin(inner) is Literal else "names"
-            values.append(", ".join([f"list of {choices}", *_bounds(metadata)]))
+            values.append(", ".join([f"list of {_entries(get_args(annotation)[0])}", *_bounds(metadata)]))
         else:
             values.append(", ".join([_TYPES[annotation], *_bounds(metadata)]))
             unit = next((entry for entry in metadata if isinstance(entry, str)), "")
             if not unit and annotation is not bool:
                 raise TypeError(f"{name} has no unit; add a string to its Annotated type in lrserve/recipe.py")
     return unit, " or ".join(values)
+
+
+def _entries(annotation: Any) -> str:
+    """Say what the entries of a list are."""
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"`{{{', '.join(annotation.model_fields)}}}`"
+    return "names"
 
 
 def _default(value: Any, required: bool) -> str:

@@ -88,7 +88,7 @@ def compress_and_export(
     model: Annotated[str | None, typer.Argument(help=f"{_MODEL}; may stand in the recipe instead.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Folder for the artifact.")] = ...,  # type: ignore[assignment]
     calibration: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Text file (.jsonl or plain) or Hub dataset, of the kind that you serve.")
+        str | None, typer.Option(metavar="TEXT", help="Text file, FILE:COLUMN or Hub dataset, of the kind that you serve.")
     ] = None,
     ratio: Annotated[
         str | None,

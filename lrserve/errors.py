@@ -31,6 +31,10 @@ class CalibrationError(LrserveError):
     """The activations or their covariances are unusable (not finite, or no token was seen)."""
 
 
+class NotFiniteError(CalibrationError):
+    """A number is infinite or none at all. Where a part of the model alone depends on it, that part is left as it was."""
+
+
 class ArtifactError(LrserveError):
     """An exported folder is damaged, incomplete, of another format version, or may not be written."""
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from lrserve.compression.groups import KINDS, Kind, Structure
 from lrserve.compression.level import Precision
 from lrserve.errors import InputError, shown
+from lrserve.inputs.origin import on_disk
 from lrserve.storage.yaml_files import read_settings
 
 if TYPE_CHECKING:
@@ -89,18 +90,60 @@ class Target(_Frozen):
         return given[0].replace("_", "-") if given else "front"
 
 
-class Text(_Frozen):
-    """Text by use: a file (.jsonl with a "text" field in each line, or plain text), or the name of a Hub dataset.
+class TextSource(_Frozen):
+    """One of several calibration texts; a name alone is one without a share."""
 
-    No document serves two uses. A text that is not given is cut from the end of the calibration text.
+    source: Annotated[str, "file or dataset"]
+    """A file or dataset, as for a single text."""
+    share: Annotated[float, Field(gt=0, allow_inf_nan=False), "parts"] | None = None
+    """Part of the characters that this source has in the calibration text. Only the proportions count."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, data: Any) -> Any:
+        return {"source": data} if isinstance(data, str) else data
+
+
+def _form_of_text(value: Any) -> str:
+    return "[sources]" if isinstance(value, (list, tuple)) else "[origin]"
+
+
+class Text(_Frozen):
+    """Text by use: a file or a dataset, or for calibration several of them. [guide.md](guide.md#text) lists the forms of files.
+
+    `FILE` or `FILE:COLUMN` is a file. `NAME:CONFIG:SPLIT:COLUMN` is a dataset, by its name on the Hub or its folder; all but the
+    name may be left out or empty. No document serves two uses. A text that is not given is cut from the end of the calibration
+    text.
     """
 
-    calibration: Annotated[str, "file or dataset"] | None = None
-    """Text from which covariances and gradients are collected; `--calibration`. A run needs it."""
+    calibration: (
+        Annotated[
+            Annotated[str, "file or dataset", Tag("[origin]")]
+            | Annotated[tuple[TextSource, ...], Field(min_length=1), Tag("[sources]")],
+            Discriminator(_form_of_text),
+        ]
+        | None
+    ) = None
+    """Text from which covariances and gradients are collected; `--calibration`. A run needs it. A list mixes several texts: an
+    entry is `{source: TEXT, share: PARTS}`. Their documents are interleaved, and a text that has more than its share of the
+    characters is cut. Without any `share`, all of each text is taken."""
     validation: Annotated[str, "file or dataset"] | None = None
     """Text on which the search judges plans; null cuts a tenth off the calibration text."""
     report: Annotated[str, "file or dataset"] | None = None
     """Text of the final perplexity, which neither calibration nor search sees; null cuts a tenth off the calibration text."""
+
+    @model_validator(mode="after")
+    def _all_shares_or_none(self) -> Text:
+        if isinstance(self.calibration, tuple) and len({entry.share is None for entry in self.calibration}) > 1:
+            raise ValueError("calibration: give every source a share, or none")
+        return self
+
+    @property
+    def sources(self) -> str | list[tuple[str, float | None]] | None:
+        """The calibration text: one origin, or several with their shares."""
+        if isinstance(self.calibration, tuple):
+            return [(entry.source, entry.share) for entry in self.calibration]
+        return self.calibration
 
 
 class Calibration(_Frozen):
@@ -353,7 +396,7 @@ _TYPES: Final[Mapping[str, str]] = {
 
 def _explain(error: ErrorDetails, path: Path | None, flags: Mapping[str, str]) -> str:
     """Say in one line what is wrong with a setting: by its flag, else by its dotted name and the recipe that it stands in."""
-    parts = [str(part) for part in error["loc"] if part != "[key]"]
+    parts = [str(part) for part in error["loc"] if not str(part).startswith("[")]  # "[key]", and forms of one setting
     where = ".".join(parts)[:_NAMED]
     kind, context, got = error["type"], error.get("ctx", {}), f"; got {shown(error['input'])}"
     if kind == "extra_forbidden":
@@ -389,9 +432,17 @@ def _absolute_paths(data: dict[str, Any]) -> dict[str, Any]:
         place = os.path.expanduser(value) if isinstance(value, str) and "\0" not in value else ""
         return os.path.abspath(place) if place and os.path.exists(place) else value
 
-    text = data.get("text")
+    def text(value: Any) -> Any:
+        if isinstance(value, list):
+            return [text(entry) for entry in value]
+        if isinstance(value, dict) and "source" in value:
+            return {**value, "source": text(value["source"])}
+        found = on_disk(value) if isinstance(value, str) else None
+        return value if found is None else ":".join(filter(None, (os.path.abspath(found[0]), found[1])))
+
+    texts = data.get("text")
     return {
         **data,
         "model": absolute(data["model"]),
-        **({"text": {use: absolute(value) for use, value in text.items()}} if isinstance(text, dict) else {}),
+        **({"text": {use: text(value) for use, value in texts.items()}} if isinstance(texts, dict) else {}),
     }

@@ -288,10 +288,18 @@ def tiny(words: list[str], inputs: Path, place: Path) -> list[str]:
     return arguments if "--recipe" in words else [*arguments, "--recipe", str(place / "small.yaml")]
 
 
+YAML = [block for block in prose_and_blocks(GUIDE)[1] if block.language == "yaml"]
+
+
+@pytest.mark.parametrize("block", YAML, ids=lambda block: block.name)
+def test_recipes_of_the_guide_are_recipes(block: Block) -> None:
+    assert Recipe.model_validate({"model": "MODEL", **yaml.safe_load(block.text)})
+
+
 def write_recipes(place: Path) -> None:
     """Write the small recipe, and the guide's with what a tiny model needs besides."""
     (place / "small.yaml").write_text(yaml.safe_dump(SMALL))
-    (block,) = [block for block in prose_and_blocks(GUIDE)[1] if block.language == "yaml"]
+    (block,) = [block for block in YAML if "workloads" in block.text]
     (place / "recipe.yaml").write_text(yaml.safe_dump(SMALL | yaml.safe_load(block.text)))
 
 

@@ -41,6 +41,8 @@ class Evaluated:
     origin: the name of a base plan, `trial N`, or of a plan that stands for what users would serve instead.
     trial: its number in the study; None for a plan that is no trial.
     fits: whether its size is what was asked for.
+
+    A perplexity that is no number counts as infinite. Such a plan is `finite` no more: it is infeasible, and no rival of others.
     """
 
     plan: Plan
@@ -51,6 +53,11 @@ class Evaluated:
     nll: tuple[float, ...] = ()
     complete: bool = True
     fits: bool = True
+
+    @property
+    def finite(self) -> bool:
+        """Whether the perplexity is a number."""
+        return math.isfinite(self.perplexity)
 
 
 def limit_of(target: Target) -> float:
@@ -77,14 +84,15 @@ class Goal:
         return {f"log(ppl / dense ppl){weight}": "minimize"}
 
     def loss(self, perplexity: float) -> float:
-        """Return log(perplexity / dense perplexity), in nats; finite."""
-        return math.log(min(perplexity, 1e30) / self.dense_perplexity)
+        """Return log(perplexity / dense perplexity), in nats; infinite where the perplexity is not finite."""
+        return math.log(min(perplexity, 1e30) / self.dense_perplexity) if math.isfinite(perplexity) else math.inf
 
     def objective(self, perplexity: float, speedup: float) -> float:
         """Return what is minimised, of a perplexity and a speedup over dense, predicted or measured; a front's is the loss."""
-        if self.target.max_ppl_increase:
+        loss = self.loss(perplexity)
+        if self.target.max_ppl_increase and math.isfinite(loss):
             return -math.log(speedup)
-        return self.loss(perplexity) - (self.speed_weight * math.log(speedup) if self.target.sized else 0.0)
+        return loss - (self.speed_weight * math.log(speedup) if self.target.sized else 0.0)
 
     def constraints(self, perplexity: float, speedup: float) -> dict[str, float]:
         """Return what has to be zero or less, by name."""
@@ -102,7 +110,7 @@ class Goal:
 def pareto_front(trials: Sequence[Evaluated], speedup: Speedup) -> list[Evaluated]:
     """Return the plans that no other beats in both perplexity and predicted speed, best perplexity first."""
     front: list[Evaluated] = []
-    rated = [(trial, speedup(trial.plan)) for trial in trials if trial.complete]
+    rated = [(trial, speedup(trial.plan)) for trial in trials if trial.complete and trial.finite]
     fastest = -math.inf
     for trial, speed in sorted(rated, key=lambda item: (item[0].perplexity, -item[1])):
         if speed > fastest:
@@ -128,9 +136,14 @@ def next_candidate(trials: Sequence[Evaluated], measured: Sequence[Evaluated], g
     faster than all that were measured. For the front the knee, then what lies furthest from all that was measured in log(speedup).
 
     Raises:
-        InfeasibleTargetError: no plan keeps the perplexity limit.
+        InfeasibleTargetError: no plan keeps the perplexity limit, or no perplexity is finite.
     """
     front = pareto_front(trials, speedup)
+    if not front and trials:
+        raise InfeasibleTargetError(
+            f"none of the {len(trials)} trials has a finite validation perplexity; ask for less, or set engine.dtype to bfloat16 "
+            "or float32"
+        )
     if goal.target.max_ppl_increase or goal.target.front:
         limit = goal.dense_perplexity * math.exp(limit_of(goal.target))
         if front[0].perplexity > limit:
@@ -166,6 +179,10 @@ class MeasuredSpeed:
     at_least: float
 
 
+def _was_measured(found: MeasuredSpeed) -> bool:
+    return 0 < found.speedup < math.inf and found.trial.finite
+
+
 def _reaches_target(found: MeasuredSpeed, goal: Goal) -> bool:
     return found.trial.fits and (not goal.target.min_speedup or found.speedup >= goal.target.min_speedup)
 
@@ -182,8 +199,11 @@ def choose(measured: Sequence[MeasuredSpeed], goal: Goal) -> Evaluated:
     Under a target that fixes a size nothing is promised of the speed. Otherwise the plan is faster than dense beyond the spread.
 
     Raises:
-        InfeasibleTargetError: none reaches the speedup, or none is faster than dense.
+        InfeasibleTargetError: none reaches the speedup, none is faster than dense, or none has a finite speedup.
     """
+    measured = [found for found in measured if _was_measured(found)]
+    if not measured:
+        raise InfeasibleTargetError("the engine gave no plan a finite speedup; repeat the command on a quieter machine")
     rows = [f"{f.trial.origin} perplexity {f.trial.perplexity:.2f} at {f.speedup:.2f}x" for f in measured]
     left = [found for found in measured if _reaches_target(found, goal)]
     if not left:
@@ -220,6 +240,8 @@ def rule(goal: Goal) -> str:
 def why_not(found: MeasuredSpeed, chosen: MeasuredSpeed, goal: Goal) -> str:
     """Say why `choose` chose another plan than the measured one `found`."""
     target = goal.target
+    if not _was_measured(found):
+        return "its perplexity or its measured speedup is not finite"
     if not found.trial.fits:
         return "it is larger than what was asked for"
     if not _reaches_target(found, goal):

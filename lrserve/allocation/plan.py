@@ -142,6 +142,7 @@ class Offers:
     """Which levels units may have: multiples of `step` as ranks, these precisions, and residuals of these ranks.
 
     Weights of fewer than 8 bits alone have residuals. Factors are rounded to 8 bits only, and have none. `embedding`: of all plans.
+    `dense`: the names of units that are left as they are.
     """
 
     step: int
@@ -149,9 +150,12 @@ class Offers:
     precisions: tuple[Precision, ...] = ()
     residuals: tuple[int, ...] = ()
     embedding: Precision | None = None
+    dense: frozenset[str] = frozenset()
 
     def levels(self, group: Group) -> list[Level]:
         """List the levels of one unit, dense last."""
+        if group.name in self.dense:
+            return [DENSE]
         ranks: list[int | None] = [*rank_choices(group, self.step, self.structure), None]
         levels = [
             Level(rank, weights, residual)

@@ -17,7 +17,7 @@ import copy
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -152,7 +152,8 @@ class SpeedModel:
         """Take, per workload, the seconds of the measured dense run and, per shape and number of rows, microseconds of one call.
 
         The table holds `shapes_to_measure` of the same groups, offers and output layer (m, n) at `token_counts`; None is a layer
-        that the engine cannot run. `offers` then has the precisions of which it can run every layer that was timed.
+        that the engine cannot run. `offers` then has the precisions of which it can run every layer that was timed. A unit of
+        which a time is not finite stays dense, and is among the `untimed`; so does the output layer.
         """
         self.groups = list(groups)
         self._shares = shares(workloads)
@@ -174,12 +175,20 @@ class SpeedModel:
         )
         runnable = [p for p in offers.precisions if all(us is not None for shape, us in latencies.items() if shape.weights == p)]
         self.offers = replace(offers, precisions=tuple(runnable))
+        timed = {shape for shape, us in latencies.items() if us is None or all(map(math.isfinite, us.values()))}
+        if output_layer and not timed.issuperset(output_layers(output_layer, offers)):
+            self.offers = replace(self.offers, embedding=None)
+        self.untimed = frozenset(group.name for group in self.groups if not timed.issuperset(self._shapes(group)))
+        self.offers = replace(self.offers, dense=self.offers.dense | self.untimed)
         self._output_change = {name: self._output_layer(name, latencies, output_layer) for name in workloads}
         self._curves: dict[tuple[bool, tuple[Shape, ...], Precision | None], _Curve] = {}
         for group in self.groups:
-            for weights in (None, *runnable):
+            for weights in (None, *runnable) if group.name not in self.untimed else ():
                 if (key := self._key(group, weights)) not in self._curves:
                     self._curves[key] = self._curve(group, weights, latencies, token_counts(workloads))
+
+    def _shapes(self, group: Group) -> set[Shape]:
+        return {shape for level in measured_levels(group, self.offers) for shape in shapes_of(group, level, self.offers)}
 
     def _curve(
         self,
@@ -217,6 +226,12 @@ class SpeedModel:
         rows, passes = self._output_passes[name]
         return passes * (rounded[rows] - dense[rows])
 
+    def keeping_dense(self, names: Collection[str]) -> SpeedModel:
+        """Return the model that offers these units nothing else."""
+        model = copy.copy(self)
+        model.offers = replace(self.offers, dense=self.offers.dense.union(names))
+        return model
+
     def without_what_never_pays(self) -> SpeedModel:
         """Return the model that offers no precision that has fewer bits than another one and is nowhere faster."""
         left: list[Precision] = []
@@ -243,8 +258,9 @@ class SpeedModel:
         least-squares factor through all plans, drawn towards 1: one plan that changes the time by 5 % counts as much as the table.
 
         Args:
-            measured: plans, and for each workload the relative time that the engine found.
+            measured: plans, and for each workload the relative time that the engine found. Those that are not finite say nothing.
         """
+        measured = [(plan, times) for plan, times in measured if all(map(math.isfinite, times.values()))]
         model = copy.copy(self)
         model._factors = dict.fromkeys(self._factors, 1.0)
         model._rounded = {name: self._rounded_factors(name, measured) for name in self._factors}
@@ -277,6 +293,8 @@ class SpeedModel:
         return group.ordered, tuple(shapes_of(group, DENSE, self.offers)), weights
 
     def _table(self, name: str, group: Group, level: Level) -> float:
+        if group.name in self.untimed:
+            return 0.0  # it stays dense in every plan, and only changes count
         curve = self._curves[self._key(group, level.weights)]
         return sum(weight * curve.microseconds(level, rows) for rows, weight in self._weights[name].items())
 

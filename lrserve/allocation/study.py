@@ -4,13 +4,19 @@ Every suggestion is drawn from a sampler that is made afresh for each trial, see
 those that did not fail. So a resumed study, or one whose process was killed, goes on as if it had not been interrupted. A trial is
 judged on the validation windows in two halves, and stopped after the first one where a finished plan that is at least as fast is
 better on the same windows by three standard errors (`quality.Validation`).
+
+A perplexity that is not finite makes a trial infeasible. Its objectives are infinite, which samplers take for the worst finite
+ones, and no other trial is held against it.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import socket
+import sys
 import time
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -96,7 +102,7 @@ def _objective(
         if before := known.get(plan.key()):
             found = Judgement(before.perplexity, before.nll, before.complete)
         else:
-            rivals = [t for t in done if t.complete and (goal.target.min_speedup or t.tokens_per_second >= throughput)]
+            rivals = [t for t in done if t.complete and t.finite and (goal.target.min_speedup or t.tokens_per_second >= throughput)]
             found = evaluate(plan, [rival.nll for rival in rivals])
         attributes: dict[str, Any] = {
             "levels": plan.to_json(),
@@ -115,7 +121,7 @@ def _objective(
             for key, value in goal.constraints(found.perplexity, speedup).items():
                 trial.set_constraint(key, value)
         if goal.target.front:
-            return goal.loss(found.perplexity), throughput
+            return goal.loss(found.perplexity), throughput if math.isfinite(found.perplexity) else -math.inf
         return goal.objective(found.perplexity, speedup)
 
     return objective
@@ -174,7 +180,7 @@ def importances(study: optuna.Study, goal: Goal) -> dict[str, dict[str, float]]:
     Empty where there are too few trials to say, or all are alike.
     """
     targets: Mapping[str, Callable[[Any], float]] = {
-        "perplexity": lambda trial: goal.loss(trial.user_attrs["perplexity"]),
+        "perplexity": lambda trial: goal.loss(min(trial.user_attrs["perplexity"], sys.float_info.max)),
         "speed": lambda trial: -trial.user_attrs["speedup"],  # the lower, the better, for both
     }
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -250,11 +256,13 @@ def run_trial(
             lost = True
             raise
 
-    try:
-        study.optimize(named, n_trials=1)
-    except ValueError:  # of telling the end of a trial that has one
-        if not lost:
-            raise
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Clip non-finite values")  # which is what they are infinite for
+        try:
+            study.optimize(named, n_trials=1)
+        except ValueError:  # of telling the end of a trial that has one
+            if not lost:
+                raise
 
 
 def live(study: optuna.Study) -> int:

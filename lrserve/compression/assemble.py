@@ -166,12 +166,17 @@ class MergedLevels:
 
     @torch.no_grad()
     def apply(self, levels: Mapping[str, Level]) -> None:
-        """Set the levels of the named units; those that are not named become dense."""
+        """Set the levels of the named units; those that are not named become dense.
+
+        Raises:
+            LinAlgError: of torch, where a decomposition does not converge; that unit is dense then.
+        """
         for name, unit in self._units.items():
             level = levels.get(name, DENSE)
             if level == self._levels[name]:
                 continue
             self._restore(unit)
+            self._levels[name] = DENSE
             if level != DENSE:
                 factors = None if level.rank is None else self._store.cut(name, level.rank)
                 if level.weights is None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lrserve.errors import CalibrationError
+from lrserve.errors import CalibrationError, NotFiniteError
 
 _BLOCK = 192  # columns per block of the symmetric product: small enough to save work, large enough for fast GEMMs
 
@@ -156,7 +156,8 @@ class CovarianceAccumulator:
         """Close the open pool and return the pooled statistics.
 
         Raises:
-            CalibrationError: no token was seen, or a statistic is not finite.
+            CalibrationError: no token was seen.
+            NotFiniteError: a statistic is not finite.
         """
         self.close_pool()
         if not self._sizes:
@@ -166,7 +167,7 @@ class CovarianceAccumulator:
         sums, sizes = torch.stack(self._sums), torch.tensor(self._sizes, device=self._M2.device)
         mu = sums.sum(0) / tokens
         if not (torch.isfinite(C).all() and torch.isfinite(mu).all()):
-            raise CalibrationError(
+            raise NotFiniteError(
                 "activations are not finite: the model overflows in this dtype on this text; "
                 "load it in bfloat16 or float32, and check the weights"
             )

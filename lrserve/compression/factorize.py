@@ -30,7 +30,7 @@ from typing import Literal, Protocol, TypeGuard
 import torch
 
 from lrserve.compression.groups import Group
-from lrserve.errors import CalibrationError
+from lrserve.errors import NotFiniteError
 
 _DAMPING = 1e-2  # share of the unweighted problem: directions that no gradient was seen in still count a little
 _RIDGE = 1e-9  # smallest eigenvalue of a damped moment, over its largest
@@ -146,7 +146,7 @@ def factorize(
             to x; None weighs all outputs alike.
 
     Raises:
-        CalibrationError: a weight or statistic that is not finite.
+        NotFiniteError: a weight or statistic that is not finite.
     """
     W64, C64, mu64 = checked(W, C, mu, gradient)
     if not _weighs(gradient):
@@ -164,12 +164,12 @@ def checked(
     """Return W, C and mu in float64.
 
     Raises:
-        CalibrationError: one of them, or the gradient's moment, is not finite.
+        NotFiniteError: one of them, or the gradient's moment, is not finite.
     """
     W64, C64, mu64 = W.double(), C.double(), mu.double()
     moments = () if gradient is None else (gradient[1],)
     if not all(torch.isfinite(tensor).all() for tensor in (W64, C64, mu64, *moments)):
-        raise CalibrationError("a weight, covariance or gradient is not finite; check the checkpoint and the calibration text")
+        raise NotFiniteError("a weight, covariance or gradient is not finite; check the checkpoint and the calibration text")
     return W64, C64, mu64
 
 

@@ -159,7 +159,9 @@ def collect_gradients(
                     "factorization.fisher to [] to go without them"
                 ) from None
             if (done - published) * length >= _SAVED_TOKENS or done == len(windows):
-                if not all(torch.isfinite(moment.sum).all() for moment in moments.values()):
+                sums = [moment.sum for moment in moments.values()]
+                sums += [tensor for power in powers.values() for tensor in (power.tokens, power.outputs)]
+                if not all(torch.isfinite(tensor).all() for tensor in sums):
                     raise CalibrationError(
                         "a gradient is not finite; calibrate in bfloat16 or float32, or set factorization.fisher to []"
                     )
@@ -194,7 +196,10 @@ def _backward(model: Any, windows: torch.Tensor, seed: int) -> None:
     for rows in torch.split(hidden.detach().flatten(0, 1), LOGIT_ROWS):
         h = rows.requires_grad_(True)
         logits = logits_of(model, h)
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        probabilities = logits.detach().softmax(-1)
+        if not torch.isfinite(probabilities).all():
+            raise CalibrationError("the model's logits are not finite; calibrate in bfloat16 or float32 (engine.dtype)")
+        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         gradients += torch.autograd.grad(loss, h)
     hidden.backward(torch.cat(gradients).view_as(hidden))

@@ -33,7 +33,7 @@ from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group
 from lrserve.compression.logits import logits_of
 from lrserve.compression.training import TrainedFactors, install_trainable
-from lrserve.errors import CalibrationError
+from lrserve.errors import NotFiniteError
 from lrserve.storage.store import atomic_path, write_tensors
 
 _LENGTH: Final = 256  # tokens per window
@@ -145,7 +145,7 @@ def recover(
         windows, folder, seconds, seed, progress: as of `distil`.
 
     Raises:
-        CalibrationError: the divergence is no longer finite.
+        NotFiniteError: the divergence is no longer finite.
     """
     found = distil(
         teacher, lambda: _FactorStudent(student, ranks, source), windows, folder, seconds=seconds, seed=seed, progress=progress
@@ -175,7 +175,7 @@ def distil(
         progress: called with the seconds spent.
 
     Raises:
-        CalibrationError: the divergence is no longer finite.
+        NotFiniteError: the divergence is no longer finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "factors.safetensors"
@@ -204,7 +204,7 @@ def distil(
             drawn = _batch(texts, step, batch, seed).to(device)
             divergence = _backward(teacher, student.model, drawn, seed + step, student.hidden)
             if not math.isfinite(divergence):
-                raise CalibrationError(
+                raise NotFiniteError(
                     f"recovery: the divergence is {divergence} after {step} steps; try bfloat16, or leave --recover out"
                 )
             optimizer.step()
@@ -220,7 +220,7 @@ def distil(
         raise
     tensors = student.tensors()
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise CalibrationError("recovery: a factor is not finite; leave --recover out")
+        raise NotFiniteError("recovery: a factor is not finite; leave --recover out")
     found = state.divergences
     outcome = {"steps": len(found), "first_divergence": _mean(found[:_AVERAGED]), "last_divergence": _mean(found[-_AVERAGED:])}
     write_tensors(done, tensors, {"outcome": json.dumps(outcome)})

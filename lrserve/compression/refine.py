@@ -18,7 +18,7 @@ from lrserve.compression.calibrate import run_block
 from lrserve.compression.factorize import FactorSource
 from lrserve.compression.sequential import Block, Step, Streams
 from lrserve.compression.training import TrainableGroup
-from lrserve.errors import CalibrationError
+from lrserve.errors import NotFiniteError
 
 _WARM_UP = 0.1  # share of the steps: Adam's first ones are of full size whatever the gradient
 _FLOOR = 1e-6  # smallest power of a token that is divided by, over the batch's mean
@@ -32,7 +32,7 @@ def adam(source: FactorSource, *, steps: int = 50, learning_rate: float = 3e-4, 
         steps, learning_rate, seed: as of `train`.
 
     Raises, when it is taken:
-        CalibrationError: a loss that is not finite.
+        NotFiniteError: a loss that is not finite.
     """
 
     def step(block: Block) -> dict[str, TrainableGroup]:
@@ -68,7 +68,7 @@ def train(
         seed: of the order of the windows, which is another one in each block.
 
     Raises:
-        CalibrationError: a loss that is not finite.
+        NotFiniteError: a loss that is not finite.
     """
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _rate(done, steps))
@@ -77,7 +77,7 @@ def train(
         loss = _loss(block, run, next(batches))
         if not torch.isfinite(loss):
             cause = "lower the learning rate" if done else "its factors or its inputs are not; keep its groups dense"
-            raise CalibrationError(f"the loss of decoder block {block.index} is not finite after {done} steps; {cause}")
+            raise NotFiniteError(f"the loss of decoder block {block.index} is not finite after {done} steps; {cause}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

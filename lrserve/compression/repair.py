@@ -218,7 +218,7 @@ def repair(
         steps, learning_rate, seed: as of `refine.train`.
 
     Raises:
-        CalibrationError: a loss, activations or values that are not finite.
+        NotFiniteError: a loss, activations or values that are not finite.
     """
     compressed.requires_grad_(False)
     path = family_of(compressed.config).layers
@@ -294,7 +294,7 @@ def recover_rounded(
         What to apply to the compressed model, and how the training went.
 
     Raises:
-        CalibrationError: the divergence is no longer finite.
+        NotFiniteError: the divergence is no longer finite.
     """
     found = distil(
         teacher,

@@ -38,7 +38,7 @@ from lrserve.compression.factorize import Factors, FactorSource
 from lrserve.compression.groups import Group, family_of
 from lrserve.compression.spectra import stacked_weight
 from lrserve.compression.training import TrainableGroup, TrainedFactors, install_trainable
-from lrserve.errors import CalibrationError
+from lrserve.errors import CalibrationError, NotFiniteError
 from lrserve.storage.store import publish, write_tensors
 
 
@@ -79,7 +79,7 @@ class PairedAccumulator:
         total, tokens = self._sum[0].double(), compressed.tokens
         G = torch.addr(self._products.double(), total, compressed.mu, alpha=-1) / max(tokens - 1, 1)
         if not torch.isfinite(G).all():
-            raise CalibrationError("the dense model's activations are not finite; load it in bfloat16 or float32")
+            raise NotFiniteError("the dense model's activations are not finite; load it in bfloat16 or float32")
         return PairedCovariance(G=G.cpu(), H=compressed.C.cpu(), mu=(total / tokens).cpu(), mu_hat=compressed.mu.cpu())
 
 
@@ -233,7 +233,7 @@ def walk_blocks(
         progress: called with the number of blocks that are done.
 
     Raises:
-        CalibrationError: activations or tensors that are not finite.
+        NotFiniteError: activations or tensors that are not finite.
     """
     layers = model.get_submodule(family_of(model.config).layers)
     paths = [folder / f"factors-{index:05d}.safetensors" for index in range(blocks)]
@@ -258,7 +258,7 @@ def walk_blocks(
         compressed, tensors = improve(block)
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                raise CalibrationError(f"{name} is not finite; keep this group dense, or give more calibration text")
+                raise NotFiniteError(f"{name} is not finite; keep this group dense, or give more calibration text")
         _take_through(compressed, block, before[1], after[1])
         publish(partial, states_path(folder, index + 1))
         write_tensors(paths[index], tensors)
@@ -272,7 +272,7 @@ def _take_through(module: nn.Module, block: Streams, inputs: torch.Tensor, outpu
     for x, y in zip(torch.split(inputs, block.batch), torch.split(outputs, block.batch), strict=True):
         states = run_block(module, x.to(block.device), block.kwargs(len(x)))
         if not torch.isfinite(states).all():
-            raise CalibrationError(
+            raise NotFiniteError(
                 f"the outputs of decoder block {block.index} are not finite: the model overflows in this dtype on this text; "
                 "load it in bfloat16 or float32, and check the weights"
             )

@@ -14,7 +14,7 @@ from lrserve.compression.calibrate import read_statistics
 from lrserve.compression.factorize import Factors, GradientOf, Spectrum, factorize
 from lrserve.compression.groups import Group
 from lrserve.compression.narrow import narrow
-from lrserve.errors import CalibrationError
+from lrserve.errors import CalibrationError, NotFiniteError
 from lrserve.storage.store import write_tensors
 
 _FIELDS = ("U", "V", "eigenvalues", "offset", "mean", "beta")
@@ -61,6 +61,8 @@ def write_spectra(
 ) -> None:
     """Factorize every group at every rank, one file per block; blocks that are already there are kept.
 
+    A group whose decomposition fails or is not finite in float32 has a spectrum of NaN (`SpectrumStore.not_finite`).
+
     Args:
         model: the dense model.
         groups: its groups.
@@ -69,20 +71,32 @@ def write_spectra(
         progress: called with the number of blocks that are done.
 
     Raises:
-        CalibrationError: statistics are missing or not finite.
+        CalibrationError: statistics are missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for done, (layer, members) in enumerate(groupby(groups, key=lambda group: group.layer), 1):
         path = _path(folder, layer)
         if not path.is_file():
-            tensors = {}
+            tensors: dict[str, torch.Tensor] = {}
             for group in members:
                 weight, bias = stacked_weight(model, group)
-                spectrum = decompose(group, weight.cpu(), None if bias is None else bias.cpu())
-                for field in _FIELDS:
-                    tensors[f"{group.name}.{field}"] = getattr(spectrum, field).float().contiguous()
+                tensors |= _stored(group, decompose, weight.cpu(), None if bias is None else bias.cpu())
             write_tensors(path, tensors)
         progress(done)
+
+
+def _stored(group: Group, decompose: Decompose, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Return a group's spectrum as it is stored."""
+    try:
+        spectrum = decompose(group, weight, bias)
+        found = {field: getattr(spectrum, field).float().contiguous() for field in _FIELDS}
+    except (NotFiniteError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # which does not converge
+        found = {}
+    if not found or not all(torch.isfinite(tensor).all() for tensor in found.values()):
+        m, k, n = group.m, group.full_rank, group.n
+        shapes = (m, k), (k, n), (k,), (m,), (k,), (m,)
+        found = {field: torch.full(shape, torch.nan) for field, shape in zip(_FIELDS, shapes, strict=True)}
+    return {f"{group.name}.{field}": tensor for field, tensor in found.items()}
 
 
 def _path(folder: Path, layer: int) -> Path:
@@ -112,6 +126,10 @@ class SpectrumStore:
     def cut(self, name: str, rank: int) -> Factors:
         """Return a group's factors at one rank, float32."""
         return self.spectrum(name).cut(rank)
+
+    def not_finite(self) -> frozenset[str]:
+        """Return the names of the groups that have no finite spectrum, and so no factors."""
+        return frozenset(name for name, errors in self.errors().items() if not torch.isfinite(errors).all())
 
     def errors(self) -> dict[str, torch.Tensor]:
         """Return every group's expected squared error at ranks 0..k (`Spectrum.errors`)."""

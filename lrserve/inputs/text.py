@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lrserve.errors import InputError
+from lrserve.inputs.formats import SUFFIXES, Table, read_file
+from lrserve.inputs.origin import DatasetName, dataset_name, hub_dataset, on_disk
+from lrserve.inputs.records import texts_of
 
 _DATASET_DOCUMENTS = 20_000
 # Shares of one text that serves all three uses: calibration needs by far the most.
 _SPLIT = (0.8, 0.9)
+_FEWEST_WHOLE = 0.5  # of a part's share: where whole documents give less, one is cut
+_LONGEST_NAME = 300  # characters of an origin in a message
+_BLANK = re.compile(r"^[^\S\n]+$", re.MULTILINE)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Documents:
-    """An ordered list of documents, and what the user called their origin."""
+    """An ordered list of documents, what the user called their origin, and what reading them left to say."""
 
     name: str
     texts: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
         """Return sha256 of the content, as hex."""
@@ -36,110 +45,201 @@ class Documents:
         return digest.hexdigest()
 
 
-def read_documents(origin: str) -> Documents:
-    """Read a .jsonl file (one object with a "text" per line), any other text file, or a Hub dataset by name.
+def read_documents(origin: str, tokenizer: Any = None) -> Documents:
+    """Read a file, a dataset in a folder, or one on the Hub.
 
-    In a plain text file, blank lines end a document. A dataset is `owner/name` or `owner/name:config`; its "train" split
-    is streamed, up to 20,000 documents.
+    A file is `PATH` or `PATH:COLUMN`: .jsonl, .ndjson, .json, .csv, .tsv or .parquet with a column `text`, or `messages` or
+    `conversations` for the chat template of `tokenizer`; or any other text in UTF-8. Blank lines end a document there, and where
+    they do not make two, each line is a document. All may be packed by gzip.
+
+    A dataset is `NAME:CONFIG:SPLIT:COLUMN`, of which all but the name, `owner/name` or a folder, may be left out or empty. The
+    split is `train` if none is named; it is streamed, up to 20,000 documents.
 
     Raises:
         InputError: nothing there, not text, or no text in it.
     """
-    place = os.path.expanduser(origin)  # unlike pathlib's, neither this nor what follows raises for strange names
-    path = Path(place)
-    if os.path.isfile(place):
-        texts = _read_file(path)
-    elif os.path.exists(place) or path.suffix in {".txt", ".jsonl", ".utf8"} or origin.startswith((".", "/", "~")):
-        raise InputError(f"no text file at {path}; check the path, or name a Hub dataset")
+    found, column = _opened(origin)
+    if isinstance(found, str):
+        texts, empty = _documents(found), 0
     else:
-        texts = _read_dataset(origin)
-    texts = [text for text in texts if text.strip()]
+        texts, empty = texts_of(found, column, origin, tokenizer)
+    texts, replaced = _without_surrogates([text for text in texts if text.strip()])
     if not texts:
         raise InputError(f"{origin} holds no text; give a file or dataset with some")
-    return Documents(name=origin, texts=tuple(texts))
+    notes = [f"warning: {empty:,} records of {origin} have no text (null): left out"] * bool(empty)
+    notes += [f"warning: {replaced:,} lone surrogates in {origin} became U+FFFD: they are no characters"] * bool(replaced)
+    return Documents(origin, tuple(texts), tuple(notes))
 
 
-def _read_file(path: Path) -> list[str]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} as UTF-8 text: {error}; check the file") from None
-    if path.suffix != ".jsonl":
-        return content.split("\n\n")
-    texts = []
-    for number, line in enumerate(content.split("\n"), 1):  # not splitlines, which also splits inside JSON strings
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise InputError(f'{path} line {number} is not a JSON object with a "text" string; fix or remove the line')
-        texts.append(text)
-    return texts
+def _opened(origin: str) -> tuple[str | Table, str | None]:
+    """Return prose, or records and the column that the origin names."""
+    found = on_disk(origin)
+    if found is not None and os.path.isfile(found[0]):
+        return read_file(Path(found[0])), found[1] or None
+    if found is not None and os.path.isdir(found[0]):
+        dataset = dataset_name(*found)
+    else:
+        place = Path(origin.partition(":")[0])
+        is_path = found is not None or place.suffix.lower() in SUFFIXES or origin.startswith((".", "/", "~"))
+        dataset = None if is_path else hub_dataset(origin)
+    if dataset is None:
+        shown = os.path.expanduser(origin) if len(origin) <= _LONGEST_NAME else f"{origin[:_LONGEST_NAME]}..."
+        raise InputError(f"no text file at {shown}; check the path, or name a Hub dataset as owner/name:CONFIG:SPLIT:COLUMN")
+    return _read_dataset(dataset, origin), dataset.column
 
 
-def _read_dataset(name: str) -> list[str]:
+def _documents(text: str) -> list[str]:
+    """Cut prose into documents at blank lines, which may hold spaces; where those do not make two, into lines."""
+    parts = _BLANK.sub("", text).split("\n\n")
+    return parts if sum(1 for part in parts if part.strip()) > 1 else text.split("\n")
+
+
+def _without_surrogates(texts: list[str]) -> tuple[list[str], int]:
+    """Return texts in which every surrogate has its pair, and how many had none: no text in UTF-8 can hold those."""
+    total = 0
+    for index, text in enumerate(texts):
+        if _SURROGATE.search(text):
+            paired = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+            texts[index], count = _SURROGATE.subn("\ufffd", paired)
+            total += count
+    return texts, total
+
+
+def _read_dataset(dataset: DatasetName, origin: str) -> Table:
     try:
         from datasets import load_dataset
     except ImportError:
         raise InputError(
-            f"no text file at {name!r}; if it is a Hub dataset, install the reader: pip install 'lrserve[datasets]'"
+            f"no text file at {origin!r}; if it is a dataset, install the reader: pip install 'lrserve[datasets]'"
         ) from None
-    repository, _, config = name.partition(":")
-    try:
-        stream = load_dataset(repository, config or None, split="train", streaming=True)
-        return [str(row["text"]) for _, row in zip(range(_DATASET_DOCUMENTS), stream, strict=False)]
-    except Exception as error:
+
+    def unreadable(error: Exception) -> InputError:
         # the datasets library raises whatever its file formats and HTTP client raise
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"neither a text file nor a readable Hub dataset with a 'text' column: {name!r} ({type(error).__name__}: {reason})"
-        ) from None
+        reason = " ".join(str(error).split())[:_LONGEST_NAME]
+        return InputError(f"neither a text file nor a readable dataset: {origin!r} ({type(error).__name__}: {reason})")
+
+    try:
+        rows = iter(load_dataset(dataset.place, dataset.config, split=dataset.split or "train", streaming=True))
+        first = list(islice(rows, 1))
+    except Exception as error:
+        raise unreadable(error) from None
+
+    def values(column: str) -> Iterator[tuple[str, Any]]:
+        try:
+            for number, row in enumerate(islice(chain(first, rows), _DATASET_DOCUMENTS), 1):
+                yield f"row {number}", row[column]
+        except InputError:
+            raise
+        except Exception as error:
+            raise unreadable(error) from None
+
+    return Table(tuple(first[0]) if first else (), values)
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents for calibration, for the search's validation, and for the final report; no document serves two uses."""
+    """Documents for calibration, for the search's validation, and for the final report; no document serves two uses.
+
+    `notes` are lines for the user: what reading and cutting the texts came to.
+    """
 
     calibration: Documents
     validation: Documents
     report: Documents
+    notes: tuple[str, ...] = ()
 
 
-def load_texts(calibration: str | None, validation: str | None, report: str | None) -> Texts:
-    """Read the texts; what is not given is cut from the end of the calibration text, by documents.
+def load_texts(
+    calibration: str | Sequence[tuple[str, float | None]] | None, validation: str | None, report: str | None, tokenizer: Any = None
+) -> Texts:
+    """Read the texts; what is not given is cut from the end of the calibration text.
+
+    Args:
+        calibration: an origin (`read_documents`), or several, each with its share of the characters. With None for all shares,
+            all of the text is taken.
+        validation, report: origins.
+        tokenizer: the model's, for its chat template.
 
     Raises:
-        InputError: no calibration text, too few documents to cut, or a document that serves two uses.
+        InputError: no calibration text, too little text to cut, or a document that serves two uses.
     """
-    if calibration is None:
+    if not calibration:
         raise InputError("no calibration text; give --calibration a text file or a Hub dataset")
-    everything = read_documents(calibration)
+    if isinstance(calibration, str):
+        everything = read_documents(calibration, tokenizer)
+    else:
+        everything = mixed([(read_documents(origin, tokenizer), share) for origin, share in calibration])
+    notes = list(everything.notes)
     rest = list(everything.texts)
     parts: dict[str, Documents] = {}
     for use, given, share in (("report", report, _SPLIT[1]), ("validation", validation, _SPLIT[0])):
         if given is not None:
-            parts[use] = read_documents(given)
+            parts[use] = read_documents(given, tokenizer)
+            notes += parts[use].notes
             continue
-        keep = _prefix_of(rest, share if use == "report" else share / (_SPLIT[1] if report is None else 1))
-        if keep == 0 or keep == len(rest):
-            raise InputError(f"{calibration} has too few documents to cut a {use} part from; give a {use} text of its own")
-        parts[use] = Documents(name=f"{calibration} ({use} part)", texts=tuple(rest[keep:]))
-        rest = rest[:keep]
-    return _disjoint(Texts(Documents(everything.name, tuple(rest)), parts["validation"], parts["report"]), validation, report)
+        rest, tail, whole = _cut(rest, share if use == "report" else share / (_SPLIT[1] if report is None else 1))
+        if not any(map(str.strip, rest)) or not any(map(str.strip, tail)):
+            raise InputError(
+                f"{everything.name} has too few documents, and too little text, to cut a {use} part from; "
+                f"give a {use} text of its own"
+            )
+        if not whole:
+            notes.append(
+                f"warning: {everything.name} has so few documents that one is cut: its {use} part continues what calibration sees. "
+                f"Give a {use} text of its own for a figure on unseen documents"
+            )
+        parts[use] = Documents(name=f"{everything.name} ({use} part)", texts=tuple(tail))
+    texts = Texts(Documents(everything.name, tuple(rest)), parts["validation"], parts["report"], tuple(notes))
+    return _disjoint(texts, validation, report)
 
 
-def _prefix_of(texts: Sequence[str], share: float) -> int:
-    """Count the leading documents that hold `share` of the characters."""
+def mixed(sources: Sequence[tuple[Documents, float | None]]) -> Documents:
+    """Interleave documents so that every stretch holds each source's share of the characters.
+
+    Args:
+        sources: documents, and their share of the result; the longest such result is returned, the last document of a source cut
+            where need be. With None for all shares, all documents are in it.
+    """
+    sizes = [sum(map(len, documents.texts)) for documents, _ in sources]
+    shares = [size if share is None else share for size, (_, share) in zip(sizes, sources, strict=True)]
+    scale = min(size / share for size, share in zip(sizes, shares, strict=True))
+    placed: list[tuple[float, int, str]] = []
+    taken = []
+    for number, ((documents, _), share) in enumerate(zip(sources, shares, strict=True)):
+        begin, most = 0, round(scale * share)
+        for text in documents.texts:
+            if begin >= most:
+                break
+            placed.append((begin / share, number, text[: most - begin]))
+            begin += len(text)
+        taken.append(min(begin, most))
+    placed.sort(key=lambda entry: entry[:2])
+    notes = [note for documents, _ in sources for note in documents.notes]
+    if taken != sizes:
+        parts = (
+            f"{own:,} of {size:,} of {documents.name}" for own, size, (documents, _) in zip(taken, sizes, sources, strict=True)
+        )
+        notes.append(f"calibration text, characters: {'; '.join(parts)}")
+    return Documents(" and ".join(documents.name for documents, _ in sources), tuple(text for *_, text in placed), tuple(notes))
+
+
+def _cut(texts: Sequence[str], share: float) -> tuple[list[str], list[str], bool]:
+    """Cut off the leading documents that hold `share` of the characters, and say whether that cut none of them.
+
+    Where whole documents are far from that share, the one in which it ends is cut at a space.
+    """
     limit = share * sum(map(len, texts))
     total = 0
-    for index, text in enumerate(texts):
-        total += len(text)
-        if total > limit:
-            return index
-    return len(texts)
+    index = 0
+    while total + len(texts[index]) <= limit:
+        total += len(texts[index])
+        index += 1
+    text = texts[index]
+    if total >= _FEWEST_WHOLE * limit:
+        return list(texts[:index]), list(texts[index:]), True
+    at = int(limit) - total
+    at = max(text.rfind(" ", at // 2, at), text.rfind("\n", at // 2, at)) + 1 or at
+    return [*texts[:index], text[:at]], [text[at:], *texts[index + 1 :]], False
 
 
 def _disjoint(texts: Texts, validation: str | None, report: str | None) -> Texts:
@@ -156,7 +256,7 @@ def _disjoint(texts: Texts, validation: str | None, report: str | None) -> Texts
             )
         parts.append(Documents(part.name, tuple(text for text in part.texts if text not in seen)))
         seen |= {text for text in part.texts if len(text) >= long}
-    return Texts(texts.calibration, parts[0], parts[1])
+    return Texts(texts.calibration, parts[0], parts[1], texts.notes)
 
 
 def token_windows(

@@ -89,12 +89,13 @@ def collect_metrics(
             {
                 "number": t.trial,
                 "origin": t.origin,
-                "validation_perplexity": t.perplexity,
+                "validation_perplexity": t.perplexity if t.finite else None,
                 "complete": t.complete,
                 "predicted_tokens_per_second": t.tokens_per_second,
             }
             for t in tuned.trials
         ],
+        "not_finite": {"left_dense": dict(tuned.left_dense), "trials": sum(not t.finite for t in tuned.trials)},
         "agreement": proof.agreement,
         "samples": proof.samples,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # without the engines' processes

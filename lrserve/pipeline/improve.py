@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from lrserve.allocation.plan import Plan
@@ -14,9 +16,10 @@ from lrserve.compression.rounding import Rounding
 from lrserve.compression.sequential import Step, walk
 from lrserve.compression.spectra import SpectrumStore
 from lrserve.compression.training import TrainedFactors
+from lrserve.errors import NotFiniteError
 from lrserve.pipeline.job import Job, first_tokens, tensor_sha256
 from lrserve.pipeline.search import Tuned
-from lrserve.report.console import progress_bar, reused
+from lrserve.report.console import Say, progress_bar, reused
 from lrserve.storage.store import fingerprint
 from lrserve.storage.work import WorkFolder
 
@@ -45,6 +48,8 @@ def improve_factors(
     1. propagate and refine the factors, block by block
     2. where the plan rounds weights to fewer than 8 bits: round, and repair the rounded model block by block
     3. recover: distil the dense model into the factors or, where the plan rounds weights, into the rounded model
+
+    A step in which a number is not finite is left out.
     """
     settings, changed = job.recipe.factorization, plan.changed(job.units)
     ranks = [(unit, level.rank) for unit, level in changed if level.rank is not None]
@@ -66,50 +71,65 @@ def improve_factors(
 
     def walked(name: str, step: Step, **inputs: Any) -> TrainedFactors:
         stage = folder.stage(name, {**identity, "windows": tensor_sha256(windows), **inputs})
-        identity["factors"] = stage.name
         with progress_bar(job.layers, f"5/6 {name}") as progress:
-            return walk(model, ranks, windows, stage, step, batch_tokens=batch, progress=progress)
+            found = walk(model, ranks, windows, stage, step, batch_tokens=batch, progress=progress)
+        identity["factors"] = stage.name
+        return found
 
     if propagate and ranks:
-        factors = walked("propagate", propagation(gradient))
-        job.say(f"5/6 propagate: factors of {len(ranks)} groups for their compressed inputs")
-        done["propagate"] = windows.numel()
+        with _if_finite("propagate", job.say):
+            factors = walked("propagate", propagation(gradient))
+            job.say(f"5/6 propagate: factors of {len(ranks)} groups for their compressed inputs")
+            done["propagate"] = windows.numel()
     if refine and ranks:
-        factors = walked("refine", adam(factors, steps=steps, seed=seed), steps=steps, batch_tokens=batch)
-        job.say(f"5/6 refine: factors of {len(ranks)} groups, {steps} steps of Adam in each block")
-        done["refine"] = {"method": settings.refinement, "tokens": windows.numel(), "steps": steps}
+        with _if_finite("refine", job.say):
+            factors = walked("refine", adam(factors, steps=steps, seed=seed), steps=steps, batch_tokens=batch)
+            job.say(f"5/6 refine: factors of {len(ranks)} groups, {steps} steps of Adam in each block")
+            done["refine"] = {"method": settings.refinement, "tokens": windows.numel(), "steps": steps}
     repairs_blocks = refine and worth_repairing(changed)
     student = job.served_model(plan, factors, rounding) if rounds and (repairs_blocks or settings.recover_minutes) else None
     if student is not None and repairs_blocks:
         inputs = {"windows": tensor_sha256(windows), "steps": steps, "batch_tokens": batch}
         stage = folder.stage("repair", {**identity, **inputs})
-        identity["factors"] = stage.name
-        with progress_bar(job.layers, "5/6 repair") as progress:
-            repairs = repair(model, student, changed, windows, stage, steps=steps, seed=seed, batch_tokens=batch, progress=progress)
-        job.say(f"5/6 repair: what rounding left of {len(changed)} groups, {steps} steps of Adam in each block")
-        done["repair"] = {"tokens": windows.numel(), "steps": steps}
+        how: dict[str, Any] = {"steps": steps, "seed": seed, "batch_tokens": batch}
+        with _if_finite("repair", job.say):
+            with progress_bar(job.layers, "5/6 repair") as progress:
+                repairs = repair(model, student, changed, windows, stage, **how, progress=progress)
+            identity["factors"] = stage.name
+            job.say(f"5/6 repair: what rounding left of {len(changed)} groups, {steps} steps of Adam in each block")
+            done["repair"] = {"tokens": windows.numel(), "steps": steps}
     if settings.recover_minutes:
         seconds, texts = 60 * settings.recover_minutes, job.recovery_windows()
         inputs = {**identity, "windows": tensor_sha256(texts), "seconds": seconds}
-        with progress_bar(round(seconds), "5/6 recover") as progress:
-            how: dict[str, Any] = {"seconds": seconds, "seed": seed, "progress": progress}
-            outcome: Recovered | Distilled
-            if student is not None:
-                repairs, outcome = recover_rounded(model, student, changed, texts, folder.stage("distil", inputs), **how)
-            else:
-                student = job.source.load(job.dtype)
-                outcome = recover(model, student, ranks, factors, texts, folder.stage("recover", inputs), **how)
-                factors = outcome.factors
-        job.say(
-            f"5/6 recover: {outcome.steps} steps, KL divergence {outcome.first_divergence:.3f} to {outcome.last_divergence:.3f} "
-            f"nats on calibration text{reused(int(outcome.reused), 1)}"
-        )
-        done["recover"] = {
-            "minutes": settings.recover_minutes,
-            "steps": outcome.steps,
-            "divergence": [outcome.first_divergence, outcome.last_divergence],
-        }
+        with _if_finite("recover", job.say):
+            with progress_bar(round(seconds), "5/6 recover") as progress:
+                how = {"seconds": seconds, "seed": seed, "progress": progress}
+                outcome: Recovered | Distilled
+                if student is not None:
+                    repairs, outcome = recover_rounded(model, student, changed, texts, folder.stage("distil", inputs), **how)
+                else:
+                    student = job.source.load(job.dtype)
+                    outcome = recover(model, student, ranks, factors, texts, folder.stage("recover", inputs), **how)
+                    factors = outcome.factors
+            job.say(
+                f"5/6 recover: {outcome.steps} steps, KL divergence {outcome.first_divergence:.3f} to "
+                f"{outcome.last_divergence:.3f} nats on calibration text{reused(int(outcome.reused), 1)}"
+            )
+            done["recover"] = {
+                "minutes": settings.recover_minutes,
+                "steps": outcome.steps,
+                "divergence": [outcome.first_divergence, outcome.last_divergence],
+            }
     return Improved(factors, repairs, done)
+
+
+@contextmanager
+def _if_finite(name: str, say: Say) -> Iterator[None]:
+    """Leave out an improvement in which a number is not finite, and say so."""
+    try:
+        yield
+    except NotFiniteError as error:
+        say(f"5/6 {name}: given up, since {error}")
 
 
 def validate_improved(

@@ -163,8 +163,10 @@ def open_job(recipe: Recipe, say: Say) -> Job:
     skeleton = source.skeleton()
     groups, rows = find_groups(skeleton), int(config.vocab_size)
     recipe = fitted(recipe, context_length(config, {recipe.engine.runtime, *recipe.export}), say)
-    texts = load_texts(recipe.text.calibration, recipe.text.validation, recipe.text.report)
     tokenizer = source.tokenizer()
+    texts = load_texts(recipe.text.sources, recipe.text.validation, recipe.text.report, tokenizer)
+    for note in texts.notes:
+        say(note)
     calibration, search, report = recipe.calibration, recipe.search, recipe.report
 
     def cut(documents: Documents, length: int, count: int, setting: str, effect: str, **choice: int) -> torch.Tensor:

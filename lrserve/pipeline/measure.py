@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import shutil
 import zlib
@@ -24,6 +25,7 @@ from lrserve.compression.spectra import SpectrumStore
 from lrserve.engines.protocol import EngineProcess
 from lrserve.engines.runtimes import Runtime
 from lrserve.engines.workloads import MixComparison, compare, read_comparison
+from lrserve.errors import EngineError
 from lrserve.pipeline.baseline import keep_served
 from lrserve.pipeline.job import Job
 from lrserve.recipe import Workload
@@ -119,6 +121,9 @@ def measure_layers(job: Job, runtime: Runtime, dense: DenseEngine, folder: WorkF
     Returns:
         `dense_seconds` by workload, `tokens` (numbers of rows), and `rows`: shapes with `us`, microseconds for each number of rows,
         or null for a layer that the engine cannot run; JSON. And the name of the stage that holds it.
+
+    Raises:
+        EngineError: a run of the dense model took no finite time.
     """
     workloads = job.recipe.workloads
     shapes = shapes_to_measure(job.units, job.offers, job.output_layer)
@@ -159,6 +164,9 @@ def measure_layers(job: Job, runtime: Runtime, dense: DenseEngine, folder: WorkF
         rows = [{**asdict(shape), "us": us and [round(cell, 2) for cell in us]} for shape, us in zip(shapes, table, strict=True)]
         write_json(path, {"dense_seconds": {name: min(s) for name, s in seconds.items()}, "tokens": tokens, "rows": rows})
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for name, found in data["dense_seconds"].items():
+        if not 0 < found < math.inf:
+            raise EngineError(f"{runtime.version} took {found} s for the workload {name}; remove {stage} and repeat the command")
     rates = ", ".join(
         f"{name} {w.concurrency * w.output_tokens / data['dense_seconds'][name]:.0f}" for name, w in workloads.items()
     )

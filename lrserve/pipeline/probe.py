@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,9 +28,14 @@ _STRUCTURE = "structure"
 
 def probed_losses(
     job: Job, merged: MergedLevels, store: SpectrumStore, offers: Offers, folder: WorkFolder
-) -> dict[str, losses.Losses]:
-    """Return the losses of every level by the name of the allocator that minimises them."""
+) -> tuple[frozenset[str], dict[str, losses.Losses]]:
+    """Return the units that stay dense, since what they do to the output is not finite, and the losses of the others' levels.
+
+    The losses are by the name of the allocator that minimises them.
+    """
     probes = probe_units(job, merged, store, offers, folder)
+    sick = frozenset(name for name, found in probes.items() if not _is_finite(found))
+    offers = replace(offers, dense=offers.dense | sick)
     weighted = {group.name for group in job.units if group.kind in job.recipe.factorization.fisher}
     rounded = {
         name: {
@@ -41,10 +48,15 @@ def probed_losses(
         for name, found in probes.items()
     }
     levels = {unit.name: offers.levels(unit) for unit in job.units}
-    return {
+    return sick, {
         base: losses.by_level(job.units, levels, of_ranks, rounded)
         for base, of_ranks in losses.estimates(store.errors(), ranks_probed(probes), weighted).items()
     }
+
+
+def _is_finite(found: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether all that was probed of a unit is finite."""
+    return all(math.isfinite(value) for of in found.values() for value in (of["divergence"], *of.get("left", {}).values()))
 
 
 def ranks_probed(probes: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int | None, float]]:
@@ -75,11 +87,12 @@ def probe_units(
         "share": _PROBE_SHARE,
         "residuals": offers.residuals,
         **({"embedding": offers.embedding} if offers.embedding else {}),
+        **({"dense": sorted(offers.dense)} if offers.dense else {}),
     }
     stage = folder.stage("probe", identity)
     path = stage / "probes.json"
     found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    structures = Offers(settings.rank_step, offers.structure)
+    structures = Offers(settings.rank_step, offers.structure, dense=offers.dense)
     wanted: dict[str, list[Precision | None]] = {
         unit.name: [None, *(p for p in offers.precisions if Level(weights=p) in offers.levels(unit))] for unit in job.units
     }
@@ -94,18 +107,23 @@ def probe_units(
             merged.apply({unit.name: level})
             return divergence(merged.model, unit.layer)
 
+        def probe(unit: Group, weights: Precision | None) -> dict[str, Any]:
+            if weights is None:
+                level = _half(unit, structures)
+                return {"rank": level.rank, "divergence": at(unit, level)}
+            try:
+                left = merged.left(unit, weights, offers.residuals) if SCHEMES[weights].bits < 8 else {}
+                return {"divergence": at(unit, Level(weights=weights)), "left": left}
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # a decomposition does not converge
+                return {"divergence": math.nan, "left": {}}
+
         with progress_bar(total, "4/6 probe") as progress:
             for unit in job.units:
                 own = found.setdefault(unit.name, {})
                 for weights in wanted[unit.name]:
                     if (weights or _STRUCTURE) in own:
                         continue
-                    if weights is None:
-                        level = _half(unit, structures)
-                        own[_STRUCTURE] = {"rank": level.rank, "divergence": at(unit, level)}
-                    else:
-                        left = merged.left(unit, weights, offers.residuals) if SCHEMES[weights].bits < 8 else {}
-                        own[weights] = {"divergence": at(unit, Level(weights=weights)), "left": left}
+                    own[weights or _STRUCTURE] = probe(unit, weights)
                     write_json(path, found)
                     progress(done := done + 1)
     job.say(f"4/6 probe: divergence of {len(job.units)} units one by one at {total} levels{reused(before, total)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from lrserve.compression.lowrank import dequantized, has_rounded_inputs, is_roun
 from lrserve.compression.rounding import Rounding
 from lrserve.engines.runtimes import Runtime, loader_of
 from lrserve.engines.transcripts import Transcript, transcribe_checkpoint, transcribe_model
+from lrserve.errors import AgreementError
 from lrserve.inputs.source import Source
 from lrserve.pipeline.agreement import Pair, agree, agree_as_served
 from lrserve.pipeline.baseline import dense_reference, keep_served, kept_served
@@ -173,7 +175,11 @@ def _samples(job: Job, dense: Pair, compressed: Pair) -> list[dict[str, str]]:
 
 
 def report_perplexity(job: Job, plan: Plan, improved: Improved, rounding: Rounding, staging: Path) -> dict[str, Any]:
-    """Perplexity on the report text: the dense model, and the exported checkpoint as transformers loads it."""
+    """Perplexity on the report text: the dense model, and the exported checkpoint as transformers loads it.
+
+    Raises:
+        AgreementError: one of them is not finite.
+    """
     windows = job.windows["report"]
     with progress_bar(2 * len(windows), "6/6 perplexity") as progress:
         dense = perplexity(job.source.load(job.dtype), windows, progress)
@@ -182,6 +188,12 @@ def report_perplexity(job: Job, plan: Plan, improved: Improved, rounding: Roundi
         else:  # no checkpoint was asked for
             model = job.served_model(plan, improved.factors, rounding, improved.repairs)
         compressed = perplexity(model, windows, lambda done: progress(len(windows) + done))
+    for name, found in (("dense", dense), ("compressed", compressed)):
+        if not math.isfinite(found):
+            raise AgreementError(
+                f"the perplexity of the {name} model on the report text is not finite in {job.recipe.engine.dtype}; nothing was "
+                "published, choose another engine.dtype"
+            )
     increase = compressed / dense - 1
     job.say(f"6/6 perplexity on the report text: dense {dense:.2f}, compressed {compressed:.2f} ({increase:+.1%})")
     return {

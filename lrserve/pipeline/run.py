@@ -22,6 +22,7 @@ from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.engines.runtimes import loader_of, runtime_of
 from lrserve.errors import ArtifactError
+from lrserve.inputs.finite import require_finite
 from lrserve.inputs.source import cache_folder
 from lrserve.pipeline.estimate import StageCost, by_stage, estimate, in_words, time_forward
 from lrserve.pipeline.evidence import collect_metrics, write_evidence
@@ -120,6 +121,7 @@ def compress_and_export(
     database = without_password(storage) if storage else f"the work folder {work}"
     with work_folder(work, say, MODULES) as folder, disk_errors_named(work), study_errors_named(database), float32_matmuls():
         model = job.source.load(job.dtype)
+        require_finite(model, job.source.path)
         statistics = calibrate_blocks(job, model, folder)
         gradients = backpropagate(job, model, folder)
         store = factorize_groups(job, model, statistics, gradients, folder)

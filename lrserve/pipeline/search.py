@@ -7,10 +7,12 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lrserve.allocation import losses
 from lrserve.allocation.goal import Evaluated, Goal, MeasuredSpeed, choose, pareto_front
@@ -27,7 +29,7 @@ from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
 from lrserve.compression.rounding import Rounding
 from lrserve.compression.spectra import SpectrumStore
 from lrserve.engines.runtimes import runtime_of
-from lrserve.errors import InputError
+from lrserve.errors import CalibrationError, InputError, NotFiniteError
 from lrserve.pipeline.job import Job, first_tokens, tensor_sha256
 from lrserve.pipeline.measure import DenseEngine, Measured, dense_checkpoint, measure_front, measure_layers, published, speed_model
 from lrserve.pipeline.probe import probed_losses
@@ -45,6 +47,7 @@ class Tuned:
     """The outcome: the chosen plan, everything that was measured on the engine, every trial, and the study in a SQLite file.
 
     `embedding_loss`: what rounding the embedding and the output layer alone loses, in nats; 0 where they are not rounded.
+    `left_dense`: the units of which the search offered no level, since what it had to know was not finite; by name, what that was.
     """
 
     chosen: Measured
@@ -55,6 +58,7 @@ class Tuned:
     validation: Validation
     study_path: Path
     embedding_loss: float
+    left_dense: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def standard_error(self) -> float:
@@ -86,6 +90,7 @@ def tune(
         InfeasibleTargetError: no plan meets the target.
         InputError: the database cannot be used, or `search.choose` is no finished trial.
         EngineError: the engine failed.
+        CalibrationError: the dense model's loss on the validation text is not finite.
     """
     device = next(model.parameters()).device
     merged = MergedLevels(model, job.units, store, rounding)
@@ -104,7 +109,7 @@ def tune(
         stage, place = _study_place(job, folder, inputs, storage)
         if isinstance(place, tuple):
             table = published(open_study(place[1], place[0], goal.metrics), table)
-        table_speed = speed_model(job, table)
+        table_speed = speed_model(job, table).keeping_dense(store.not_finite())
         rounding_metric(job, merged, rounding, gradients, table_speed, folder)
         if precision := table_speed.offers.embedding:
             rounded.enter_context(rounded_values(model, precision, job.dtype))  # as in all plans
@@ -117,6 +122,7 @@ def tune(
         merged.to(device)
         speed = table_speed.corrected([(m.candidate.plan, m.comparison.relative_times) for m in measured])
         speed, level_losses = known_losses(job, merged, store, speed, folder)
+        left_dense = _say_left_dense(job, store, speed)
         space = SearchSpace(job.units, target, settings, level_losses, speed, speed.offers, job.dtype.itemsize)
         trials = _search(job, merged, space, goal, speed, validation, place)
         picked = _picked(trials, settings.choose)
@@ -130,7 +136,7 @@ def tune(
     if isinstance(place, tuple):
         path.unlink(missing_ok=True)
         copy_study(place, path)
-    return Tuned(chosen, measured, trials, goal, speed, validation, path, embedding_loss)
+    return Tuned(chosen, measured, trials, goal, speed, validation, path, embedding_loss, left_dense)
 
 
 def rounding_metric(
@@ -144,7 +150,10 @@ def rounding_metric(
     """Let rounding to 4 bits be measured by moments in which tokens weigh by their gradients, if the engine can run it."""
     if gradients is not None and any(SCHEMES[precision].bits < 8 for precision in runnable.offers.precisions):
         merged.apply({})
-        rounding.measure_by(weigh_tokens(job, merged.model, gradients, folder))
+        try:
+            rounding.measure_by(weigh_tokens(job, merged.model, gradients, folder))
+        except NotFiniteError as error:
+            job.say(f"4/6 weigh: all tokens weigh alike, since {error}")
 
 
 def known_losses(
@@ -157,7 +166,17 @@ def known_losses(
     """
     speed = runnable if job.recipe.target.max_bytes else runnable.without_what_never_pays()
     _say_offers(job, runnable.offers, speed.offers)
-    return speed, probed_losses(job, merged, store, speed.offers, folder)
+    sick, found = probed_losses(job, merged, store, speed.offers, folder)
+    return speed.keeping_dense(sick), found
+
+
+def _say_left_dense(job: Job, store: SpectrumStore, speed: SpeedModel) -> dict[str, str]:
+    """Say which units stay dense in every plan, since a number is not finite; returns which number, by their names."""
+    known = {**dict.fromkeys(speed.untimed, "latency"), **dict.fromkeys(store.not_finite(), "spectrum")}
+    found = {unit.name: known.get(unit.name, "probe") for unit in job.units if unit.name in speed.offers.dense}
+    if found:
+        job.say(f"4/6 left dense, since a number is not finite: {', '.join(f'{name} ({why})' for name, why in found.items())}")
+    return found
 
 
 def _say_embedding(job: Job, merged: MergedLevels, validation: Validation, precision: Precision) -> float:
@@ -193,6 +212,9 @@ def _usual(job: Job, offers: Offers, merged: MergedLevels, validation: Validatio
         judgement = evaluate(plan, [])
         fits = _fits(job, plan)
         origin = f"{precision} everywhere"
+        if not math.isfinite(judgement.perplexity):
+            job.say(f"4/6 {origin}: the validation perplexity is not finite, so this plan is left out")
+            continue
         found.append(Evaluated(plan, judgement.perplexity, speed.tokens_per_second(plan), origin, None, judgement.nll, fits=fits))
     return found
 
@@ -215,14 +237,15 @@ def _picked(trials: Sequence[Evaluated], number: int | None) -> Evaluated | None
     """Return the trial that the recipe chooses, if it does.
 
     Raises:
-        InputError: there is none of this number, or it was stopped early.
+        InputError: there is none of this number, it was stopped early, or its perplexity is not finite.
     """
     if number is None:
         return None
-    found = next((trial for trial in trials if trial.trial == number and trial.complete), None)
+    found = next((trial for trial in trials if trial.trial == number and trial.complete and trial.finite), None)
     if found is None:
         raise InputError(
-            f"search.choose: the study has no trial {number} that was judged on all of the text; its report lists them"
+            f"search.choose: the study has no trial {number} that was judged on all of the text, with a finite perplexity; its "
+            "report lists them"
         )
     return found
 
@@ -238,12 +261,15 @@ def choose_windows(job: Job, merged: MergedLevels, store: SpectrumStore, folder:
     """Choose the windows that trials are judged on, and the name of the stage that holds their numbers.
 
     Those stand for the pool by what the dense model and one compressed one make of them: the mean difference in loss between the
-    two is close to that over the pool.
+    two is close to that over the pool. Where that of the compressed one is not finite, the dense model's losses alone decide.
+
+    Raises:
+        CalibrationError: the dense model's loss is not finite.
     """
     settings = job.recipe.search
     pool = first_tokens(job.windows["validation"], settings.validation_pool)
     amount = max(1, settings.validation_tokens // settings.validation_length)
-    fit = BudgetFit(job.units, Offers(settings.rank_step, job.recipe.structure))
+    fit = BudgetFit(job.units, Offers(settings.rank_step, job.recipe.structure, dense=store.not_finite()))
     budget = max((1 - (job.recipe.target.ratio or _REFERENCE_RATIO)) * fit.dense_cost, fit.smallest_cost)
     reference = losses.uniform(fit, budget)
     identity = {"spectra": store.folder.name, "pool": tensor_sha256(pool), "windows": amount, "reference": reference.to_json()}
@@ -254,11 +280,17 @@ def choose_windows(job: Job, merged: MergedLevels, store: SpectrumStore, folder:
         with progress_bar(2 * len(pool), "4/6 validation") as progress:
             merged.apply({})
             dense = negative_log_likelihood(merged.model, pool, progress)
+            if not dense.isfinite().all():
+                raise CalibrationError(
+                    f"the dense model's loss on the validation text is not finite in {job.recipe.engine.dtype}; set engine.dtype "
+                    "to bfloat16 or float32"
+                )
             chosen = list(range(len(pool)))
             if amount < len(pool):
                 merged.apply(reference.levels)
                 compressed = negative_log_likelihood(merged.model, pool, lambda done: progress(len(pool) + done))
-                chosen = representative((compressed - dense).tolist(), amount)
+                differences = compressed - dense
+                chosen = representative((differences if differences.isfinite().all() else dense).tolist(), amount)
         write_json(path, {"windows": chosen, "dense": dense[chosen].tolist()})
     data = json.loads(path.read_text(encoding="utf-8"))
     windows = pool[data["windows"]]
@@ -290,7 +322,10 @@ def judge(merged: MergedLevels, validation: Validation) -> Evaluate:
 
     def evaluate(plan: Plan, rivals: Sequence[Sequence[float]]) -> Judgement:
         began = time.perf_counter()
-        merged.apply(plan.levels)
+        try:
+            merged.apply(plan.levels)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # a decomposition does not converge
+            return Judgement(math.inf, (math.nan,) * len(validation.windows))
         applied = time.perf_counter()
         found = validation(merged.model, rivals)
         return replace(found, seconds={"weights": applied - began, "forward": time.perf_counter() - applied})
@@ -320,9 +355,11 @@ def _search(
     front = pareto_front(trials, speed.speedup)
     shown = "; ".join(f"{e.origin} {e.perplexity:.2f} at {speed.speedup(e.plan):.2f}x" for e in front)
     early = sum(not trial.complete for trial in trials)
+    endless = sum(not trial.finite for trial in trials)
     total = max(sum(time_spent(study_of(place)).values()), 1e-9)
     job.say(
         f"4/6 search: {len(trials)} trials{reused(resumed[0], len(trials))}, {60 * len(trials) / total:.0f} a minute, {early} "
-        f"stopped early; validation perplexity: dense {goal.dense_perplexity:.2f}, predicted front: {shown}"
+        f"stopped early{f', {endless} not finite' if endless else ''}; validation perplexity: dense {goal.dense_perplexity:.2f}, "
+        f"predicted front: {shown}"
     )
     return trials

@@ -29,6 +29,7 @@ _STRUCTURES: Final[Mapping[Structure, str]] = {
     "low_rank": "low-rank factors",
     "narrow": "smaller (MLPs have fewer neurons, other linears are low-rank factors)",
 }
+_NAMED: Final = 4  # groups in a line
 _INSTALL: Final = {
     "vllm": """    pip install '.[vllm]'    # on a machine with a GPU
     pip install '.[cpu]'     # on an x86-64 machine without one
@@ -102,7 +103,17 @@ def size_rows(metrics: Mapping[str, Any]) -> Rows:
 def summary(metrics: Mapping[str, Any]) -> str:
     """Render metrics.json as the tables that end a run: dense against compressed, and what else was measured."""
     own = table(SUMMARY_HEADER, [*quality_rows(metrics), *speed_rows(metrics), *size_rows(metrics)])
-    return f"{own}\n\n{table(MEASURED_HEADER, measured_rows(metrics))}"
+    return "\n\n".join([own, table(MEASURED_HEADER, measured_rows(metrics)), *not_finite(metrics)])
+
+
+def not_finite(metrics: Mapping[str, Any]) -> list[str]:
+    """Say in one line what was left dense, and which trials did not count, since a number was not finite; empty for nothing."""
+    found = metrics.get("not_finite") or {"left_dense": {}, "trials": 0}
+    left = [f"{name} ({why})" for name, why in found["left_dense"].items()]
+    shown = ", ".join([*left[:_NAMED], *[f"{len(left) - _NAMED} more"] * (len(left) > _NAMED)])
+    parts = [f"{len(left)} groups stay dense: {shown}"] * bool(left)
+    parts += [f"{found['trials']} trials do not count"] * bool(found["trials"])
+    return [f"Numbers that are not finite: {'; '.join(parts)}."] if parts else []
 
 
 def measured_rows(metrics: Mapping[str, Any]) -> Rows:

@@ -80,7 +80,10 @@ def evaluate(
     source = open_source(dense or recipe.model, accept=family_of)
     with temporary_folder() as folder:
         if not wanted:
-            wanted = [str(write_cloze(_unseen(recipe.text, text), Path(folder), limit or CLOZE_ITEMS, seed=recipe.seed))]
+            documents = _unseen(recipe.text, text, source.tokenizer())
+            for note in documents.notes:
+                say(note)
+            wanted = [str(write_cloze(documents, Path(folder), limit or CLOZE_ITEMS, seed=recipe.seed))]
         found: list[dict[str, Any]] = []
         with progress_bar(2 * len(wanted), "eval") as progress:
             for model in (source.path, out.resolve()):
@@ -127,14 +130,14 @@ def named_tasks(tasks: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _unseen(settings: Text, given: str | None) -> Documents:
+def _unseen(settings: Text, given: str | None, tokenizer: Any) -> Documents:
     """Return text that no step has seen: what the user gives, or the report text of the artifact's recipe."""
     if given is not None:
-        return read_documents(given)
+        return read_documents(given, tokenizer)
     try:
         if settings.report is not None:
-            return read_documents(settings.report)
-        return load_texts(settings.calibration, settings.validation, None).report
+            return read_documents(settings.report, tokenizer)
+        return load_texts(settings.sources, settings.validation, None, tokenizer).report
     except InputError as error:
         raise InputError(f"the text of the artifact's recipe cannot be read: {error}. Give --text FILE, or --tasks") from error
 

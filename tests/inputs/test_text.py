@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def test_plain_text_is_cut_at_blank_lines(tmp_path: Path) -> None:
     assert [t.strip() for t in read_documents(str(path)).texts] == ["one\nstill one", "two", "three"]
 
 
+def test_documents_of_plain_text_are_what_stands_between_blank_lines(tmp_path: Path) -> None:
+    content = "one\nstill one\n\n\n two\n\n\n\nthree\n"
+    path = tmp_path / "a.txt"
+    path.write_text(content)
+    found = read_documents(str(path))
+    assert found.texts == tuple(text for text in content.split("\n\n") if text.strip())
+    assert found.fingerprint() == hashlib.sha256("".join(f"{text}\0" for text in found.texts).encode()).hexdigest()
+
+
 def test_bad_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no text file at"):
         read_documents(str(tmp_path / "missing.txt"))
@@ -60,7 +70,7 @@ def test_bad_text_is_named(tmp_path: Path) -> None:
     assert len(read_documents(str(separators)).texts) == 1
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n{"body": 1}\n')
-    with pytest.raises(InputError, match=r"line 2 is not a JSON object with a \"text\""):
+    with pytest.raises(InputError, match="line 2 has no 'text', but 'body'"):
         read_documents(str(bad))
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe\x00")
