@@ -16,6 +16,7 @@ import numpy as np
 
 from exporters.onnx import FOLDER, MODEL_FILE
 from lrserve.engines.onnx_latency import latency_table as measure
+from lrserve.engines.onnx_provider import Provider
 from lrserve.engines.onnx_session import OnnxDecoder
 from lrserve.engines.onnx_session import transcribe as transcribe_prompt
 from lrserve.engines.protocol import serve
@@ -25,11 +26,12 @@ from lrserve.errors import ArtifactError, InputError
 
 @dataclass(frozen=True)
 class Loaded:
-    """A graph, the tokens that it has positions for, and ONNX Runtime's threads (None: torch's number)."""
+    """A graph, the tokens that it has positions for, ONNX Runtime's threads (None: torch's number), and what it computes on."""
 
     decoder: OnnxDecoder
     context: int
     threads: int | None
+    provider: Provider
 
 
 def build_engine(settings: dict[str, Any]) -> Loaded:
@@ -39,12 +41,12 @@ def build_engine(settings: dict[str, Any]) -> Loaded:
         ArtifactError: the graph or that file is missing.
     """
     folder = Path(settings["model"]) / FOLDER
-    decoder = OnnxDecoder(folder / MODEL_FILE, settings["threads"], exact=settings["exact"])
+    decoder = OnnxDecoder(folder / MODEL_FILE, settings["threads"], provider=settings["provider"], exact=settings["exact"])
     path = folder / "genai_config.json"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing; export the model with the onnx exporter again")
     context = int(json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"])
-    return Loaded(decoder, context, settings["threads"])
+    return Loaded(decoder, context, settings["threads"], settings["provider"])
 
 
 def throughput(loaded: Loaded, prompt_tokens: int, output_tokens: int, concurrency: int, seed: int) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def throughput(loaded: Loaded, prompt_tokens: int, output_tokens: int, concurren
     decoder = loaded.decoder
     prompts = np.array(random_prompts(decoder.vocabulary, prompt_tokens, concurrency, seed), np.int64)
     began, cpu_began = time.perf_counter(), time.process_time()
-    tokens = [decoder.prefill(prompts)[:, -1].argmax(-1)]
+    tokens = [decoder.begin(prompts).argmax(-1)]
     while len(tokens) < output_tokens:
         tokens.append(decoder.step(tokens[-1]).argmax(-1))
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
@@ -67,9 +69,10 @@ def latency_table(
     loaded: Loaded, entries: list[dict[str, Any]], tokens: list[int], dtype: str, seconds: float | None
 ) -> dict[str, Any]:
     """Time single layers (engines/onnx_latency.py)."""
-    if dtype != "float32":
-        raise InputError(f"the ONNX graph computes in float32, not in {dtype}")
-    return {"microseconds": measure(entries, tokens, loaded.threads, seconds)}
+    own = loaded.decoder.dtype
+    if dtype != own:
+        raise InputError(f"the ONNX graph computes in {own}, not in {dtype}; ask for layers in {own}")
+    return {"microseconds": measure(entries, tokens, loaded.threads, seconds, dtype=own, provider=loaded.provider)}
 
 
 def transcribe(loaded: Loaded, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:

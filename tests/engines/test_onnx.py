@@ -96,7 +96,7 @@ def test_missing_files_are_artifact_errors(exported: Path, tmp_path: Path) -> No
         OnnxEngine(tmp_path, log=tmp_path / "log").start()
     shutil.copytree(exported / "onnx", tmp_path / "onnx", ignore=shutil.ignore_patterns("genai_config.json"))
     with pytest.raises(ArtifactError, match=r"genai_config\.json is missing"):
-        onnx_worker.build_engine({"model": str(tmp_path), "threads": 1, "exact": True})
+        onnx_worker.build_engine({"model": str(tmp_path), "threads": 1, "exact": True, "provider": "cpu"})
 
 
 def test_missing_package_is_named_before_anything_starts(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,9 +116,8 @@ class Recorder:
     def __init__(self) -> None:
         self.given: list[list[Any]] = []
 
-    def prefill(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        self.given.append(tokens.tolist())
-        return np.broadcast_to(np.arange(50, dtype=np.float32), (*tokens.shape, 50))
+    def begin(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        return self.step(tokens)
 
     def step(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         self.given.append(tokens.tolist())
@@ -141,7 +140,7 @@ def test_prompts_depend_on_the_seed_alone_and_the_best_tokens_are_fed_back() -> 
 
 
 def test_context_and_vocabulary_are_the_models(exported: Path) -> None:
-    loaded = onnx_worker.build_engine({"model": str(exported), "threads": 1, "exact": True})
+    loaded = onnx_worker.build_engine({"model": str(exported), "threads": 1, "exact": True, "provider": "cpu"})
     assert (loaded.context, loaded.decoder.vocabulary) == (CONTEXT, VOCABULARY)
     assert json.loads((exported / "onnx" / "config.json").read_text())["max_position_embeddings"] == CONTEXT
 
