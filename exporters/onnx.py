@@ -15,7 +15,7 @@ from exporters.onnx_graph import build_graph, check_renderable, head_width
 from exporters.onnx_linear import save_beside, save_graph
 from exporters.onnx_profiles import Profile
 from lrserve.plugins.versions import require_onnx
-from lrserve.recipe import EngineSettings
+from lrserve.recipe import Dtype, EngineSettings
 
 FOLDER: Final = "onnx"
 MODEL_FILE: Final = "model.onnx"
@@ -26,12 +26,10 @@ _CACHE_BYTES: Final = 2**30
 
 
 class OnnxExporter:
-    """Renders the compressed model as one ONNX graph with a KV cache, in a profile (onnx_profiles.py).
+    """Renders the compressed model as one ONNX graph with a KV cache, in a profile (onnx_profiles.py) and a number format.
 
-    Values are float32, but for the integers of rounded weights.
-
-    The tolerance: the graph's operators sum in another order than torch's. Over five families and real models that
-    moves a prompt log probability by 1e-6 to 4e-4 nats in float32, and an error worth the name (a window off by one
+    The tolerance, which is for float32: the graph's operators sum in another order than torch's. Over five families and real
+    models that moves a prompt log probability by 1e-6 to 4e-4 nats in float32, and an error worth the name (a window off by one
     token, a lost bias) by far more than 0.002.
     """
 
@@ -40,12 +38,13 @@ class OnnxExporter:
     rounds: bool = True
     rounds_embedding: bool = True
 
-    def __init__(self, profile: Profile = "genai") -> None:
+    def __init__(self, profile: Profile = "genai", dtype: Dtype = "float32") -> None:
         self._profile: Profile = profile
+        self._dtype: Dtype = dtype
 
     def configured(self, settings: EngineSettings) -> OnnxExporter:
-        """Return the exporter of a recipe's profile."""
-        return type(self)(settings.onnx_profile)
+        """Return the exporter of a recipe's profile and of its number format, float32 where it names none."""
+        return type(self)(settings.onnx_profile, settings.onnx_dtype or "float32")
 
     def preflight(self, skeleton: Any) -> None:
         """Check packages and model.
@@ -55,7 +54,7 @@ class OnnxExporter:
             UnsupportedModelError: the graph would not render this model faithfully.
         """
         require_onnx()
-        check_renderable(skeleton)
+        check_renderable(skeleton, self._dtype)
 
     def export(self, model: Any, source: Path, out: Path, dtype: torch.dtype) -> None:
         """Write `out`/onnx: two graphs with the same weights, and the configs and tokenizer files that their loaders want.
@@ -72,21 +71,23 @@ class OnnxExporter:
 
         folder = out / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        save_graph(build_graph(model, self._profile), folder / MODEL_FILE)
-        save_beside(build_graph(model, self._profile, last_logits=True), folder / LAST_FILE, folder / MODEL_FILE)
+        save_graph(build_graph(model, self._profile, self._dtype), folder / MODEL_FILE)
+        save_beside(build_graph(model, self._profile, self._dtype, last_logits=True), folder / LAST_FILE, folder / MODEL_FILE)
         for name in (MODEL_FILE, LAST_FILE):  # by path: a model in memory is limited to 2 GiB
             onnx.checker.check_model(str(folder / name), full_check=True)
         copy_companions(source, folder)
         found = _read_json(source / "config.json") or model.config.to_dict()
-        _write_json(folder / "config.json", loader_config(without_code(found), model.config))
+        _write_json(folder / "config.json", loader_config(without_code(found), model.config, self._dtype))
         if tokenizer := _read_json(folder / "tokenizer_config.json"):
             _write_json(folder / "tokenizer_config.json", loader_tokenizer_config(tokenizer, folder))
         generation = _read_json(source / "generation_config.json")
-        _write_json(folder / "genai_config.json", genai_config(model.config, generation, self._profile))
+        _write_json(folder / "genai_config.json", genai_config(model.config, generation, self._profile, self._dtype))
 
 
-def genai_config(config: Any, generation: Mapping[str, Any], profile: Profile = "genai") -> dict[str, Any]:
-    """Build the genai_config.json by which onnxruntime-genai loads the graph.
+def genai_config(
+    config: Any, generation: Mapping[str, Any], profile: Profile = "genai", dtype: Dtype = "float32"
+) -> dict[str, Any]:
+    """Build the genai_config.json by which onnxruntime-genai loads the graph: on a GPU, but for float32.
 
     `generation` is the content of generation_config.json: chat models keep their full list of end tokens there. max_length is the
     context, or what _CACHE_BYTES hold of it: genai allocates a cache of that length at once. Its callers may ask for more.
@@ -98,13 +99,16 @@ def genai_config(config: Any, generation: Mapping[str, Any], profile: Profile = 
         pad = eos[0] if isinstance(eos, (list, tuple)) else eos
     special["pad_token_id"] = pad
     context = int(config.max_position_embeddings)
-    token_bytes = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * head_width(config)  # key and value, float32
+    itemsize = getattr(torch, dtype).itemsize
+    token_bytes = 2 * itemsize * config.num_hidden_layers * config.num_key_value_heads * head_width(config)  # key and value
+    # Left padding is found on the host, so no run can be captured as a CUDA graph.
+    providers = [] if dtype == "float32" else [{"cuda": {"enable_cuda_graph": "0"}}]
     return {
         "model": {
             **{name: token for name, token in special.items() if token is not None},
             "context_length": context,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": providers},
                 "filename": LAST_FILE,
                 "head_size": head_width(config),
                 "hidden_size": config.hidden_size,

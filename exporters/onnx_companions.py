@@ -10,23 +10,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from lrserve.recipe import Dtype
+
 _GENERIC: Final = "TokenizersBackend"
 """Transformers 5's name of the tokenizer that is all in tokenizer.json ..."""
 _OLDER_GENERIC: Final = "PreTrainedTokenizerFast"
 """... and its name in all versions."""
 
 
-def loader_config(found: Mapping[str, Any], config: Any) -> dict[str, Any]:
+def loader_config(found: Mapping[str, Any], config: Any, dtype: Dtype = "float32") -> dict[str, Any]:
     """Complete a config.json.
 
     Args:
         found: the dense model's config.json.
         config: the transformers config of the model in memory, which has RoPE in transformers 5's form.
+        dtype: the graph's.
 
     Returns:
-        `found` with RoPE by the older names where they are missing, the graph's float32 by both names, and what transformers.js
+        `found` with RoPE by the older names where they are missing, the graph's dtype by both names, and what transformers.js
         wants to be told.
     """
+    cache = {} if dtype == "float32" else {"kv_cache_dtype": dtype}
     rope = config.rope_parameters
     full = rope.get("full_attention", rope)
     older: dict[str, Any] = {"rope_theta": full["rope_theta"]}
@@ -37,10 +41,11 @@ def loader_config(found: Mapping[str, Any], config: Any) -> dict[str, Any]:
     return {
         **older,
         **{name: value for name, value in found.items() if name != "quantization_config"},  # how weights are stored is in the graph
-        "dtype": "float32",
-        "torch_dtype": "float32",
+        "dtype": dtype,
+        "torch_dtype": dtype,
         # Of several files with weights it would look for that of 8-bit weights by default in a browser; and there are two files.
-        "transformers.js_config": {"dtype": "fp32", "use_external_data_format": True},
+        # Its "fp32" is the file without a suffix, whatever is in it.
+        "transformers.js_config": {"dtype": "fp32", "use_external_data_format": True, **cache},
     }
 
 

@@ -4,11 +4,14 @@ Notations. B sequences, S new tokens, T = past + S tokens, H hidden width, K key
 P = max_position_embeddings. Activations are (B, S, H). Linear layers are those of onnx_linear.py; q, k and v are one product
 where attention takes them as one and the plan made the same of all three.
 
-Inputs: input_ids (B, S) and attention_mask (B, T), int64; past_key_values.i.key and .value (B, K, T - S, D), float32.
-Outputs: logits (B, S, V); present.i.key and .value (B, K, T, D), float32.
+Inputs: input_ids (B, S) and attention_mask (B, T), int64; past_key_values.i.key and .value (B, K, T - S, D).
+Outputs: logits (B, S, V), float32; present.i.key and .value (B, K, T, D). Caches are in the graph's number format.
 
 Attention is ONNX Runtime's GroupQueryAttention. What it is told of positions and padding is the graph's profile
 (onnx_profiles.py); the profile `portable` has the input position_ids (B, S), int64, as well.
+
+Where values are float16 or bfloat16, norms add squares up in float32, by their operators' definition. Gemma's residual stream is
+float32 then, and so are its norms: it was trained with weights 1 + w in float32, and adds up large numbers.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from exporters.onnx_profiles import Positions, Profile, positions
 from lrserve.compression.embedding import RoundedEmbedding
 from lrserve.compression.groups import is_dense
 from lrserve.errors import UnsupportedModelError
+from lrserve.recipe import Dtype
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ _STATIC_ROPE: Final = ("default", "linear", "llama3", "yarn")
 _LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 
 
-def build_graph(model: Any, profile: Profile = "genai", *, last_logits: bool = False) -> Any:
-    """Render a transformers causal LM, some of whose linears may be compressed, as an `onnx_ir.Model`.
+def build_graph(model: Any, profile: Profile = "genai", dtype: Dtype = "float32", *, last_logits: bool = False) -> Any:
+    """Render a transformers causal LM, some of whose linears may be compressed, as an `onnx_ir.Model` in a number format.
 
     With `last_logits` the logits are (B, 1, V), of each sequence's last token: all that generation reads of a prompt.
     Weights are laid out one at a time when the graph is saved: until then the graph refers to the model's tensors.
@@ -67,7 +71,7 @@ def build_graph(model: Any, profile: Profile = "genai", *, last_logits: bool = F
     Raises:
         UnsupportedModelError: an architecture, layer or option that the graph would not render faithfully, by its name.
     """
-    return _Builder(model).build(profile, last_logits)
+    return _Builder(model, dtype).build(profile, last_logits)
 
 
 def head_width(config: Any) -> int:
@@ -75,7 +79,7 @@ def head_width(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def check_renderable(model: Any) -> None:
+def check_renderable(model: Any, dtype: Dtype = "float32") -> None:
     """Refuse what `build_graph` would render wrongly.
 
     Raises:
@@ -101,6 +105,8 @@ def check_renderable(model: Any) -> None:
         problems.append("attn_logit_softcapping, which transformers and vLLM treat differently")
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         problems.append("attention that is not causal")
+    if family.gemma and dtype == "float16":
+        problems.append("Gemma in float16, where its activations overflow (engine.onnx_dtype: bfloat16)")
     if head_width(config) % 16:
         problems.append(f"head_dim {head_width(config)} (GroupQueryAttention wants a multiple of 16)")
     if problems:
@@ -147,40 +153,52 @@ def _plus_one(weight: torch.Tensor) -> torch.Tensor:
 class _Builder(Nodes):
     """The whole model's graph."""
 
-    def __init__(self, model: Any) -> None:
-        check_renderable(model)
-        super().__init__(model)
+    def __init__(self, model: Any, dtype: Dtype) -> None:
+        check_renderable(model, dtype)
+        super().__init__(model, dtype)
         self.model, self.config = model, model.config
         self.family = _FAMILIES[type(model).__name__]
+        self.stream = "FLOAT" if self.family.gemma else self.real
+        """Type of the residual stream."""
         self.head_dim = head_width(self.config)
         self.inputs: list[Any] = []
         self.presents: list[Any] = []
 
     # -- layers -------------------------------------------------------------------------------------------------------
 
+    def wide(self, x: Any, where: str) -> Any:
+        """Convert a value to the type of the residual stream."""
+        return x if self.stream == self.real else self.cast(x, f"{where}.wide", self.stream)
+
+    def narrow(self, x: Any, where: str) -> Any:
+        """Convert it back."""
+        return x if self.stream == self.real else self.cast(x, f"{where}.narrow", self.real)
+
     def norm_weight(self, module: Any, where: str) -> Any:
-        return self.weight(module.weight, where, _plus_one if self.family.gemma else None)
+        return self.weight(module.weight, where, _plus_one if self.family.gemma else None, self.stream)
 
     def norm(self, x: Any, module: Any, where: str) -> Any:
+        """Return the norm of a `wide` value, `wide` too."""
         epsilon = float(self.config.rms_norm_eps)
         return self.node("RMSNormalization", [x, self.norm_weight(module, where)], where, axis=-1, epsilon=epsilon)
 
     def add_norm(self, residual: Any, y: Any, module: Any, where: str, last: bool = False) -> tuple[Any, Any]:
-        """Return residual + y and its norm in one pass over memory; the sum is None after the `last` norm."""
+        """Return residual + y, both `wide`, and its norm, `narrow`, in one pass over memory; no sum after the `last` norm."""
         weight, epsilon = self.norm_weight(module, where), float(self.config.rms_norm_eps)
         outputs = [self.ir.Value(name=where)]
         if not last:  # the second and third, mean and inverse variance, are for training
             outputs += [self.ir.Value(name=""), self.ir.Value(name=""), self.ir.Value(name=f"{where}.sum")]
         operator = "SkipSimplifiedLayerNormalization"
         self.node(operator, [residual, y, weight], where, domain=MICROSOFT, outputs=outputs, epsilon=epsilon)
-        return None if last else outputs[3], outputs[0]
+        return None if last else outputs[3], self.narrow(outputs[0], where)
 
     def head_norm(self, x: Any, module: Any, where: str) -> Any:
         """Norm of every head on its own: (B, S, heads D) -> the same shape."""
         heads = self.constant("shape.heads", [0, 0, -1, self.head_dim], np.int64)
         flat = self.constant("shape.flat", [0, 0, -1], np.int64)
-        split = self.node("Reshape", [x, heads], f"{where}.split")
-        return self.node("Reshape", [self.norm(split, module, where), flat], f"{where}.join")
+        split = self.wide(self.node("Reshape", [x, heads], f"{where}.split"), where)
+        normed = self.narrow(self.norm(split, module, where), where)
+        return self.node("Reshape", [normed, flat], f"{where}.join")
 
     def rotary_caches(self, layer_type: str) -> list[Any]:
         """Cosines and sines, (P, D / 2) each, of every position that the model was made for."""
@@ -257,7 +275,7 @@ class _Builder(Nodes):
             return x
         # Gemma rounds the scale to the dtype of the weights, and was trained with the rounded one.
         scale = float(embedding.embed_scale if rounded else embedding.embed_scale.to(embedding.weight.dtype))
-        return self.node("Mul", [x, self.constant("embed_scale", scale, np.float32)], "model.embed_tokens.scaled")
+        return self.node("Mul", [x, self.number("embed_scale", scale)], "model.embed_tokens.scaled")
 
     def last_tokens(self, x: Any, ids: Any, mask: Any) -> Any:
         """Take of (B, S, H) each sequence's last token that is not padding, on whichever side that is: (B, 1, H)."""
@@ -276,6 +294,7 @@ class _Builder(Nodes):
             x = self.node("MatMul", [x, self.node("Transpose", [tied], "lm_head.Transpose", perm=[1, 0])], "lm_head.MatMul")
         else:
             x = self.linear(x, head, "lm_head")
+        x = self.cast(x, "lm_head.Cast", "FLOAT")
         cap = getattr(self.config, "final_logit_softcapping", None) if self.family.gemma else None
         if cap is not None:
             limit = self.constant("final_logit_softcapping", cap, np.float32)
@@ -289,20 +308,23 @@ class _Builder(Nodes):
         heads = (int(self.config.num_attention_heads), int(self.config.num_key_value_heads))
         told = positions(profile, self, ids, mask, heads)
         self.inputs += [ids, mask, *told.inputs]
-        residual, y = self.embed(ids), None
+        residual, y = self.wide(self.embed(ids), "model.embed_tokens"), None
         for index, layer in enumerate(self.model.model.layers):
             where = f"model.layers.{index}"
             before_mlp = "pre_feedforward_layernorm" if self.family.gemma else "post_attention_layernorm"
             if y is None:
                 x = self.norm(residual, layer.input_layernorm, f"{where}.input_layernorm")
+                x = self.narrow(x, f"{where}.input_layernorm")
             else:
                 residual, x = self.add_norm(residual, y, layer.input_layernorm, f"{where}.input_layernorm")
             y = self.attention(x, index, told, f"{where}.self_attn")
             if self.family.gemma:
+                y = self.wide(y, f"{where}.self_attn")
                 y = self.norm(y, layer.post_attention_layernorm, f"{where}.post_attention_layernorm")
             residual, x = self.add_norm(residual, y, getattr(layer, before_mlp), f"{where}.{before_mlp}")
             y = self.mlp(x, layer.mlp, f"{where}.mlp")
             if self.family.gemma:
+                y = self.wide(y, f"{where}.mlp")
                 y = self.norm(y, layer.post_feedforward_layernorm, f"{where}.post_feedforward_layernorm")
         _, x = self.add_norm(residual, y, self.model.model.norm, "model.norm", last=True)
         logits = self.head(self.last_tokens(x, ids, mask) if last_logits else x)

@@ -1,7 +1,9 @@
 """Nodes and weights of an ONNX graph in the making, and what a plan makes of a linear layer.
 
+A graph computes in one number format, float32, float16 or bfloat16, in which its floating point numbers are stored too.
+
 A weight that is not rounded is stored transposed, (in, out), as MatMul reads it. A rounded one is a MatMulNBits: its integers in
-blocks of neighbouring inputs with a float32 scale each, plus 8 or 128 as that operator has them. The factors of a fused group are
+blocks of neighbouring inputs with a scale each, plus 8 or 128 as that operator has them. The factors of a fused group are
 one product by A and one by B; an identity block's z = x_J + T x_Jc is a Gather by `order` (unless x is ordered), a Split, the
 product by T and an Add; a residual is two products beside a rounded weight and an Add.
 """
@@ -23,25 +25,30 @@ from lrserve.compression.layers import Factor, IdentityBlock, LowRankLinear, Mat
 from lrserve.compression.level import SCHEMES
 from lrserve.compression.quantize import inputs_in_units
 from lrserve.errors import UnsupportedModelError
+from lrserve.recipe import Dtype
 
 OPSET: Final = 23  # the first with RMSNormalization
 IR_VERSION: Final = 10  # onnx writes newer ones by default than ONNX Runtime reads
 MICROSOFT: Final = "com.microsoft"
-ACCURACY: Final = 4  # accuracy_level of MatMulNBits: inputs are rounded to 8 bits, in blocks like the weight's
+ACCURACY: Final = 4  # accuracy_level of MatMulNBits in float32: inputs are rounded to 8 bits, in blocks like the weight's
 _BLOCKS: Final = (128, 64, 32)  # sizes of blocks where a scheme has one scale a row
 _SMALLEST_BLOCK: Final = 16  # of MatMulNBits
+_RESIDUAL_SHIFT: Final = 2.0**10
+"""What a residual's A is multiplied by, and B divided by: float16 has room for the scales, and for what is between the two."""
+FLOATS: Final = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}
+"""Number formats of graphs, by ONNX's names."""
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 Linear: TypeAlias = "nn.Linear | Matrix | ResidualFactor"
 
 
-def build_layer(layer: nn.Module, n: int) -> Any:
-    """Render one linear, dense or compressed, as an `onnx_ir.Model` of its own, x (B, S, n) -> y (B, S, m), both float32.
+def build_layer(layer: nn.Module, n: int, dtype: Dtype = "float32") -> Any:
+    """Render one linear, dense or compressed, as an `onnx_ir.Model` of its own, x (B, S, n) -> y (B, S, m), in this format.
 
     Raises:
         UnsupportedModelError: a layer that `onnx_graph.build_graph` would not render either.
     """
-    nodes = Nodes(layer)
+    nodes = Nodes(layer, dtype)
     x = nodes.value("x", ["batch_size", "sequence_length", n])
     y = nodes.linear(x, layer, "layer")
     y.name, y.type = "y", x.type
@@ -109,12 +116,13 @@ def rounding_inputs(model: nn.Module) -> Iterator[None]:
 
 
 class Nodes:
-    """Nodes and initializers of one graph, and linear layers; values are float32 unless said otherwise."""
+    """Nodes and initializers of one graph, and linear layers; values are of type `real`, ONNX's name of the graph's format."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, dtype: Dtype = "float32") -> None:
         import onnx_ir
 
         self.ir: Any = onnx_ir
+        self.real = next(name for name, own in FLOATS.items() if own == getattr(torch, dtype))
         self.parameters = {id(parameter): name for name, parameter in module.named_parameters()}
         self.read: set[int] = set()  # of those
         self.nodes: list[Any] = []
@@ -135,9 +143,9 @@ class Nodes:
 
     # -- values and nodes ---------------------------------------------------------------------------------------------
 
-    def value(self, name: str, shape: Sequence[int | str] | None = None, dtype: str = "FLOAT") -> Any:
+    def value(self, name: str, shape: Sequence[int | str] | None = None, dtype: str | None = None) -> Any:
         """Make a value without a node."""
-        tensor_type = self.ir.TensorType(self.ir.DataType[dtype])
+        tensor_type = self.ir.TensorType(self.ir.DataType[dtype or self.real])
         return self.ir.Value(name=name, shape=None if shape is None else self.ir.Shape(shape), type=tensor_type)
 
     def node(
@@ -155,6 +163,10 @@ class Nodes:
         self.nodes.append(self.ir.node(operator, inputs, attributes, domain=domain, outputs=outputs, name=name))
         return outputs[0]
 
+    def cast(self, x: Any, name: str, dtype: str) -> Any:
+        """Convert x between float32 and `real`, where these are two."""
+        return x if self.real == "FLOAT" else self.node("Cast", [x], name, to=int(self.ir.DataType[dtype]))
+
     def initializer(self, tensor: Any) -> Any:
         """Make a value of a tensor."""
         value = self.ir.Value(name=tensor.name, shape=tensor.shape, type=self.ir.TensorType(tensor.dtype), const_value=tensor)
@@ -167,17 +179,22 @@ class Nodes:
             return self.initializers[name]
         return self.initializer(self.ir.tensor(np.array(number, dtype=dtype), name=name))
 
-    def lazy(self, name: str, shape: Sequence[int], compute: Callable[[], torch.Tensor], dtype: str = "FLOAT") -> Any:
-        """Make an initializer, once, whose values exist only while they are being written; floats become float32."""
+    def lazy(self, name: str, shape: Sequence[int], compute: Callable[[], torch.Tensor], dtype: str | None = None) -> Any:
+        """Make an initializer, once, whose values exist only while they are being written; floats are rounded to its type."""
         if name in self.initializers:
             return self.initializers[name]
+        dtype = dtype or self.real
 
         def materialise() -> Any:
             with torch.no_grad():
                 tensor = compute().cpu()
-                return self.ir.tensor((tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy(), name=name)
+                return self.ir.tensor(tensor.to(FLOATS.get(dtype, tensor.dtype)).contiguous(), name=name)
 
         return self.initializer(self.ir.LazyTensor(materialise, self.ir.DataType[dtype], self.ir.Shape(shape), name=name))
+
+    def number(self, name: str, number: float) -> Any:
+        """Make an initializer of one number, once."""
+        return self.lazy(name, [], lambda: torch.tensor(number))
 
     def name_of(self, parameter: torch.Tensor, where: str) -> str:
         """Return a parameter's name, and note that the graph reads it.
@@ -193,12 +210,12 @@ class Nodes:
         self.read.add(id(parameter))
         return name
 
-    def weight(self, parameter: torch.Tensor, where: str, transform: Transform | None = None) -> Any:
+    def weight(self, parameter: torch.Tensor, where: str, transform: Transform | None = None, dtype: str | None = None) -> Any:
         """Make an initializer from a parameter of the model, under the parameter's own name."""
         name = self.name_of(parameter, where)
         transform = transform or (lambda tensor: tensor)
         shape = transform(torch.empty(parameter.shape, device="meta")).shape
-        return self.lazy(name, shape, lambda: transform(parameter.detach()))
+        return self.lazy(name, shape, lambda: transform(parameter.detach()), dtype)
 
     # -- linear layers ------------------------------------------------------------------------------------------------
 
@@ -285,7 +302,9 @@ class Nodes:
 
     def matmul_blocks(self, x: Any, matrices: Sequence[Linear], where: str) -> Any:
         """Multiply by rounded weights (m, n), in blocks."""
-        sizes = {"K": matrices[0].in_features, "N": _rows(matrices), "accuracy_level": ACCURACY, **_layout(matrices[0])}
+        sizes = {"K": matrices[0].in_features, "N": _rows(matrices), **_layout(matrices[0])}
+        if self.real == "FLOAT":  # kernels of GPUs know no accuracy_level
+            sizes["accuracy_level"] = ACCURACY
         inputs = [x, *self.blocks(matrices, where)]
         return self.node("MatMulNBits", inputs, f"{where}.MatMulNBits", domain=MICROSOFT, **sizes)
 
@@ -364,4 +383,7 @@ def _blocks(matrix: Linear, size: int) -> torch.Tensor:
 def _scales(matrix: Linear, blocks: int) -> torch.Tensor:
     """Return the scale (m, blocks) of each block."""
     scale = _own_scale(matrix)
-    return torch.ones(matrix.out_features, blocks) if scale is None else scale.detach().float().cpu().expand(-1, blocks)
+    if scale is None:  # a residual's B
+        return torch.full((matrix.out_features, blocks), 1 / _RESIDUAL_SHIFT)
+    shift = _RESIDUAL_SHIFT if isinstance(matrix, ResidualFactor) else 1.0
+    return scale.detach().float().cpu().expand(-1, blocks) * shift

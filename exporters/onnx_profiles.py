@@ -2,11 +2,11 @@
 
 `genai`: GroupQueryAttention takes both from the *lengths* of the sequences and turns queries and keys itself. That is the fastest
 graph, and right where batches are padded on the right, as onnxruntime-genai pads them. The lengths cannot say that a batch is
-padded on the left: one node fails then, and its name says what to do.
+padded on the left: one node fails then, on the CPU as on a GPU, and its name says what to do.
 
 `portable`: position_ids (B, S) is an input, RotaryEmbedding turns by it, and GroupQueryAttention gets a mask as its attention
 bias. Any padding is right, also that on the left, which transformers.js and optimum use. GroupQueryAttention's own input
-position_ids does not do: in a prefill its kernel reads one number of it, the offset of all rows.
+position_ids does not do: in a prefill its kernel reads one number of it, the offset of all rows. Its CUDA kernel has no bias.
 
 Notations are those of onnx_graph.py.
 """
@@ -23,6 +23,9 @@ Profile = Literal["genai", "portable"]
 
 LEFT_PADDING: Final = "left padding: pad on the right, or export the portable profile (--onnx-profile portable)"
 """The name of the node that fails; ONNX Runtime's error quotes it."""
+
+_HIDDEN: Final = -(2.0**15)
+"""The bias of what is not seen: its softmax is 0, and float16 has it, with room for the score."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,11 @@ class ByLengths:
         zero, one = nodes.constant("zero", 0, np.int64), nodes.constant("one", [1], np.int64)
         tokens = nodes.node("ReduceSum", [mask, one], "mask.tokens", keepdims=0)
         first = nodes.node("Gather", [mask, zero], "mask.first", axis=1)
-        padded = nodes.node("Sub", [one, first], "mask.padded")
-        # Index 0, or 1, of a single element; it is used, so that no optimizer drops it.
-        checked = nodes.node("Gather", [one, padded], LEFT_PADDING, outputs=[nodes.ir.Value(name="mask.checked")])
+        least = nodes.node("ReduceMin", [first], "mask.first.least", keepdims=1)
+        size = nodes.node("Add", [one, nodes.node("Sub", [one, least], "mask.padded")], "mask.size")
+        # One element as one, or as two. Every provider reads shapes on the host and checks them there; on a GPU an index out of
+        # range is no error. The result is used, so that no optimizer drops the node.
+        checked = nodes.node("Reshape", [one, size], LEFT_PADDING, outputs=[nodes.ir.Value(name="mask.checked")])
         last = nodes.node("Cast", [nodes.node("Sub", [tokens, checked], "mask.last")], "seqlens_k", to=int32)
         self._lengths = [last, _total(nodes, mask)]
 
@@ -124,7 +129,7 @@ class ByIds:
         self._biases: dict[int, Any] = {}
 
     def bias(self, window: int) -> Any:
-        """Return what is added to the scores, (B, 1, S, T): 0 where a query sees a key, the lowest float elsewhere."""
+        """Return what is added to the scores, (B, 1, S, T): 0 where a query sees a key, `_HIDDEN` elsewhere."""
         if window not in self._biases:
             nodes, seen, name = self._nodes, self._seen, "bias" if window < 0 else f"bias.window.{window}"
             if window >= 0:
@@ -134,9 +139,9 @@ class ByIds:
                 )
                 seen = nodes.node("And", [seen, near], f"{name}.seen")
             # Finite, for a row that sees nothing, a token of padding, has a softmax too.
-            shown = nodes.constant("bias.shown", 0.0, np.float32)
-            hidden = nodes.constant("bias.hidden", np.finfo(np.float32).min, np.float32)
-            self._biases[window] = nodes.node("Where", [seen, shown, hidden], name)
+            self._biases[window] = nodes.node(
+                "Where", [seen, nodes.number("bias.shown", 0.0), nodes.number("bias.hidden", _HIDDEN)], name
+            )
         return self._biases[window]
 
     def attention(self, q: Any, k: Any, rotary: Sequence[Any], window: int, where: str) -> Attention:

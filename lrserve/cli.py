@@ -184,8 +184,8 @@ def serve(
     Further flags go to vLLM unchanged, and so does all that follows --. The server listens on 127.0.0.1 without --host, and with
     LRSERVE_API_KEY clients must show that key.
 
-    With --engine onnxruntime, onnxruntime-genai serves the ONNX graph on the CPU: one answer at a time, other requests wait. Its
-    flags are --host, --port, --api-key, --served-model-name, --max-model-len, --max-queue and --threads.
+    With --engine onnxruntime, onnxruntime-genai serves the ONNX graph: one answer at a time, other requests wait. Its flags are
+    --host, --port, --api-key, --served-model-name, --max-model-len, --max-queue and --threads.
     """
     if model.startswith("-") or (context.args and not context.args[0].startswith("-")):
         stray = model if model.startswith("-") else context.args[0]

@@ -270,12 +270,18 @@ class EngineSettings(_Frozen):
     """The engine that measures plans and serves the artifact."""
 
     runtime: Literal["vllm", "onnx"] = "vllm"
-    """`vllm`, or `onnx` for ONNX Runtime on the CPU; `--target`."""
+    """`vllm`, or `onnx` for ONNX Runtime; `--target`."""
     dtype: Dtype = "bfloat16"
-    """Number format of the stored weights, and of vLLM's arithmetic."""
+    """Number format of the stored weights, of vLLM's arithmetic, and of ONNX Runtime's on CUDA."""
     onnx_profile: Literal["genai", "portable"] = "genai"
     """Padding that the ONNX graph takes: `genai` that on the right only, `portable` any, at some cost in speed; `--onnx-profile`.
     docs/guide.md says which program needs which.
+    """
+    onnx_provider: Literal["auto", "cpu", "cuda"] = "auto"
+    """What ONNX Runtime computes on. `auto` is CUDA where a session of it has CUDA and runs the graph, and the CPU elsewhere."""
+    onnx_dtype: Dtype | None = None
+    """Number format of the ONNX graph. null is `dtype` on CUDA, and `float32` on the CPU. `float16` on the CPU is slow; it is for
+    graphs that a GPU will run.
     """
     enforce_eager: bool = False
     """Run vLLM without torch.compile: it starts sooner and serves more slowly."""

@@ -27,7 +27,7 @@ _SEEDS: Final = 2**31  # onnxruntime-genai's are 32-bit integers, and negative o
 
 
 class GenaiEngine(EngineProcess):
-    """onnxruntime-genai over an exported graph, in a subprocess, as a context manager; on the CPU.
+    """onnxruntime-genai over an exported graph, in a subprocess, as a context manager; on the provider that the graph is for.
 
     Args:
         folder: `OUT/onnx`, as `OnnxExporter` writes it.
@@ -36,7 +36,8 @@ class GenaiEngine(EngineProcess):
         start_timeout, request_timeout: seconds.
 
     Raises:
-        EngineError: onnxruntime-genai is missing, untested, or failed; the message ends with the last lines of its log.
+        EngineError: onnxruntime-genai is missing, untested, without the CUDA that the graph is for, or failed; the message ends
+            with the last lines of its log.
     """
 
     engine = "onnxruntime-genai"

@@ -27,16 +27,27 @@ class Loaded:
 
 
 def build_engine(settings: dict[str, Any]) -> Loaded:
-    """Load the graph on the CPU."""
+    """Load the graph on the provider that its genai_config.json names, the CPU where it names none.
+
+    Raises:
+        EngineError: that is CUDA, and this build of onnxruntime-genai has none.
+    """
     import onnxruntime_genai
 
     folder = Path(settings["model"])
+    model = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
     config = onnxruntime_genai.Config(str(folder))
-    config.clear_providers()
+    if not any("cuda" in options for options in model["decoder"]["session_options"]["provider_options"]):
+        config.clear_providers()
+    elif not onnxruntime_genai.is_cuda_available():
+        raise EngineError(
+            f"{folder} has a graph for CUDA, and this onnxruntime-genai is a build without it. Run: pip uninstall onnxruntime "
+            "onnxruntime-genai; pip install 'lrserve[onnx-gpu]'. Or export with engine.onnx_dtype: float32"
+        )
     if settings["threads"] is not None:
         session = {"intra_op_num_threads": settings["threads"]}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
-    end = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["eos_token_id"]
+    end = model["eos_token_id"]
     return Loaded(onnxruntime_genai.Model(config), frozenset([end] if isinstance(end, int) else end))
 
 

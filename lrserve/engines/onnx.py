@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from lrserve.engines.onnx_provider import Provider
 from lrserve.engines.protocol import EngineProcess
 from lrserve.plugins.versions import onnx_version, require_onnx
 
@@ -15,20 +16,21 @@ WORKER_COMMAND: Final = (sys.executable, "-m", "lrserve.engines.onnx_worker")
 
 
 class OnnxEngine(EngineProcess):
-    """ONNX Runtime over an exported graph, in a subprocess, as a context manager; float32, on the CPU.
+    """ONNX Runtime over an exported graph, in a subprocess, as a context manager.
 
     Args:
         model: folder with `onnx/`, as `OnnxExporter` writes it.
         threads: of ONNX Runtime; None takes torch's number in the subprocess, which OMP_NUM_THREADS sets.
-        exact: multiply by rounded weights in float32; without it inputs are rounded to 8 bits first, as the graph says.
+        exact: multiply by rounded weights in float32; without it inputs are rounded to 8 bits first, as a float32 graph says.
+        provider: what computes; CUDA does not run float32 graphs.
         log: file that takes everything that the engine prints; None is a temporary file, deleted on a clean end.
         start_timeout, request_timeout: seconds.
         report: told, in a sentence, what the engine is doing while it starts.
 
     Raises:
-        EngineError: a package is missing, or ONNX Runtime failed; the message ends with the last lines of its log.
+        EngineError: a package or CUDA is missing, or ONNX Runtime failed; the message ends with the last lines of its log.
         ArtifactError: there is no exported graph in `model`.
-        InputError: a request of sequences longer than the model's context, or of layers in another dtype than float32.
+        InputError: a request of sequences longer than the model's context, or of layers in another dtype than the graph's.
     """
 
     engine = "ONNX Runtime"
@@ -40,6 +42,7 @@ class OnnxEngine(EngineProcess):
         *,
         threads: int | None = None,
         exact: bool = False,
+        provider: Provider = "cpu",
         log: Path | None = None,
         start_timeout: float = 900.0,
         request_timeout: float = 3600.0,
@@ -47,7 +50,7 @@ class OnnxEngine(EngineProcess):
     ) -> None:
         super().__init__(
             model,
-            {"model": str(model), "threads": threads, "exact": exact},
+            {"model": str(model), "threads": threads, "exact": exact, "provider": provider},
             os.environ,
             log=log,
             start_timeout=start_timeout,

@@ -16,6 +16,7 @@ import numpy as np
 
 from exporters.onnx import FOLDER, LAST_FILE, MODEL_FILE
 from lrserve.engines.onnx_latency import latency_table as measure
+from lrserve.engines.onnx_provider import Provider
 from lrserve.engines.onnx_session import OnnxDecoder
 from lrserve.engines.onnx_session import transcribe as transcribe_prompt
 from lrserve.engines.protocol import serve
@@ -30,6 +31,7 @@ class Loaded:
     folder: Path
     context: int
     threads: int | None
+    provider: Provider
     exact: bool
     opened: dict[str, OnnxDecoder]
 
@@ -37,7 +39,7 @@ class Loaded:
         """Return one graph's session; it takes the place of another graph's, whose weights would need as much memory again."""
         if name not in self.opened:
             self.opened.clear()
-            self.opened[name] = OnnxDecoder(self.folder / name, self.threads, exact=self.exact)
+            self.opened[name] = OnnxDecoder(self.folder / name, self.threads, provider=self.provider, exact=self.exact)
         return self.opened[name]
 
 
@@ -48,12 +50,13 @@ def build_engine(settings: dict[str, Any]) -> Loaded:
         ArtifactError: the graph or that file is missing.
     """
     folder = Path(settings["model"]) / FOLDER
-    opened = {LAST_FILE: OnnxDecoder(folder / LAST_FILE, settings["threads"], exact=settings["exact"])}
+    threads, provider, exact = settings["threads"], settings["provider"], settings["exact"]
+    opened = {LAST_FILE: OnnxDecoder(folder / LAST_FILE, threads, provider=provider, exact=exact)}
     path = folder / "genai_config.json"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing; export the model with the onnx exporter again")
     context = int(json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"])
-    return Loaded(folder, context, settings["threads"], settings["exact"], opened)
+    return Loaded(folder, context, threads, provider, exact, opened)
 
 
 def throughput(loaded: Loaded, prompt_tokens: int, output_tokens: int, concurrency: int, seed: int) -> dict[str, Any]:
@@ -79,9 +82,10 @@ def latency_table(
     loaded: Loaded, entries: list[dict[str, Any]], tokens: list[int], dtype: str, seconds: float | None
 ) -> dict[str, Any]:
     """Time single layers (engines/onnx_latency.py)."""
-    if dtype != "float32":
-        raise InputError(f"the ONNX graph computes in float32, not in {dtype}")
-    return {"microseconds": measure(entries, tokens, loaded.threads, seconds)}
+    own = loaded.decoder(LAST_FILE).dtype
+    if dtype != own:
+        raise InputError(f"the ONNX graph computes in {own}, not in {dtype}; ask for layers in {own}")
+    return {"microseconds": measure(entries, tokens, loaded.threads, seconds, dtype=own, provider=loaded.provider)}
 
 
 def transcribe(loaded: Loaded, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from exporters.base import Exporter
-from exporters.onnx import OnnxExporter
+from exporters.onnx import FOLDER, MODEL_FILE, OnnxExporter
 from exporters.onnx_linear import rounding_inputs
+from exporters.onnx_twin import check_twin
 from exporters.vllm import VllmExporter
 from lrserve.engines.onnx import OnnxEngine
+from lrserve.engines.onnx_provider import Provider, settled
 from lrserve.engines.protocol import EngineProcess
 from lrserve.engines.workloads import open_engine
 from lrserve.errors import InputError
@@ -42,6 +44,8 @@ class Runtime:
     loads_sources: whether it takes the dense model's folder as it is, and not only what `exporter` writes.
     open: builds the engine of a model.
     rounding_inputs: where it rounds the inputs of rounded weights though its dtype does not: lets a model in transformers do so.
+    check_twin: where its exporter writes a dtype that rounds and transformers does not load: holds a rendering (a folder) against
+        that of the same model in float32.
     """
 
     name: str
@@ -52,18 +56,48 @@ class Runtime:
     loads_sources: bool
     open: Open
     rounding_inputs: Callable[[Any], AbstractContextManager[None]] | None = None
+    check_twin: Callable[[Path, Path], None] | None = None
+
+    @property
+    def reference_dtype(self) -> str:
+        """In which transformers computes what this engine is held against as served."""
+        return self.dtype if self.check_twin is None else "float32"
 
 
 def runtime_of(settings: EngineSettings) -> Runtime:
-    """Return the engine that measures and serves with these settings."""
+    """Return the engine that measures and serves with these settings.
+
+    Raises:
+        EngineError, InputError: as `onnx_provider.settled`, where that is ONNX Runtime.
+    """
     if settings.runtime == "onnx":
-        version = onnx_version() + (f", {profile} graph" if (profile := settings.onnx_profile) != "genai" else "")
-        exact = settings.dtype == "float32"
-        opens_onnx, rounding = partial(_open_onnx, exact=exact), None if exact else rounding_inputs
-        return Runtime("onnxruntime", version, "float32", False, OnnxExporter(profile), False, opens_onnx, rounding)
+        return _onnx_runtime(settled(settings))
     opens = partial(open_engine, settings=settings)
     compiled = not settings.enforce_eager
     return Runtime("vllm", engine_version(), settings.dtype, compiled, VllmExporter(), loads_sources=True, open=opens)
+
+
+def _onnx_runtime(settings: EngineSettings) -> Runtime:
+    """Return ONNX Runtime with `settled` settings."""
+    half = settings.onnx_dtype != "float32"
+    provider: Provider = "cuda" if settings.onnx_provider == "cuda" else "cpu"
+    exact = settings.dtype == "float32" or half
+    unusual = {
+        f"{settings.onnx_profile} graph": settings.onnx_profile != "genai",
+        f"{settings.onnx_dtype} graph": half,
+        "on CUDA": provider == "cuda",
+    }
+    return Runtime(
+        name="onnxruntime",
+        version=", ".join([onnx_version(), *(name for name, true in unusual.items() if true)]),
+        dtype=str(settings.onnx_dtype),
+        compiled=False,
+        exporter=OnnxExporter().configured(settings),
+        loads_sources=False,
+        open=partial(_open_onnx, exact=exact, provider=provider),
+        rounding_inputs=None if exact else rounding_inputs,
+        check_twin=_check_graph if half else None,
+    )
 
 
 def loader_of(exporter: Exporter, settings: EngineSettings) -> Runtime:
@@ -83,6 +117,10 @@ def loader_of(exporter: Exporter, settings: EngineSettings) -> Runtime:
 
 
 def _open_onnx(
-    model: Path, workloads: Mapping[str, Workload], *, exact: bool, sharing: int = 1, log: Path | None = None
+    model: Path, workloads: Mapping[str, Workload], *, exact: bool, provider: Provider, sharing: int = 1, log: Path | None = None
 ) -> EngineProcess:
-    return OnnxEngine(model, exact=exact, log=log)  # the graph takes any batch
+    return OnnxEngine(model, exact=exact, provider=provider, log=log)  # the graph takes any batch
+
+
+def _check_graph(rendering: Path, twin: Path) -> None:
+    check_twin(*(folder / FOLDER / MODEL_FILE for folder in (rendering, twin)))

@@ -36,11 +36,11 @@ def kept_served(job: Job, runtime: Runtime, folder: WorkFolder) -> list[Transcri
 
 
 def dense_reference(job: Job, runtime: Runtime, folder: WorkFolder) -> list[Transcript]:
-    """Run the prompts through the dense model in transformers, in the engine's dtype, once."""
+    """Run the prompts through the dense model in transformers, in the dtype that the engine is held against, once."""
     path = _stage(job, runtime, folder) / "transformers.json"
     if not path.is_file():
         prompts, new_tokens = job.windows["prompts"].tolist(), job.recipe.report.new_tokens
-        _write(path, transcribe_checkpoint(job.source.path, getattr(torch, runtime.dtype), prompts, new_tokens))
+        _write(path, transcribe_checkpoint(job.source.path, getattr(torch, runtime.reference_dtype), prompts, new_tokens))
     return _read(path)
 
 

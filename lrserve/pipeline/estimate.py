@@ -14,6 +14,7 @@ from lrserve.allocation.speed import calls, shapes_to_measure, token_counts
 from lrserve.compression.calibrate import Rehearsal, run_block
 from lrserve.compression.groups import family_of
 from lrserve.compression.logits import logits_of
+from lrserve.engines.onnx_provider import settled
 from lrserve.errors import reading
 from lrserve.pipeline.job import Job
 from lrserve.recipe import Workload
@@ -170,8 +171,9 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     cells = len(shapes_to_measure(job.units, job.offers, job.output_layer)) * len(token_counts(recipe.workloads))
     costs.append(StageCost("4 latency", start + 3 * run + _LAYER_SECONDS * cells, 0, 2 * weights + engine))
     measured = (search.measured_plans + 2) * (start + 2 * (1 + recipe.engine.repeats) * run)
-    dense_graph = float32 * ("onnx" in recipe.export)  # which the proof compares with
-    costs.append(StageCost("4 measure", measured, weights + dense_graph, 2 * weights + float32 + 2 * engine))
+    graph = parameters * getattr(torch, str(settled(recipe.engine).onnx_dtype)).itemsize if "onnx" in recipe.export else 0
+    proven_by = graph + (float32 if 0 < graph < float32 else 0)  # the dense model's, and where numbers are rounded a float32 one
+    costs.append(StageCost("4 measure", measured, weights + proven_by, 2 * weights + float32 + 2 * engine))
     seconds, disk, memory = 0.0, 0, 0
     if settings.refinement != "none":
         walks = 1 + bool(settings.weights)  # at most: of the factors, and of what rounding leaves
@@ -183,7 +185,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
         costs.append(StageCost("5 improve", seconds, disk, memory))
     proof = 2 * job.windows["report"].numel() * forward.total
     proof += (_EAGER_START + start) * ("vllm" in recipe.export) + 2 * _ONNX_START * ("onnx" in recipe.export)
-    artifact = weights * ("vllm" in recipe.export) + float32 * ("onnx" in recipe.export)
+    artifact = weights * ("vllm" in recipe.export) + graph
     costs.append(StageCost("6 export and prove", proof, artifact, 2 * float32 + _RUNTIME_BYTES + float32))
     return [StageCost(cost.stage, cost.seconds, cost.disk, cost.memory + _PROCESS_BYTES) for cost in costs]
 

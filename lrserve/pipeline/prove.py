@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,11 +28,11 @@ from lrserve.pipeline.baseline import dense_reference, keep_served, kept_served
 from lrserve.pipeline.improve import Improved
 from lrserve.pipeline.job import Job
 from lrserve.pipeline.measure import dense_checkpoint
-from lrserve.recipe import EngineSettings
 from lrserve.report.console import progress_bar
 from lrserve.storage.work import WorkFolder
 
-_FLOAT32: Final = EngineSettings(dtype="float32", enforce_eager=True)
+_FLOAT32: Final = {"dtype": "float32", "enforce_eager": True, "onnx_provider": "cpu", "onnx_dtype": "float32"}
+"""Settings of an engine whose arithmetic rounds least."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ def _renders(exporter: Exporter) -> tuple[bool, bool]:
 def prove_agreement(job: Job, rendered: Rendered, exporters: Sequence[Exporter], staging: Path, folder: WorkFolder) -> Proof:
     """Run the prompts through every exported rendering and hold them against transformers.
 
-    1. in float32, against the model in memory
-    2. as the recipe's settings serve it, against transformers in the same dtype, held to what the dense model shows there or, where
-       inputs are rounded, to what that changes in transformers
+    1. in float32, against the model in memory; a graph in a dtype that rounds is shown to be a float32 graph with rounded
+       numbers, and that one is run
+    2. as the recipe's settings serve it, against transformers in the same dtype (of graphs, in float32), held to what the dense
+       model shows there or, where inputs are rounded, to what that changes in transformers
 
     Args:
         job: the opened inputs.
@@ -120,11 +123,12 @@ def _prove_rendering(
     report = job.recipe.report
     prompts, new_tokens = job.windows["prompts"].tolist(), report.new_tokens
     agreement: dict[str, dict[str, Any]] = {}
-    plain, served = loader_of(exporter, _FLOAT32), loader_of(exporter, job.recipe.engine)
+    settings = job.recipe.engine
+    plain, served = loader_of(exporter, settings.model_copy(update=_FLOAT32)), loader_of(exporter, settings)
     if plain.loads_sources:  # a checkpoint, which transformers loads too
         loaded = transcribe_checkpoint(staging, torch.float32, prompts, new_tokens)
         agreement["transformers"] = agree("transformers", reference, loaded, exporter.tolerance)
-    with plain.open(staging, {"": report.workload}) as engine:
+    with _in_float32(job, plain, served, model, staging, folder) as place, plain.open(place, {"": report.workload}) as engine:
         compressed = Pair(reference, engine.transcribe(prompts, new_tokens))
     agreement[plain.name] = agree(plain.name, reference, compressed.engine, exporter.tolerance)
     rounded: Pair | None = None
@@ -134,6 +138,9 @@ def _prove_rendering(
         with served.open(staging, job.recipe.requests) as engine:
             compressed = Pair(loaded, engine.transcribe(prompts, new_tokens))
         rounded = Pair(reference, loaded)
+    elif served.check_twin is not None:
+        with served.open(staging, job.recipe.requests) as engine:
+            compressed = Pair(reference, engine.transcribe(prompts, new_tokens))
     elif (served.dtype, served.compiled) != (plain.dtype, plain.compiled):
         loaded = transcribe_checkpoint(staging, getattr(torch, served.dtype), prompts, new_tokens)
         with served.open(staging, job.recipe.requests) as engine:
@@ -146,6 +153,27 @@ def _prove_rendering(
         **agree_as_served(f"{served.name} in {served.dtype}", dense, compressed, rounded),
     }
     return agreement, (dense, compressed)
+
+
+@contextmanager
+def _in_float32(job: Job, plain: Runtime, served: Runtime, model: Any, staging: Path, folder: WorkFolder) -> Iterator[Path]:
+    """Yield the folder of a rendering that can be run in float32.
+
+    It is the rendering itself, or its twin, which is written for this and deleted after it. That the rendering is this twin, but
+    for rounding, is shown first.
+    """
+    if served.check_twin is None:
+        yield staging
+        return
+    twin = folder.root / "twin"
+    shutil.rmtree(twin, ignore_errors=True)  # of a run that was killed
+    twin.mkdir()
+    try:
+        plain.exporter.export(model, job.source.path, twin, job.dtype)
+        served.check_twin(staging, twin)
+        yield twin
+    finally:
+        shutil.rmtree(twin)
 
 
 def _dense(job: Job, runtime: Runtime, folder: WorkFolder) -> Pair:

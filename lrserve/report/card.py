@@ -223,6 +223,9 @@ def _serving(metrics: Mapping[str, Any]) -> str:
             "transformers.js load the folder. Unless it was made with `--onnx-profile portable`, it refuses batches that are "
             "padded on the left.\n"
         )
+        served = metrics["agreement"].get("onnxruntime", {}).get("as_served", {})
+        if (dtype := served.get("dtype", "float32")) != "float32":
+            text += f"\nThe graph is in {dtype}, for NVIDIA GPUs: onnxruntime-genai loads it with its build for CUDA.\n"
     return text
 
 

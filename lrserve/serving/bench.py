@@ -14,6 +14,7 @@ import torch
 from exporters.onnx import FOLDER, OnnxExporter
 from lrserve.allocation.speed import PREFILL_CHUNK
 from lrserve.compression.groups import family_of
+from lrserve.engines.onnx_provider import settled
 from lrserve.engines.workloads import GPU_MEMORY, Mix
 from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.source import open_source
@@ -90,8 +91,9 @@ def bench(
         progress = stack.enter_context(progress_bar(2 * (rounds + 1) * len(workloads), "bench"))
         servers: tuple[Server, Server]
         if on_graphs:
-            settings = settings.model_copy(update={"runtime": "onnx", "dtype": "float32"})
-            title, dense_folder = dense_graph(dense or recipe.model, stack)
+            settings = settled(settings.model_copy(update={"runtime": "onnx"}))
+            settings = settings.model_copy(update={"dtype": settings.onnx_dtype})
+            title, dense_folder = dense_graph(dense or recipe.model, settings, stack)
             servers = GraphServer(dense_folder, graph_arguments(workloads)), GraphServer(out, graph_arguments(workloads))
         else:
             settings = settings.model_copy(update={"runtime": "vllm"})
@@ -127,17 +129,17 @@ def _promised(metrics: Mapping[str, Any]) -> float | None:
     return speedup
 
 
-def dense_graph(model: str, stack: ExitStack) -> tuple[str, Path]:
+def dense_graph(model: str, settings: EngineSettings, stack: ExitStack) -> tuple[str, Path]:
     """Return the name of a dense model, and a folder with its ONNX graph.
 
-    The folder is the model's own if it has a graph, else a temporary one, which goes with the stack.
+    The folder is the model's own if it has a graph, else a temporary one, which goes with the stack; `settings` say which graph.
     """
     own = Path(model).expanduser()
     if (own / FOLDER / "genai_config.json").is_file():
         return own.resolve().name, own
     source = open_source(model, accept=family_of)
     folder = Path(stack.enter_context(temporary_folder()))
-    exporter, loaded = OnnxExporter(), source.load(torch.float32)
+    exporter, loaded = OnnxExporter().configured(settings), source.load(torch.float32)
     exporter.preflight(loaded)
     exporter.export(loaded, source.path, folder, torch.float32)
     return source.title, folder

@@ -268,7 +268,7 @@ def test_bench_measures_the_graphs_behind_their_own_server(made: tuple[Path, dic
             assert result[side]["tokens_per_second"]["median"] > 0
             assert result[side]["time_to_first_token_ms"]["p99"] >= result[side]["time_to_first_token_ms"]["median"] > 0
     with ExitStack() as stack:
-        assert dense_graph(str(made[0]), stack) == ("out", made[0])  # which has a graph
+        assert dense_graph(str(made[0]), recipe(place).engine, stack) == ("out", made[0])  # which has a graph
     for wrong in ({"vllm_arguments": ["--enforce-eager"]}, {"overrides": {"engine.enforce_eager": True}}):
         with pytest.raises(InputError, match="or --engine onnxruntime"):
             bench(made[0], engine="onnxruntime", **wrong)  # type: ignore[arg-type]

@@ -109,7 +109,7 @@ def tampered(model: Any) -> Any:
 
 
 def prove_graph(job: Job, model: Any, written: Any, folder: WorkFolder, out: Path) -> Proof:
-    exporter = OnnxExporter()
+    exporter = OnnxExporter().configured(job.recipe.engine)
     out.mkdir()
     exporter.export(written, job.source.path, out, torch.float32)
     return prove_agreement(job, Rendered(model, [exporter]), [exporter], out, folder)
@@ -157,6 +157,39 @@ def test_a_graph_of_another_model_is_refused(place: Path, folder: WorkFolder, tm
     job, model = open_tiny(place), factorized_model("LlamaForCausalLM")
     with pytest.raises(AgreementError, match=r"onnxruntime differs from the model in memory"):
         prove_graph(job, model, tampered(factorized_model("LlamaForCausalLM")), folder, tmp_path / "out")
+
+
+HALF = {"onnx_dtype": "float16", "dtype": "float32"}
+
+
+def test_a_graph_in_float16_is_proven_by_its_float32_twin_and_held_to_what_the_dense_model_shows(
+    place: Path, folder: WorkFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    start = OnnxEngine.start
+
+    def counted(engine: OnnxEngine) -> None:
+        started.append(Path(engine.model).name.partition("-")[0])
+        start(engine)
+
+    monkeypatch.setattr(OnnxEngine, "start", counted)
+    job, model = open_tiny(place, **HALF), factorized_model("LlamaForCausalLM")
+    found = prove_graph(job, model, model, folder, tmp_path / "out").agreement["onnxruntime"]
+    assert started == ["twin", "out", "dense"]
+    assert not (folder.root / "twin").exists()
+    assert found["max_logprob_difference"] < 1e-4, "of the twin"
+    served = found["as_served"]
+    assert served["dtype"] == "float16"
+    assert "rounded" not in served
+    for side in ("dense", "compressed"):
+        assert 1e-4 < served[side]["mean"] < served[side]["largest"] < 0.2, "float16's rounding"
+
+
+def test_a_float16_graph_of_another_model_is_refused(place: Path, folder: WorkFolder, tmp_path: Path) -> None:
+    job, model = open_tiny(place, **HALF), factorized_model("LlamaForCausalLM")
+    with pytest.raises(AgreementError, match=r"qkv_proj\.B\.bias is not its float32 twin's, rounded to float16"):
+        prove_graph(job, model, tampered(factorized_model("LlamaForCausalLM")), folder, tmp_path / "out")
+    assert not (folder.root / "twin").exists()
 
 
 class Foreign:

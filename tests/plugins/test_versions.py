@@ -34,6 +34,7 @@ else:
     import tomli as tomllib
 
 ENGINE_EXTRAS = ("vllm", "cpu", "onnx", "onnx-gpu")
+HTTP = {"starlette", "uvicorn"}  # the server in front of an engine, in any version
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +58,11 @@ def test_pyproject_and_the_table_say_the_same(project: Any) -> None:
 
 
 def test_the_table_has_every_distribution_of_the_engines(project: Any) -> None:
-    engines = {requirement.name for extra, requirement in requirements(project) if extra in ENGINE_EXTRAS}
+    engines = {requirement.name for extra, requirement in requirements(project) if extra in ENGINE_EXTRAS} - HTTP
     assert engines <= set(TESTED)
     assert {*versions.DISTRIBUTIONS, *versions.ONNX_DISTRIBUTIONS} <= engines
+    genai = {requirement.name for extra, requirement in requirements(project) if extra in ("onnx-serve", "onnx-gpu")}
+    assert {*versions.GENAI_DISTRIBUTIONS} <= genai & set(TESTED)
 
 
 @pytest.mark.parametrize(

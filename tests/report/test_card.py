@@ -55,6 +55,15 @@ def test_the_installation_brings_the_engine(exports: list[str], wanted: list[str
     assert not any(text in body for text in absent)
 
 
+def test_the_card_says_what_runs_a_graph_that_is_not_float32() -> None:
+    _, before = _card()
+    assert "NVIDIA GPUs" not in before
+    found = metrics()["agreement"]
+    served = {**found["vllm"]["as_served"], "dtype": "float16"}
+    _, body = _card(agreement={**found, "onnxruntime": {**found["onnxruntime"], "as_served": served}})
+    assert "The graph is in float16, for NVIDIA GPUs: onnxruntime-genai loads it with its build for CUDA." in body
+
+
 def test_names_that_yaml_would_read_otherwise_are_quoted() -> None:
     head, _ = _card(model={"name": "a: [b]", "architecture": "X", "licence": {}})
     assert head["base_model"] == "a: [b]"
