@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -19,6 +20,7 @@ WEIGHTS_ENTRY: Final = "transformers_weights"
 """The entry of config.json by which transformers is told the name of the file with the weights ..."""
 NEEDS_LRSERVE: Final = "lrserve has compressed this model: run 'pip install lrserve' once, and 'import lrserve' before it is loaded"
 """... and what an artifact has there: no such name, so that transformers stops with these words unless lrserve takes it away."""
+_LONGEST: Final = 200  # characters of a group's name
 REPAIRED: Final = ("dense", "narrow_out", "narrow_in")
 """Structures that may have a residual."""
 
@@ -82,14 +84,18 @@ def parse_groups(config: Mapping[str, Any]) -> dict[str, GroupSpec]:
         ArtifactError: an unknown format version, an unknown structure, or a malformed entry; nothing is guessed.
     """
     version = config.get("format_version")
-    if version not in FORMAT_VERSIONS:
+    if type(version) is not int or version not in FORMAT_VERSIONS:
         raise ArtifactError(
-            f"quantization_config.format_version is {version!r}; this lrserve reads {' and '.join(map(str, FORMAT_VERSIONS))}. "
-            "Install the lrserve that wrote the artifact, or export it again"
+            f"quantization_config.format_version is {reprlib.repr(version)}; this lrserve reads "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}. Install the lrserve that wrote the artifact, or export it again"
         )
     groups = config.get("groups")
     if not isinstance(groups, Mapping):
         raise ArtifactError("quantization_config.groups is missing from config.json; export the artifact again")
+    if long := next((name for name in groups if len(str(name)) > _LONGEST), None):
+        raise ArtifactError(
+            f"quantization_config.groups names {long[:_LONGEST]}..., which no layer is called; export the artifact again"
+        )
     specs = {str(name): _parse(str(name), entry if isinstance(entry, Mapping) else {}) for name, entry in groups.items()}
     if version == 1 and (name := next((name for name, spec in specs.items() if spec.weights), None)):
         raise ArtifactError(f"{name}: rounded weights need format_version 2, config.json says 1. Export the artifact again")
@@ -103,22 +109,26 @@ def _parse(name: str, entry: Mapping[str, Any]) -> GroupSpec:
     rank, members = entry.get("rank"), entry.get("members")
     ordered, weights, residual = entry.get("ordered", False), entry.get("weights"), entry.get("residual", 0)
     if structure not in STORED:
-        raise ArtifactError(f"{name}: unknown structure {structure!r} in config.json; this lrserve reads {', '.join(STORED)}")
+        raise ArtifactError(
+            f"{name}: unknown structure {reprlib.repr(structure)} in config.json; this lrserve reads {', '.join(STORED)}"
+        )
     if structure == "dense":
         if rank is not None or weights is None:
             raise ArtifactError(f"{name}: a dense group in config.json has weights and no rank. Export the artifact again")
     elif type(rank) is not int or rank < 1:
-        raise ArtifactError(f"{name}: rank {rank!r} in config.json is not a positive integer")
+        raise ArtifactError(f"{name}: rank {reprlib.repr(rank)} in config.json is not a positive integer")
     if not isinstance(members, (list, tuple)) or not members or not all(isinstance(x, str) for x in members):
-        raise ArtifactError(f"{name}: members {members!r} in config.json is not a list of layer names")
+        raise ArtifactError(f"{name}: members {reprlib.repr(members)} in config.json is not a list of layer names")
     if not isinstance(ordered, bool) or (ordered and structure != "identity_block"):
-        raise ArtifactError(f"{name}: ordered {ordered!r} in config.json does not fit the structure {structure}")
+        raise ArtifactError(f"{name}: ordered {reprlib.repr(ordered)} in config.json does not fit the structure {structure}")
     if structure == "narrow_out" and tuple(members) == (name.rpartition(".")[2],):
         raise ArtifactError(f"{name}: config.json removes neurons from one linear of an MLP only. Export the artifact again")
     if weights not in (None, *PRECISIONS):
-        raise ArtifactError(f"{name}: unknown weights {weights!r} in config.json; this lrserve reads {', '.join(PRECISIONS)}")
+        raise ArtifactError(
+            f"{name}: unknown weights {reprlib.repr(weights)} in config.json; this lrserve reads {', '.join(PRECISIONS)}"
+        )
     if type(residual) is not int or residual < 0 or ("residual" in entry and not residual):
-        raise ArtifactError(f"{name}: residual {residual!r} in config.json is not a positive integer")
+        raise ArtifactError(f"{name}: residual {reprlib.repr(residual)} in config.json is not a positive integer")
     if residual and (weights is None or structure not in REPAIRED):
         raise ArtifactError(f"{name}: a residual in config.json needs weights, and one of the structures {', '.join(REPAIRED)}")
     return GroupSpec(rank or 0, tuple(members), structure, ordered, weights, residual)

@@ -34,12 +34,13 @@ HARMLESS: Final = frozenset(
 )
 """Files and folders that may lie in an artifact although its manifest does not name them, at any depth.
 
-Other tools or the publisher add them, and no program that loads models reads them.
+Other tools or the publisher add them, and no program that loads models reads them. In such a folder all is harmless but weights.
 """
+_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".onnx", ".onnx_data", ".gguf", ".h5", ".msgpack")
 
 MOST_FILES: Final = 10_000
 """That a manifest may name."""
-MOST_BYTES: Final = 2**50
+MOST_BYTES: Final = 2**42
 """That it may say a file has."""
 _LONGEST: Final = 1_000  # characters of a name
 _SHOWN: Final = 100
@@ -119,12 +120,12 @@ def read_regular(path: Path, most: int) -> bytes:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}; check its permissions and the disk") from error
 
 
-def folder_faults(folder: Path, sizes: Mapping[str, int], own: str, needed: Callable[[str], bool]) -> dict[str, str]:
+def folder_faults(folder: Path, sizes: Mapping[str, int | None], own: str, needed: Callable[[str], bool]) -> dict[str, str]:
     """Hold what lies in a folder against names and sizes.
 
     Args:
         folder: the artifact.
-        sizes: bytes of each file that belongs there.
+        sizes: bytes of each file that belongs there; None is any number.
         own: the name of the file that says so, which belongs there too.
         needed: says of a name whether its absence is a fault.
 
@@ -146,17 +147,19 @@ def folder_faults(folder: Path, sizes: Mapping[str, int], own: str, needed: Call
             raise ArtifactError(f"{folder / at} cannot be listed: {error.strerror}; check its permissions and the disk") from error
         for name, (kind, size) in entries:
             found.add(name)
-            if kind == "a folder" and name in parents:
+            belongs = name in sizes or name == own or (kind == "a folder" and name in parents)
+            harmless = _is_harmless(PurePosixPath(name))
+            if kind == "a folder" and (name in parents or harmless):
                 waiting.append(PurePosixPath(name))
-            elif name in sizes or kind not in ("a file", "a folder"):
-                if kind != "a file":
-                    faults[name] = f"{shown(name)} is {kind}, not a file"
-                elif size != sizes[name]:
-                    faults[name] = f"{shown(name)} has {size} bytes, the manifest says {sizes[name]}"
-            elif name != own and not _is_harmless(PurePosixPath(name).name):
+            if kind not in ("a file", "a folder") or (name in sizes and kind != "a file"):
+                faults[name] = f"{shown(name)} is {kind}, not a file"
+            elif sizes.get(name) not in (None, size):
+                faults[name] = f"{shown(name)} has {size} bytes, the manifest says {sizes[name]}"
+            elif not belongs and not harmless:
                 faults[name] = f"{shown(name)} is not in the manifest"
     return faults | {name: f"{shown(name)} is missing" for name in sizes if name not in found and needed(name)}
 
 
-def _is_harmless(leaf: str) -> bool:
-    return leaf in HARMLESS or _LEFTOVER.fullmatch(leaf) is not None
+def _is_harmless(path: PurePosixPath) -> bool:
+    named = not HARMLESS.isdisjoint(path.parts) or _LEFTOVER.fullmatch(path.name) is not None
+    return named and not path.name.endswith(_WEIGHTS)

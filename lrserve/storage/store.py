@@ -33,6 +33,7 @@ MANIFEST_VERSION = 2
 _DIGEST: Final = "sha256"
 _SHA256: Final = re.compile("[0-9a-f]{64}")
 _MOST_BYTES: Final = 16 * 2**20  # of a manifest
+_FOR_PEOPLE: Final = ".md"  # ending of the model card, which no loader reads
 
 
 def replace_folder(staging: Path, target: Path) -> None:
@@ -268,7 +269,7 @@ def verify_files(folder: Path) -> list[str]:
         ArtifactError: as `read_manifest`, or a folder cannot be listed.
     """
     files = read_manifest(folder)["files"]
-    sizes = {name: entry["bytes"] for name, entry in files.items()}
+    sizes: dict[str, int | None] = {name: entry["bytes"] for name, entry in files.items()}
     faults = folder_faults(folder, sizes, MANIFEST, needed=lambda name: True)
     for name, entry in files.items():
         if name in faults:
@@ -289,18 +290,20 @@ def check_files(folder: Path, part: str = "") -> None:
     Args:
         folder: the artifact.
         part: the folder below that is about to be loaded, such as `onnx`; empty for the checkpoint. Its files must be there, but
-            for the model card. Other parts may be left out of a copy, and so may be anything in the Hub's cache.
+            for the model card, which may also have been edited. Other parts may be left out of a copy, and so may be anything in
+            the Hub's cache.
 
     Raises:
         ArtifactError: as `read_manifest`; or a file is missing, is of another size, is no file, or is not in the manifest.
     """
     if not os.path.lexists(folder / MANIFEST):
         return
-    sizes = {name: entry["bytes"] for name, entry in read_manifest(folder)["files"].items()}
+    files = read_manifest(folder)["files"]
+    sizes = {name: None if name.endswith(_FOR_PEOPLE) else entry["bytes"] for name, entry in files.items()}
     partial = is_hub_snapshot(folder)
 
     def needed(name: str) -> bool:
-        return not partial and name.rpartition("/")[0] == part and not name.endswith(".md")
+        return not partial and name.rpartition("/")[0] == part and not name.endswith(_FOR_PEOPLE)
 
     if faults := list(folder_faults(folder, sizes, MANIFEST, needed).values()):
         raise ArtifactError(f"{folder} is not what its {MANIFEST} says: {listed(faults)}; remove what was added, or copy it again")

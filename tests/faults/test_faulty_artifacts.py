@@ -17,15 +17,17 @@ import torch
 from faults.artifacts import LONGEST, TooSlowError, change_json, change_tensors, corrupt, make_manifest, whole_artifact, within
 from faults.refusing import Fault, refused
 from safetensors.torch import load_file, save_file
-from tiny import Rounding, factorized_model, rounded_model, tiny_tokenizer, write_artifact
+from tiny import Rounding, dense_model, factorized_model, rounded_model, write_artifact, write_dense
 from transformers import AutoModelForCausalLM
 
+from exporters.onnx import OnnxExporter
+from exporters.vllm import VllmExporter
 from lrserve.compression.groups import STRUCTURES, Structure
 from lrserve.errors import ArtifactError
 from lrserve.pipeline.inspect import verify
 from lrserve.plugins.checkpoint import require_sound
 from lrserve.storage.folder import HARMLESS
-from lrserve.storage.store import MANIFEST, check_files, write_manifest
+from lrserve.storage.store import MANIFEST, check_files
 
 CORRUPTIONS = 40
 GROUP = "model.layers.0.self_attn.o_proj"
@@ -157,7 +159,17 @@ FAULTS = [
     # what the manifest does not name
     *map(extra, ("zz.safetensors", "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "model.pt")),
     *map(extra, ("params.json", "consolidated.safetensors", "onnx/zz.onnx", "onnx/zz.onnx_data", "lrserve/zz.json", "new/file")),
-    *map(extra, (".hidden.safetensors", "LICENSE.safetensors", "README.md.partial-1.safetensors", "modeling.py")),
+    *map(
+        extra,
+        (
+            ".cache/zz.safetensors",
+            ".git/lfs/zz.bin",
+            ".hidden.safetensors",
+            "LICENSE.safetensors",
+            "README.md.partial-1.safetensors",
+            "modeling.py",
+        ),
+    ),
     Fault("extra-folder", lambda folder: (folder / "empty").mkdir(), ("empty is not in the manifest",)),
     Fault("extra-line-break", written("a\nb"), ("'a\\nb' is not in the manifest",)),
     Fault("extra-bytes", lambda folder: open(os.fsencode(folder) + b"/\xff", "w").close(), ("is not in the manifest",)),
@@ -184,9 +196,14 @@ FAULTS = [
         ("../elsewhere", "/etc/hostname", "onnx/../../elsewhere", "./config.json", "", "onnx//x", "a\\b", "a\nb", "..", "x" * 2000),
     ),
     named(MANIFEST),
-    *(sized(f"size-{size}", {"bytes": size, "sha256": "0" * 64}) for size in (-1, 2**60, True, "1", 1.5, None)),
+    *(sized(f"size-{size}", {"bytes": size, "sha256": "0" * 64}) for size in (-1, 2**43, True, "1", 1.5, None)),
     *(sized(f"hash-{index}", {"bytes": 1, "sha256": digest}) for index, digest in enumerate(("", "0" * 63, "G" * 64, None, 1))),
     sized("entry-list", []),
+    Fault(
+        "entry-folder",
+        manifest(lambda data: data["files"].update(onnx=data["files"]["README.md"])),
+        ("onnx is a folder, not a file",),
+    ),
     Fault("count", manifest(lambda data: data["files"].update({f"f{i}": {} for i in range(10_001)})), ("at most 10000",)),
     Fault("files-list", manifest(lambda data: data.update(files=[])), (MANIFEST, "files is no JSON object")),
     Fault("no-inputs", manifest(lambda data: data.pop("inputs")), (MANIFEST, "inputs is no JSON object")),
@@ -361,6 +378,8 @@ def test_what_tools_add_is_harmless(name: str, artifact: Path) -> None:
 
 def test_parts_that_are_not_loaded_may_be_left_out(artifact: Path) -> None:
     shutil.rmtree(artifact / "onnx")
+    (artifact / "README.md").write_text("edited by its publisher")
+    check_files(artifact)
     (artifact / "README.md").unlink()
     check_files(artifact)
     with pytest.raises(ArtifactError, match="onnx/config.json is missing"):
@@ -436,19 +455,43 @@ def test_a_program_without_lrserve_fails_on_every_structure(tmp_path: Path) -> N
     assert all(answer and "'import lrserve' before it is loaded" in answer[1] for answer in answers), answers
 
 
+MEMORY = """
+import sys
+from pathlib import Path
+from transformers import LlamaForCausalLM
+from lrserve.pipeline.inspect import check
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+
+before = peak()
+assert check(Path(sys.argv[1]))["faults"] == []
+print(peak() - before)
+"""
+
+
+def test_verify_reads_files_piece_by_piece(artifact: Path) -> None:
+    (artifact / "lrserve" / "study.sqlite3").touch()
+    os.truncate(artifact / "lrserve" / "study.sqlite3", 400 * 2**20)
+    make_manifest(artifact)
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(artifact)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 200, done.stdout
+
+
 def test_code_is_not_taken_from_the_dense_model(tmp_path: Path) -> None:
-    source = tmp_path / "dense"
+    source, out = write_dense(dense_model("LlamaForCausalLM"), tmp_path / "dense"), tmp_path / "out"
     model = factorized_model("LlamaForCausalLM")
     model.config.auto_map = {"AutoConfig": "x.X"}
-    tiny_tokenizer().save_pretrained(source)
-    change_json(source / "tokenizer_config.json", lambda data: data.update(auto_map={"AutoTokenizer": ["x.X", None]}))
-    from exporters.vllm import VllmExporter
-
-    (tmp_path / "out").mkdir()
-    VllmExporter().export(model, source, tmp_path / "out", torch.float32)
-    assert not any("auto_map" in path.read_text() for path in (tmp_path / "out").glob("*.json"))
-    write_manifest(tmp_path / "out", {}, {})
-    assert "match the manifest" in verify(tmp_path / "out")
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        change_json(source / name, lambda data: data.update(auto_map={"Auto": "x.X"}, custom_pipelines={"a": {"impl": "x.X"}}))
+    out.mkdir()
+    VllmExporter().export(model, source, out, torch.float32)
+    OnnxExporter().export(dense_model("LlamaForCausalLM"), source, out, torch.float32)
+    read = [path.read_text() for path in out.rglob("*.json")]
+    assert len(read) >= 6
+    assert not any("x.X" in text for text in read)
+    make_manifest(out)
+    assert "match the manifest" in verify(out)
 
 
 def test_random_corruptions_are_refused(whole: dict[Structure, Path], tmp_path: Path) -> None:

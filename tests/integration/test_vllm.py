@@ -87,7 +87,7 @@ def test_missing_factor_fails_the_load_by_name(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.0.self_attn.qkv_proj.A.order"], tensors["model.layers.0.self_attn.k_proj.B.bias"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    missing = r"model\.layers\.0\.self_attn\.qkv_proj\.A\.order, model\.layers\.0\.self_attn\.k_proj\.B\.bias"
+    missing = r"model\.layers\.0\.self_attn\.k_proj\.B\.bias, model\.layers\.0\.self_attn\.qkv_proj\.A\.order"
     with pytest.raises(ArtifactError, match=f"missing from the checkpoint: {missing}"), engine_for(folder):
         pass
 

@@ -32,7 +32,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "calibration": {"sequences": 8, "length": 32, "pool_sequences": 4, "batch_tokens": 64},
             "factorization": {"fisher_tokens": 128, "propagate": False, "refine": "none"},
             "search": {
-                "trials": 2,
+                "trials": 3,
                 "rank_step": 8,
                 "depth_groups": 2,
                 "probe_tokens": 64,

@@ -12,7 +12,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from lrserve.compression.spec import QUANT_METHOD, GroupSpec, parse_groups
 from lrserve.errors import ArtifactError, EngineError
-from lrserve.plugins.checkpoint import require_sound
 from lrserve.plugins.versions import require_vllm
 
 _DRAFT_PREFIX = "draft_model."  # vLLM builds the draft model of speculative decoding under this name
@@ -66,6 +65,8 @@ class LrserveConfig(QuantizationConfig):
             ArtifactError: see `checkpoint.require_sound`.
         """
         if (folder := Path(model_name)).is_dir():
+            from lrserve.plugins.checkpoint import require_sound
+
             require_sound(folder)
 
     @property
