@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lrserve.compression.groups import FAMILIES
 from lrserve.compression.layers import exact_names
 from lrserve.compression.spec import is_permutation
 from lrserve.errors import ArtifactError
@@ -76,8 +77,8 @@ def read_headers(files: Iterable[Path]) -> Headers:
 def tensor_faults(model: Any, stored: Headers, *, dtype: torch.dtype | None = None) -> list[str]:
     """Hold every tensor of a model against what is stored for it, and the other way round.
 
-    A causal LM's checkpoint may be loaded into a model of another class, such as the one without the output layer. Then what stands
-    outside of their common base model is neither missing nor too much.
+    A causal LM's checkpoint may be loaded into a model of another class, such as the one without the output layer. There, what
+    stands outside of their common base model is neither missing nor too much.
 
     Args:
         model: a transformers model with the compressed layers in place; on the meta device, for example.
@@ -89,7 +90,7 @@ def tensor_faults(model: Any, stored: Headers, *, dtype: torch.dtype | None = No
     """
     base = f"{model.base_model_prefix}."
     is_base = not hasattr(model, model.base_model_prefix)
-    whole = type(model).__name__ in (model.config.architectures or ())
+    whole = type(model).__name__ in FAMILIES
     exact, tied = exact_names(model), set(getattr(model, "all_tied_weights_keys", None) or ())
     own = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     wanted = {base + name if is_base else name: (tensor, name in exact) for name, tensor in own.items()}

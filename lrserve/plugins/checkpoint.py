@@ -14,7 +14,7 @@ from lrserve.compression.spec import QUANT_METHOD, GroupSpec, leaves, parse_grou
 from lrserve.compression.stored import Headers, read_headers, tensor_faults
 from lrserve.errors import ArtifactError, LrserveError
 from lrserve.inputs.source import Source
-from lrserve.storage.folder import listed, read_regular
+from lrserve.storage.folder import listed, read_regular, shown
 from lrserve.storage.store import check_files
 
 CONFIG: Final = "config.json"
@@ -22,6 +22,7 @@ _WEIGHTS: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _AGAIN: Final = "copy or export the artifact again"
 _MOST_BYTES: Final = 64 * 2**20  # of a JSON file
+_LONGEST: Final = 500  # characters of a message that quotes one
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -82,7 +83,8 @@ def open_checkpoint(folder: Path) -> tuple[dict[str, GroupSpec], list[str]]:
                 install_low_rank(skeleton, specs)
             faults = tensor_faults(skeleton, stored, dtype=getattr(skeleton.config, "dtype", None))
     except LrserveError as error:
-        raise ArtifactError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        text = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise ArtifactError(text if len(text) <= _LONGEST else text[:_LONGEST] + "...") from error
     except Exception as error:  # of whatever kind transformers raises for the config of a model that cannot be
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ArtifactError(f"{path} describes no model that can be built: {reason}; {_AGAIN}") from error
@@ -92,7 +94,7 @@ def open_checkpoint(folder: Path) -> tuple[dict[str, GroupSpec], list[str]]:
 def _group_faults(skeleton: Any, specs: dict[str, GroupSpec]) -> list[str]:
     groups = {group.name: leaves(group.members) for group in as_listed(find_groups(skeleton), specs)}
     return [
-        f"{CONFIG} lists {name} of {', '.join(spec.members)}, which is no group of the architecture"
+        f"{CONFIG} lists {name} of {shown(', '.join(spec.members))}, which is no group of the architecture"
         for name, spec in specs.items()
         if groups.get(name) != spec.members
     ]

@@ -266,6 +266,12 @@ FAULTS = [
         config(lambda data: data["quantization_config"]["groups"][GROUP].update(rank=15)),
         (GROUP, "config.json makes it (15,"),
     ),
+    Fault(
+        "long-members",
+        config(lambda data: data["quantization_config"]["groups"][GROUP].update(members=["x" * 5000])),
+        ("no group",),
+    ),
+    Fault("long-name", config(lambda data: data.update(architectures=["x" * 5000])), ("config.json", "unsupported architecture")),
     Fault("layers", config(lambda data: data.update(num_hidden_layers=3)), ("missing", "model.layers.2.")),
     Fault("many-layers", config(lambda data: data.update(num_hidden_layers=10**9)), ("config.json has 1000000000 layers",)),
     Fault("sizes", config(lambda data: data.update(vocab_size=300)), ("embed_tokens.weight is (256, 64) in the checkpoint",)),
@@ -319,7 +325,7 @@ def test_verify_refuses_in_one_line(fault: Fault, artifact: Path) -> None:
 
 VERIFY_ALONE = {"plan", "plan-text", "swapped", "pickle", "python", "auto-map"}
 """What makes no loader compute anything else than the manifest and the plan say."""
-HARMLESS_IN_TRANSFORMERS = {"members", "half", "second-weights", "other-weights", "index"}
+HARMLESS_IN_TRANSFORMERS = {"members", "long-name", "half", "second-weights", "other-weights", "index"}
 """What transformers reads as it is meant, or does not read; it loads the tensors by their names, from the files that it chooses."""
 
 

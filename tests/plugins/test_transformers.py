@@ -109,6 +109,12 @@ def test_saved_base_model_loads_again(artifact: Path, tmp_path: Path) -> None:
         assert torch.equal(again(input_ids=INPUTS).last_hidden_state, base(input_ids=INPUTS).last_hidden_state)
 
 
+def test_base_model_is_no_causal_lm(artifact: Path, tmp_path: Path) -> None:
+    AutoModel.from_pretrained(artifact).save_pretrained(tmp_path / "base")
+    with pytest.raises(ArtifactError, match="missing from the checkpoint: lm_head.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+
 @pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoModel])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype_argument_wins_over_the_checkpoint(artifact: Path, loader: Any, dtype: torch.dtype) -> None:
