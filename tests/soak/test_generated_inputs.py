@@ -93,6 +93,8 @@ def test_every_generated_file_is_accepted_or_refused_in_one_line(
     @given(content=files(here / file, **how), command=st.sampled_from(commands(here, file)))
     def every(content: bytes, command: tuple[str | Path, ...]) -> None:
         (here / file).write_bytes(content)
+        if file == "artifact/config.json":  # so that it is read, and not only found to be another file
+            write_manifest(here / "artifact", {"lrserve": "0"}, {})
         answers[answer(*command)] += 1
 
     assert [answer(*command) for command in commands(here, file)] == [0] * len(commands(here, file))
