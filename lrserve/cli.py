@@ -47,6 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_LONGEST = 550  # characters of an error's one line
 _BUG = (
     "this is a bug in lrserve: please open an issue in lrserve's repository, with these lines, the command, the recipe and what "
     "'pip freeze' prints"
@@ -412,7 +413,10 @@ def main() -> None:
     try:
         app()
     except LrserveError as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = str(error)
+        if len(text) > _LONGEST and "\n" not in text:  # a value that stands in it is long: what and where, and the next step
+            text = f"{text[: _LONGEST - 120]} ... {text[-100:]}"
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # only a user gives such names

@@ -244,7 +244,7 @@ def family_of(config: Any) -> Family:
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
-    found = ", ".join(names) or f"model_type {getattr(config, 'model_type', None)!r} without an 'architectures' entry"
+    found = ", ".join(names)[:100] or f"model_type {getattr(config, 'model_type', None)!r} without an 'architectures' entry"
     raise UnsupportedModelError(
         f"unsupported architecture: {found}. lrserve factorizes {', '.join(FAMILIES)}; "
         "convert the model to one of these or open an issue with its config.json"

@@ -202,7 +202,6 @@ PLACES = [
     (("compress-and-export", LONG, "--calibration", "TEXT", "-o", "out"), "no model at"),
     (("compress-and-export", f"/{LONG}", "--calibration", "TEXT", "-o", "out"), "no model at"),
     (("compress-and-export", NUL, "--calibration", "TEXT", "-o", "out"), "NUL"),
-    (("compress-and-export", "MODEL", "--calibration", LONG, "-o", "out", *ONNX), "xxx"),
     (("compress-and-export", "MODEL", "--calibration", f"/{LONG}", "-o", "out", *ONNX), "xxx"),
     (("compress-and-export", "MODEL", "--calibration", NUL, "-o", "out", *ONNX), "NUL"),
     (("compress-and-export", "MODEL", "--calibration", "TEXT", "-o", LONG, *ONNX), "-o"),

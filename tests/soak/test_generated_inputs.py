@@ -37,9 +37,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(model.state_dict(), "model.safetensors")}
     (place / "model" / "model.safetensors.index.json").write_bytes(as_json(index))
     write_text(place / "text.jsonl", 200)
-    recipe = Recipe.load(None, {"model": str(place / "model"), "text.calibration": str(place / "text.jsonl"), "export": ["onnx"]})
-    made = {**recipe.model_dump(mode="json"), "calibration": {"sequences": 4, "length": 32}}
-    made |= {"report": {"tokens": 64, "length": 32}, "engine": {"runtime": "onnx"}, "workloads": {"chat": {"prompt_tokens": 8}}}
+    settings: dict[str, Any] = {
+        "model": str(place / "model"),
+        "text": {"calibration": str(place / "text.jsonl")},
+        "calibration": {"sequences": 2, "length": 32},
+        "search": {"probe_tokens": 64, "validation_tokens": 64, "validation_pool": 64, "validation_length": 32},
+        "workloads": {"chat": {"prompt_tokens": 4, "output_tokens": 4, "concurrency": 1}},
+        "engine": {"runtime": "onnx"},
+        "report": {"tokens": 64, "length": 32, "prompts": 1, "prompt_tokens": 8},
+        "export": ["onnx"],
+    }
+    made = Recipe.model_validate(settings).model_dump(mode="json")
     (place / "recipe.yaml").write_bytes(as_yaml(made))
     artifact = write_artifact(factorized_model("LlamaForCausalLM"), place / "artifact")
     write_manifest(artifact, {"lrserve": "0"}, {})
@@ -85,8 +93,11 @@ def test_every_generated_file_is_accepted_or_refused_in_one_line(
     @given(content=files(here / file, **how), command=st.sampled_from(commands(here, file)))
     def every(content: bytes, command: tuple[str | Path, ...]) -> None:
         (here / file).write_bytes(content)
+        if file == "artifact/config.json":  # so that it is read, and not only found to be another file
+            write_manifest(here / "artifact", {"lrserve": "0"}, {})
         answers[answer(*command)] += 1
 
+    assert [answer(*command) for command in commands(here, file)] == [0] * len(commands(here, file))
     began = time.monotonic()
     every()
     soak_row(f"generated {file}", sum(answers.values()), 0, time.monotonic() - began, f"{answers[2]} refused")
