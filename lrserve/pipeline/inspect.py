@@ -13,11 +13,12 @@ from lrserve.compression.groups import allocated, as_listed, family_of, find_gro
 from lrserve.compression.spec import QUANT_METHOD, GroupSpec, parse_groups, specs_of
 from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.source import Source, model_folder, open_source
-from lrserve.plugins.checkpoint import CONFIG, open_checkpoint, read_object
+from lrserve.plugins.checkpoint import AGAIN, CONFIG, open_checkpoint
 from lrserve.plugins.versions import require_sound_torchvision
 from lrserve.report.card import table
 from lrserve.report.sizes import linear_parameters, sizes
 from lrserve.storage.folder import listed
+from lrserve.storage.json_files import read_object
 from lrserve.storage.store import MANIFEST, check_files, read_manifest, verify_files
 
 _PLAN: Final = "lrserve/plan.json"
@@ -160,7 +161,11 @@ def check(out: Path) -> dict[str, Any]:
 def _code_faults(out: Path) -> list[str]:
     """Name the configs of a checkpoint that make a loader run code beside the weights."""
     configs = [path for path in (out / CONFIG, out / "tokenizer_config.json") if path.exists()]
-    return [f"{path.name} has an auto_map, which names code to run" for path in configs if "auto_map" in read_object(path)]
+    return [
+        f"{path.name} has an auto_map, which names code to run"
+        for path in configs
+        if "auto_map" in read_object(path, AGAIN, ArtifactError)
+    ]
 
 
 def _plan_faults(out: Path, specs: Mapping[str, GroupSpec]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,31 +13,15 @@ from lrserve.compression.spec import QUANT_METHOD, GroupSpec, leaves, parse_grou
 from lrserve.compression.stored import Headers, read_headers, tensor_faults
 from lrserve.errors import ArtifactError, LrserveError
 from lrserve.inputs.source import Source
-from lrserve.storage.folder import listed, read_regular, shown
+from lrserve.storage.folder import listed, shown
+from lrserve.storage.json_files import read_object
 from lrserve.storage.store import check_files
 
 CONFIG: Final = "config.json"
 _WEIGHTS: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
-_AGAIN: Final = "copy or export the artifact again"
-_MOST_BYTES: Final = 64 * 2**20  # of a JSON file
+AGAIN: Final = "copy or export the artifact again"
 _LONGEST: Final = 500  # characters of a message that quotes one
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a file of an artifact that holds a JSON object.
-
-    Raises:
-        ArtifactError: it does not.
-    """
-    try:
-        found = json.loads(read_regular(path, _MOST_BYTES))
-    except (FileNotFoundError, ValueError, RecursionError) as error:
-        reason = "it is missing" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:100]
-        raise ArtifactError(f"{path} cannot be read: {reason}; {_AGAIN}") from None
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{path} is not a JSON object; {_AGAIN}")
-    return found
 
 
 def require_sound(folder: Path) -> None:
@@ -53,7 +36,7 @@ def require_sound(folder: Path) -> None:
     if any(folder.glob("*.safetensors")):
         _, faults = open_checkpoint(folder)
         if faults:
-            raise ArtifactError(f"{folder}: {listed(faults)}; {_AGAIN}")
+            raise ArtifactError(f"{folder}: {listed(faults)}; {AGAIN}")
 
 
 def open_checkpoint(folder: Path) -> tuple[dict[str, GroupSpec], list[str]]:
@@ -66,14 +49,14 @@ def open_checkpoint(folder: Path) -> tuple[dict[str, GroupSpec], list[str]]:
         ArtifactError: config.json, the index of the weights or a header is damaged, or config.json describes no model.
     """
     path = folder / CONFIG
-    config = read_object(path)
+    config = read_object(path, AGAIN, ArtifactError)
     stored = _weights(folder)
     entry = config.get("quantization_config")
     if entry is not None and (not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD):
-        raise ArtifactError(f"{path}: quantization_config is not lrserve's; {_AGAIN}")
+        raise ArtifactError(f"{path}: quantization_config is not lrserve's; {AGAIN}")
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > len(stored.tensors):  # nobody wants to wait for so many to be built
-        raise ArtifactError(f"{path} has {layers} layers, the weights have {len(stored.tensors)} tensors in all; {_AGAIN}")
+        raise ArtifactError(f"{path} has {layers} layers, the weights have {len(stored.tensors)} tensors in all; {AGAIN}")
     try:
         specs = {} if entry is None else parse_groups(entry)
         skeleton = Source(name=str(folder), path=folder).skeleton()
@@ -87,7 +70,7 @@ def open_checkpoint(folder: Path) -> tuple[dict[str, GroupSpec], list[str]]:
         raise ArtifactError(text if len(text) <= _LONGEST else text[:_LONGEST] + "...") from error
     except Exception as error:  # of whatever kind transformers raises for the config of a model that cannot be
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ArtifactError(f"{path} describes no model that can be built: {reason}; {_AGAIN}") from error
+        raise ArtifactError(f"{path} describes no model that can be built: {reason}; {AGAIN}") from error
     return specs, faults
 
 
@@ -106,9 +89,9 @@ def _weights(folder: Path) -> Headers:
     path = folder / _INDEX
     stored = read_headers(files)
     if path.exists():
-        places = read_object(path).get("weight_map")
+        places = read_object(path, AGAIN, ArtifactError).get("weight_map")
         if places != {name: tensor.file for name, tensor in stored.tensors.items()}:
-            raise ArtifactError(f"{path} does not say in which files the tensors are; {_AGAIN}")
+            raise ArtifactError(f"{path} does not say in which files the tensors are; {AGAIN}")
     elif others := [file.name for file in files if file.name != _WEIGHTS]:
-        raise ArtifactError(f"{folder} has weights in {', '.join(others[:3])} and no {_INDEX}; {_AGAIN}")
+        raise ArtifactError(f"{folder} has weights in {', '.join(others[:3])} and no {_INDEX}; {AGAIN}")
     return stored

@@ -306,7 +306,7 @@ FAULTS = [
     Fault("no-weights", remade(lambda folder: (folder / "model.safetensors").unlink()), ("the weights have 0 tensors",)),
     Fault("no-config", remade(lambda folder: (folder / "config.json").unlink()), ("config.json", "missing")),
     Fault("config-text", remade(written("config.json", b"{")), ("config.json cannot be read",)),
-    Fault("config-list", remade(written("config.json", b"[]")), ("config.json is not a JSON object",)),
+    Fault("config-list", remade(written("config.json", b"[]")), ("config.json holds a list, not a JSON object",)),
     Fault("plan-text", remade(written("lrserve/plan.json", b"{")), ("lrserve/plan.json is not a plan",)),
     Fault(
         "swapped",

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from faults.killing import Place, kill
 from integration.test_pipeline import SMALL
 from tiny import dense_model, write_dense, write_text
 
-from lrserve.report.card import table
 from lrserve.storage.store import read_manifest, verify_files, write_json
 
 pytestmark = pytest.mark.soak
@@ -107,32 +107,24 @@ class Runs:
 
 
 @pytest.mark.timeout(0)
-def test_whenever_a_run_is_killed_the_next_one_ends_as_if_it_had_not_been(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_whenever_a_run_is_killed_the_next_one_ends_as_if_it_had_not_been(tmp_path: Path, soak_row: Callable[..., None]) -> None:
     moments = random.Random(SEED)
     runs = {engine: Runs(tmp_path / engine, engine) for engine in ENGINES}
     kills: Counter[str] = Counter()
     faulty: Counter[str] = Counter()
+    seconds = dict.fromkeys(ENGINES, 0.0)
     faults: list[str] = []
     for number in range(KILLS):
-        engine = ENGINES[number % len(ENGINES)]
+        engine, began = ENGINES[number % len(ENGINES)], time.monotonic()
         found = runs[engine].kill_once(number, moments.random())
+        seconds[engine] += time.monotonic() - began
         kills[engine] += 1
         faulty[engine] += bool(found)
         faults += found
-    rows = [
-        [
-            engine,
-            f"{run.seconds:.0f} s",
-            str(kills[engine]),
-            str(kills[engine] - faulty[engine]),
-            ", ".join(f"{stage} {count}" for stage, count in sorted(run.stages.items())),
-        ]
-        for engine, run in runs.items()
-    ]
-    with capsys.disabled():
-        print("\n" + table(["engine", "undisturbed run", "kills", "good next runs", "killed after"], rows))
-        print("\n".join(faults))
+    for engine, run in runs.items():
+        told = f"an undisturbed run takes {run.seconds:.0f} s; ended last: " + ", ".join(
+            f"{stage} {count}" for stage, count in sorted(run.stages.items())
+        )
+        soak_row(f"kills, {engine} measures", kills[engine], faulty[engine], seconds[engine], told)
     assert sum(kills.values()) == KILLS
-    assert not faults
+    assert not faults, "\n".join(faults)
