@@ -265,7 +265,9 @@ def test_every_setting_and_source_file_in_prose_exists() -> None:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model as MODEL and a text as TEXT."""
     place = tmp_path_factory.mktemp("docs")
-    write_dense(dense_model("LlamaForCausalLM"), place / "MODEL")
+    model = dense_model("LlamaForCausalLM")
+    model.config.max_position_embeddings = 8192  # the guide's workloads fit
+    write_dense(model, place / "MODEL")
     (place / "TEXT").mkdir()
     write_text(place / "TEXT" / "text.jsonl", 200)
     return place
