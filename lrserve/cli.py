@@ -58,7 +58,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object inste
 
 
 class _PassesOn(TyperCommand):
-    """A verb whose arguments after `--` are vLLM's; they go into `context.obj`."""
+    """A verb whose arguments after `--` are vLLM's; they go into the `obj` of the context."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         """Cut the arguments at the first `--`, which click would drop, and parse those before it."""

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from lrserve.compression.groups import FAMILIES
 from lrserve.compression.layers import exact_names
 from lrserve.compression.spec import is_permutation
-from lrserve.errors import ArtifactError
+from lrserve.errors import ArtifactError, one_line
 
 _DTYPES: Final = {
     "BF16": torch.bfloat16,
@@ -69,8 +69,7 @@ def read_headers(files: Iterable[Path]) -> Headers:
                     if name.endswith(".A.order"):
                         orders[name] = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ArtifactError(f"{path} is damaged: {reason}; copy or export the artifact again") from error
+            raise ArtifactError(f"{path} is damaged: {one_line(error)}; copy or export the artifact again") from error
     return Headers(tensors, orders)
 
 

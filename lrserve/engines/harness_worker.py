@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lrserve.engines.protocol import serve
-from lrserve.errors import InputError
+from lrserve.errors import InputError, one_line
 from lrserve.inputs.source import Source
 
 _LONGEST: Final = 4096  # tokens of context: a longer one only costs KV cache; both models get the same
@@ -70,7 +70,7 @@ def load_tasks(wanted: list[str], *, named: bool) -> dict[str, list[Any]]:
                 if os.path.exists(task)
                 else "its data come from the Hugging Face Hub; check the network, or give a YAML file with local data"
             )
-            raise InputError(f"task {task} cannot be loaded ({type(error).__name__}: {_one_line(error)}); {hint}") from None
+            raise InputError(f"task {task} cannot be loaded ({one_line(error)}); {hint}") from None
         inner = {name for names in loaded.get("group_map", {}).values() for name in names}
         objects = {**loaded.get("groups", {}), **loaded["tasks"]}
         found[task] = [thing for name, thing in objects.items() if name not in inner]
@@ -120,7 +120,7 @@ def evaluate(loaded: Loaded, task: str, limit: int | None, shots: int | None) ->
             loaded.model, tasks=loaded.tasks[task], limit=limit, num_fewshot=shots, bootstrap_iters=_BOOTSTRAP, log_samples=True
         )
     except ValueError as error:  # a task that runs code that a model wrote, or has too few examples for the shots
-        raise InputError(f"task {task} cannot be run: {_one_line(error)}") from error
+        raise InputError(f"task {task} cannot be run: {one_line(error)}") from error
     return {"tasks": collect(found)}
 
 
@@ -189,8 +189,6 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 REQUESTS: Final[dict[str, Callable[..., dict[str, Any]]]] = {"evaluate": evaluate}

@@ -51,8 +51,6 @@ def check_checkpoint(folder: Path, skeleton: Any, quantization: Any) -> None:
     Raises:
         InputError: files besides those of the model; damaged headers; missing, unexpected, misshapen or quantized tensors.
     """
-    if (other := getattr(skeleton.config, "transformers_weights", None)) is not None:
-        raise InputError(f"{folder}: config.json names {shown(other)} as transformers_weights; remove that entry: others ignore it")
     stored = _headers(folder)
     fault = _fault(folder, skeleton, stored)
     if quantization is not None:
@@ -61,6 +59,8 @@ def check_checkpoint(folder: Path, skeleton: Any, quantization: Any) -> None:
         if fault is None:
             raise InputError(f"{folder}: the weights are dense, but {entry}: remove that entry from config.json")
         raise InputError(f"{folder} is already quantized or compressed ({entry}); give the dense model")
+    if (other := getattr(skeleton.config, "transformers_weights", None)) is not None:
+        raise InputError(f"{folder}: config.json names {shown(other)} as transformers_weights; remove that entry: others ignore it")
     if fault is not None:
         raise InputError(fault)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lrserve.errors import InputError
+from lrserve.errors import InputError, one_line
 
 _JSON: Final = (".json", ".jsonl", ".ndjson")
 _SEPARATED: Final[Mapping[str, str]] = {".csv": ",;\t|", ".tsv": "\t", ".tab": "\t"}
@@ -232,7 +232,7 @@ def _parquet(path: Path, data: bytes) -> Table:
         raise InputError(f"{path} is a Parquet file, which needs pyarrow. Run: pip install 'lrserve[datasets]'") from None
 
     def damaged(error: Exception) -> InputError:
-        return InputError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}; check the download")
+        return InputError(f"{path} cannot be read as Parquet: {one_line(error)}; check the download")
 
     try:
         file = parquet.ParquetFile(pyarrow.BufferReader(data))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lrserve.errors import InputError
+from lrserve.errors import InputError, one_line
 from lrserve.inputs.formats import SUFFIXES, Table, read_file
 from lrserve.inputs.origin import DatasetName, dataset_name, hub_dataset, on_disk
 from lrserve.inputs.records import texts_of
@@ -115,8 +115,7 @@ def _read_dataset(dataset: DatasetName, origin: str) -> Table:
 
     def unreadable(error: Exception) -> InputError:
         # the datasets library raises whatever its file formats and HTTP client raise
-        reason = " ".join(str(error).split())[:_LONGEST_NAME]
-        return InputError(f"neither a text file nor a readable dataset: {origin!r} ({type(error).__name__}: {reason})")
+        return InputError(f"neither a text file nor a readable dataset: {origin!r} ({one_line(error)})")
 
     try:
         rows = iter(load_dataset(dataset.place, dataset.config, split=dataset.split or "train", streaming=True))

@@ -11,7 +11,7 @@ from lrserve.compression.groups import as_listed, find_groups
 from lrserve.compression.lowrank import install_low_rank
 from lrserve.compression.spec import QUANT_METHOD, GroupSpec, leaves, parse_groups
 from lrserve.compression.stored import Headers, read_headers, tensor_faults
-from lrserve.errors import ArtifactError, LrserveError
+from lrserve.errors import ArtifactError, LrserveError, one_line
 from lrserve.inputs.source import Source
 from lrserve.storage.folder import listed, shown
 from lrserve.storage.json_files import read_object
@@ -69,8 +69,7 @@ def open_checkpoint(folder: Path) -> tuple[dict[str, GroupSpec], list[str]]:
         text = str(error) if str(path) in str(error) else f"{path}: {error}"
         raise ArtifactError(text if len(text) <= _LONGEST else text[:_LONGEST] + "...") from error
     except Exception as error:  # of whatever kind transformers raises for the config of a model that cannot be
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ArtifactError(f"{path} describes no model that can be built: {reason}; {AGAIN}") from error
+        raise ArtifactError(f"{path} describes no model that can be built: {one_line(error)}; {AGAIN}") from error
     return specs, faults
 
 

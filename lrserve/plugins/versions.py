@@ -11,7 +11,7 @@ from typing import Final
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from lrserve.errors import EngineError, InputError
+from lrserve.errors import EngineError, InputError, one_line
 
 _ONNX_RUNTIME: Final = ">=1.23,!=1.24.0,!=1.24.1"  # those two refuse external data behind a symbolic link, as in the Hub's cache
 _GENAI: Final = ">=0.18,<0.20"
@@ -205,9 +205,8 @@ def require_sound_torchvision() -> None:
     try:
         importlib.import_module("torchvision")
     except Exception as error:  # RuntimeError for a missing operator, OSError for a library, ImportError
-        reason = " ".join(str(error).split())[:200]
         raise EngineError(
-            f"the installed torchvision does not fit torch {metadata.version('torch')} ({reason}), which breaks transformers and "
+            f"the installed torchvision does not fit torch {metadata.version('torch')} ({one_line(error)}), which breaks transformers and "
             "vLLM. lrserve needs none of it. Run: pip uninstall torchvision torchaudio torchcodec"
         ) from None
 

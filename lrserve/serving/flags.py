@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn
 
 import yaml
 
-from lrserve.errors import InputError
+from lrserve.errors import InputError, one_line
 
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8000
@@ -124,7 +124,7 @@ def settings_of_file(arguments: Sequence[str]) -> dict[str, Any]:
     try:
         found = yaml.safe_load(Path(arguments[place]).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"vLLM's --config {arguments[place]} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"vLLM's --config {arguments[place]} cannot be read: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise InputError(f"vLLM's --config {arguments[place]} holds no settings; write one a line, such as port: 8000")
     return {str(name).replace("_", "-"): value for name, value in found.items()}

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 
 from exporters.onnx import FOLDER
 from lrserve.engines.sampling import Finish, Generates, Sampling
-from lrserve.errors import ArtifactError, EngineError, InputError
+from lrserve.errors import ArtifactError, EngineError, InputError, reading
 from lrserve.plugins.versions import genai_installed, installed_vllm, require_genai, require_sound_torchvision
 from lrserve.serving.server import check_engine, check_model
 from lrserve.storage.store import check_files
@@ -40,11 +40,8 @@ class Text:
         require_sound_torchvision()
         from transformers import AutoTokenizer
 
-        try:
+        with reading(f"the tokenizer in {folder}", "export the model again", ArtifactError):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ArtifactError(f"{folder} has no tokenizer that can be read ({reason}); export the model again") from error
         self.vocabulary = len(self._tokenizer)
         self.has_template = bool(self._tokenizer.chat_template)
 

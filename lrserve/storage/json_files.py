@@ -22,8 +22,10 @@ def read_object(path: Path, advice: str = "check the file", raised: type[Lrserve
     Raises:
         LrserveError: of class `raised`. The file cannot be read, is no regular file, is too large, or holds something else.
     """
+    if not path.exists():
+        raise raised(f"{path} is missing; {advice}")
     with reading(path, advice, raised):
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # a pipe would be waited for
             raise raised(f"{path} is not a regular file; {advice}")
         if (size := path.stat().st_size) > _MOST_BYTES:
             raise raised(f"{path} has {size} bytes, far more than such a file needs; {advice}")

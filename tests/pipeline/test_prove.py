@@ -175,7 +175,7 @@ def test_a_graph_in_float16_is_proven_by_its_float32_twin_and_held_to_what_the_d
     monkeypatch.setattr(OnnxEngine, "start", counted)
     job, model = open_tiny(place, **HALF), factorized_model("LlamaForCausalLM")
     found = prove_graph(job, model, model, folder, tmp_path / "out").agreement["onnxruntime"]
-    assert started == ["twin", "out", "dense"]
+    assert started == ["twin", "out", "model"]
     assert not (folder.root / "twin").exists()
     assert found["max_logprob_difference"] < 1e-4, "of the twin"
     served = found["as_served"]
