@@ -189,8 +189,6 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-
-
 REQUESTS: Final[dict[str, Callable[..., dict[str, Any]]]] = {"evaluate": evaluate}
 
 

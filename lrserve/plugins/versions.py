@@ -206,8 +206,8 @@ def require_sound_torchvision() -> None:
         importlib.import_module("torchvision")
     except Exception as error:  # RuntimeError for a missing operator, OSError for a library, ImportError
         raise EngineError(
-            f"the installed torchvision does not fit torch {metadata.version('torch')} ({one_line(error)}), which breaks transformers and "
-            "vLLM. lrserve needs none of it. Run: pip uninstall torchvision torchaudio torchcodec"
+            f"the installed torchvision does not fit torch {metadata.version('torch')} ({one_line(error)}), which breaks "
+            "transformers and vLLM. lrserve needs none of it. Run: pip uninstall torchvision torchaudio torchcodec"
         ) from None
 
 

@@ -96,7 +96,7 @@ were measured before it. An error is the prediction over the measurement, less o
 {_search(report["search"])}
 <h2>Trials</h2>
 {_trials(report)}
-<p><code>optuna-dashboard sqlite:///study.sqlite3</code>, where that file is, opens the study.</p>
+<p><code>optuna-dashboard sqlite:///study.sqlite3</code>, beside a copy of that file, opens the study.</p>
 <h2>Versions</h2>
 {_table(["", "version"], [[name, version] for name, version in metrics["versions"].items()])}
 </body>

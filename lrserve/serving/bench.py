@@ -27,6 +27,7 @@ from lrserve.serving.flags import read_flags, settings_of_file, without
 from lrserve.serving.generation import EngineName
 from lrserve.serving.kv_cache import LEAST, cache_argument, is_said, model_cache
 from lrserve.serving.online import GraphServer, Server, compare_online
+from lrserve.serving.reports import make_report_folder
 from lrserve.storage.store import check_files, read_manifest, write_json
 from lrserve.storage.temporary import remove_leftovers, temporary_folder, temporary_leftovers
 
@@ -77,10 +78,7 @@ def bench(
         raise InputError("bench: --compiled and --eager are for vLLM; leave them out, or --engine onnxruntime")
     if report is not None:
         require_compress("bench --report")
-        try:
-            report.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"no folder {report} can be made for --report: {error.strerror}") from error
+        make_report_folder(report, out)
     remove_leftovers([temporary_leftovers()], say)
     recipe = Recipe.load(out / "lrserve" / "recipe.yaml", dict(overrides or {}))
     if given := {name: value for name, value in (workload or {}).items() if value is not None}:

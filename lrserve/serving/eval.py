@@ -21,6 +21,7 @@ from lrserve.report.console import Say, progress_bar
 from lrserve.report.eval import card_with_tasks, eval_table, write_eval
 from lrserve.report.machine import made
 from lrserve.serving.recovery import compare
+from lrserve.serving.reports import make_report_folder
 from lrserve.serving.server import check_engine
 from lrserve.storage.store import check_files, read_manifest, replace_files, write_json
 from lrserve.storage.temporary import remove_leftovers, temporary_folder, temporary_leftovers
@@ -71,10 +72,7 @@ def evaluate(
     require_sound_torchvision()
     wanted = named_tasks(tasks)
     if report is not None:
-        try:
-            report.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"no folder {report} can be made for --report: {error.strerror}") from error
+        make_report_folder(report, out)
     remove_leftovers([temporary_leftovers()], say)
     recipe = Recipe.load(out / "lrserve" / "recipe.yaml", {})
     source = open_source(dense or recipe.model, accept=family_of)

@@ -271,7 +271,11 @@ FAULTS = [
         config(lambda data: data["quantization_config"]["groups"][GROUP].update(members=["x" * 5000])),
         ("no group",),
     ),
-    Fault("long-name", config(lambda data: data.update(architectures=["x" * 5000])), ("config.json", "architectures must be LlamaForCausalLM")),
+    Fault(
+        "long-name",
+        config(lambda data: data.update(architectures=["x" * 5000])),
+        ("config.json", "architectures must be LlamaForCausalLM"),
+    ),
     Fault("layers", config(lambda data: data.update(num_hidden_layers=3)), ("missing", "model.layers.2.")),
     Fault("many-layers", config(lambda data: data.update(num_hidden_layers=10**9)), ("config.json has 1000000000 layers",)),
     Fault("sizes", config(lambda data: data.update(vocab_size=300)), ("embed_tokens.weight is (256, 64) in the checkpoint",)),
