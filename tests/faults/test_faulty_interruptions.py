@@ -366,7 +366,7 @@ def waiting(place: Path, *before: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_signals_clean_up_and_a_second_one_does_not_interrupt_that(number: signal.Signals, tmp_path: Path) -> None:
-    process = waiting(tmp_path)
+    process = waiting(tmp_path, "env", "--default-signal=HUP")  # which tests that run under nohup would hand on ignored
     process.send_signal(number)
     assert process.stdout is not None
     assert process.stdout.readline() == "cleaning\n"
