@@ -26,7 +26,7 @@ PATIENCE = 60  # seconds that engines may outlive the run that is killed
 _MARK = "LRSERVE_KILLED_RUN"
 _CODE = Path(lrserve.__file__).parents[1]
 _COMPARED = ("*.safetensors", "onnx/*.onnx*", "config.json", "lrserve/plan.json")
-_KERNELS = ("torchinductor_",)  # compiled ones, which stay for the next process on purpose
+_OF_LIBRARIES = ("torchinductor_", ".ses")  # compiled kernels, for the next process; the session of ONNX Runtime's telemetry
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class Place:
                 continue
 
     def strays(self) -> list[str]:
-        """Name what lies about that is no artifact, work folder, cache or compiled kernel."""
-        temporary = [path for path in (self.root / "tmp").iterdir() if not path.name.startswith(_KERNELS)]
+        """Name what lies about that is no artifact, work folder or cache, and not of a library."""
+        temporary = [path for path in (self.root / "tmp").iterdir() if not path.name.startswith(_OF_LIBRARIES)]
         unexpected = list((self.root / "cwd").iterdir())
         hidden = [path for path in (self.root / "outs").iterdir() if path.name.startswith(".")]
         partial = list(self.root.rglob("*.partial-*"))

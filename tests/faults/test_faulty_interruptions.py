@@ -38,7 +38,15 @@ from lrserve.compression.recover import _save
 from lrserve.errors import ArtifactError
 from lrserve.recipe import Target
 from lrserve.storage import temporary
-from lrserve.storage.store import disk_errors_named, read_manifest, staged, verify_files, write_json, write_tensors
+from lrserve.storage.store import (
+    disk_errors_named,
+    read_manifest,
+    staged,
+    verify_files,
+    write_json,
+    write_manifest,
+    write_tensors,
+)
 from lrserve.storage.temporary import temporary_leftovers
 from lrserve.storage.work import WorkFolder, work_folder
 
@@ -446,7 +454,7 @@ def test_the_run_after_a_kill_leaves_what_an_undisturbed_one_leaves(place: Place
     out = place.out("killed")
     shutil.copytree(place.out("reference"), out)  # an older artifact, to be overwritten
     manifest = read_manifest(out)
-    write_json(out / "manifest.json", {**manifest, "inputs": {"seed": 1}})
+    write_manifest(out, manifest["created_by"], {"seed": 1})
     for line in MOMENTS:
         place.kill_at_line("killed", line, "reference")
         assert verify_files(out) == []

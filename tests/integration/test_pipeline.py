@@ -255,7 +255,9 @@ def test_bench_measures_it_again(made: tuple[Path, dict[str, Any], list[str]], t
         assert result[side]["time_to_first_token_ms"]["p99"] >= result[side]["time_to_first_token_ms"]["median"] > 0
 
 
-def test_bench_measures_the_graphs_behind_their_own_server(made: tuple[Path, dict[str, Any], list[str]], tmp_path: Path) -> None:
+def test_bench_measures_the_graphs_behind_their_own_server(
+    made: tuple[Path, dict[str, Any], list[str]], place: Path, tmp_path: Path
+) -> None:
     said: list[str] = []
     figures = bench(made[0], engine="onnxruntime", report=tmp_path, say=said.append)
     assert figures["engine"].startswith("onnxruntime-genai 0.")

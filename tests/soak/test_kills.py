@@ -25,7 +25,7 @@ from faults.killing import Place, kill
 from integration.test_pipeline import SMALL
 from tiny import dense_model, write_dense, write_text
 
-from lrserve.storage.store import read_manifest, verify_files, write_json
+from lrserve.storage.store import read_manifest, verify_files, write_manifest
 
 pytestmark = pytest.mark.soak
 
@@ -65,7 +65,7 @@ class Runs:
         out = self.place.out(name)
         if replaces:
             shutil.copytree(self.place.out("reference"), out)
-            write_json(out / "manifest.json", {**read_manifest(out), "inputs": _OLDER})
+            write_manifest(out, read_manifest(out)["created_by"], _OLDER)
         stage = self._killed_in(name, moment * self.seconds)
         if stage is None:
             self.missed += 1
