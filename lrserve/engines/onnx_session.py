@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from exporters.onnx import LAST_FILE, MODEL_FILE
 from lrserve.engines.onnx_provider import Provider, missing_cuda, no_cuda, quiet_options, session_on
 from lrserve.engines.transcripts import Transcript
 from lrserve.errors import ArtifactError, EngineError, InputError
@@ -169,14 +170,30 @@ class _Borrowed:
         self.__array_interface__ = {"version": 3, "typestr": "<f4", "shape": tuple(value.shape()), "data": data}
 
 
-def transcribe(decoder: OnnxDecoder, prompt: Sequence[int], new_tokens: int) -> Transcript:
-    """Run one prompt: log probabilities of its tokens, then exactly `new_tokens` greedy ones, past any EOS."""
-    if not len(prompt):
+def transcribe(graph: Callable[[str], OnnxDecoder], prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Transcript]:
+    """Run prompts one by one: log probabilities of their tokens, then exactly `new_tokens` greedy ones, past any EOS.
+
+    Args:
+        graph: returns the session of a graph by its file's name: of `MODEL_FILE`, which has all logits, for the log probabilities,
+            then of `LAST_FILE`, which is the one that is served, for the tokens.
+        prompts: token ids.
+        new_tokens: of each.
+
+    Raises:
+        InputError: a prompt without tokens.
+        EngineError: ONNX Runtime failed.
+    """
+    if not all(map(len, prompts)):
         raise InputError("a prompt without tokens cannot be run; a prompt needs at least one token")
-    ids = np.asarray(prompt, np.int64)
-    logits = decoder.prefill(ids[None])[0]  # (T, V)
-    logprobs = _log_probabilities(logits[:-1], ids[1:])
-    row = logits[-1]
+    rows = [np.asarray(prompt, np.int64) for prompt in prompts]
+    logprobs = [_log_probabilities(graph(MODEL_FILE).prefill(ids[None])[0, :-1], ids[1:]) for ids in rows]
+    greedy = [_continue(graph(LAST_FILE), ids, new_tokens) if new_tokens else ((), ()) for ids in rows]
+    return [Transcript(tuple(own.tolist()), *continued) for own, continued in zip(logprobs, greedy, strict=True)]
+
+
+def _continue(decoder: OnnxDecoder, ids: Tokens, new_tokens: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Return the greedy tokens after `ids` (T,), and the gaps between the two best log probabilities."""
+    row = decoder.prefill(ids[None])[0, -1]
     tokens: list[int] = []
     margins: list[float] = []
     for number in range(new_tokens):
@@ -185,7 +202,7 @@ def transcribe(decoder: OnnxDecoder, prompt: Sequence[int], new_tokens: int) -> 
         second, best = np.partition(row, -2)[-2:]
         tokens.append(int(row.argmax()))
         margins.append(float(best - second))  # the normalizer is the same for both
-    return Transcript(logprobs=tuple(logprobs.tolist()), tokens=tuple(tokens), margins=tuple(margins))
+    return tuple(tokens), tuple(margins)
 
 
 def _log_probabilities(logits: Logits, tokens: Tokens) -> npt.NDArray[np.float64]:

@@ -14,11 +14,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from exporters.onnx import FOLDER, LAST_FILE, MODEL_FILE
+from exporters.onnx import FOLDER, LAST_FILE
 from lrserve.engines.onnx_latency import latency_table as measure
 from lrserve.engines.onnx_provider import Provider
 from lrserve.engines.onnx_session import OnnxDecoder
-from lrserve.engines.onnx_session import transcribe as transcribe_prompt
+from lrserve.engines.onnx_session import transcribe as transcribe_prompts
 from lrserve.engines.protocol import serve
 from lrserve.engines.timing import random_prompts
 from lrserve.errors import ArtifactError, InputError
@@ -90,8 +90,7 @@ def latency_table(
 
 def transcribe(loaded: Loaded, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
     """Run the prompts one by one."""
-    decoder = loaded.decoder(MODEL_FILE)
-    return {"transcripts": [asdict(transcribe_prompt(decoder, prompt, new_tokens)) for prompt in prompts]}
+    return {"transcripts": [asdict(found) for found in transcribe_prompts(loaded.decoder, prompts, new_tokens)]}
 
 
 REQUESTS: Final[dict[str, Callable[..., dict[str, Any]]]] = {

@@ -158,14 +158,14 @@ def test_what_is_bound_computes_what_is_not(graph: tuple[Dtype, Path], gpu: Gpu,
     decoder = OnnxDecoder(path, 1, provider="cuda")
     bound = [decoder.prefill(prompts), decoder.step(prompts[:, 0]), decoder.step(prompts[:, 1])]
     bound = [np.array(logits) for logits in bound]
-    transcript = transcribe(decoder, prompts[0].tolist(), 5)
+    transcripts = transcribe(lambda name: decoder, prompts.tolist(), 5)
     monkeypatch.undo()
     decoder = OnnxDecoder(path, 1)
     assert not decoder.bound
     plain = [decoder.prefill(prompts), decoder.step(prompts[:, 0]), decoder.step(prompts[:, 1])]
     for found, expected in zip(bound, plain, strict=True):
         np.testing.assert_array_equal(found, expected)
-    assert transcribe(decoder, prompts[0].tolist(), 5) == transcript
+    assert transcribe(lambda name: decoder, prompts.tolist(), 5) == transcripts
 
 
 @pytest.mark.parametrize(("dtype", "element"), [("float16", 10), ("bfloat16", 16), ("float32", 1)])

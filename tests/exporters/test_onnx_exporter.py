@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import re
@@ -205,8 +206,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def transcribe(out: Path, prompts: list[list[int]], new_tokens: int) -> list[Transcript]:
-    decoder = OnnxDecoder(out / "onnx" / "model.onnx")
-    return [onnx_session.transcribe(decoder, prompt, new_tokens) for prompt in prompts]
+    return onnx_session.transcribe(functools.cache(lambda name: OnnxDecoder(out / "onnx" / name)), prompts, new_tokens)
 
 
 @pytest.mark.parametrize("structure", [None, *STRUCTURES])

@@ -49,12 +49,12 @@ def test_rounded_weights_are_rendered_as_they_are(architecture: str, roundings: 
     path = export(model, tmp_path)
     expected = transcribe_model(model, prompts(), 4)
     exact = OnnxDecoder(path, exact=True)
-    assert max(differences(expected, [transcribe(exact, prompt, 4) for prompt in prompts()])) < TOLERANCE
+    assert max(differences(expected, transcribe(lambda name: exact, prompts(), 4))) < TOLERANCE
 
     # As it is served inputs are rounded too, in blocks: what that changes is known in transformers.
     with rounding_inputs(model):
         rounded = transcribe_model(model, prompts(), 0)
-    served = [transcribe(OnnxDecoder(path), prompt, 0) for prompt in prompts()]
+    served = transcribe(lambda name: OnnxDecoder(path), prompts(), 0)
     changed = statistics.fmean(differences(expected, rounded))
     assert statistics.fmean(differences(rounded, served)) < 2 * changed
     assert transcribe_model(model, prompts(), 4) == expected, "the hooks are gone"
@@ -77,7 +77,7 @@ def test_embedding_and_output_layer_are_rounded(architecture: str, precision: Pr
     assert max(differences(dense, expected)) > TOLERANCE
     assert max(differences(judged, expected)) < 1e-5
     exact = OnnxDecoder(path, exact=True)
-    assert max(differences(expected, [transcribe(exact, prompt, 4) for prompt in prompts()])) < TOLERANCE
+    assert max(differences(expected, transcribe(lambda name: exact, prompts(), 4))) < TOLERANCE
     stored = {tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer}
     assert ("lm_head.weight" in stored) == (not tied)
 
