@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -58,6 +58,12 @@ def one_line(error: BaseException) -> str:
     words = " ".join(str(getattr(error, "strerror", None) or error).split())  # an OSError's own words repeat the path
     text = f"{type(error).__name__}: {words}" if words else type(error).__name__
     return text if len(text) <= _TOLD else text[: _TOLD - 3] + "..."
+
+
+def listed(parts: Sequence[object], between: str = "; ", most: int = 3) -> str:
+    """Return the first parts for a message, and how many there are besides."""
+    more = f" and {len(parts) - most} more" if len(parts) > most else ""
+    return between.join(map(str, parts[:most])) + more
 
 
 @contextmanager

@@ -6,7 +6,7 @@ and vLLM leaves it uninitialised. Both pass over tensors that they do not know. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from lrserve.compression.groups import FAMILIES
 from lrserve.compression.layers import exact_names
 from lrserve.compression.spec import is_permutation
-from lrserve.errors import ArtifactError, one_line
+from lrserve.errors import ArtifactError, listed, one_line
 
 _DTYPES: Final = {
     "BF16": torch.bfloat16,
@@ -103,10 +103,10 @@ def tensor_faults(model: Any, stored: Headers, *, dtype: torch.dtype | None = No
     place = files[0] if len(files) == 1 else f"{len(files)} safetensors files"
     faults = []
     if missing := [name for name in wanted if name not in names and counts(name)]:
-        faults.append(f"{place}: missing from the checkpoint: {_some(missing)}")
+        faults.append(f"{place}: missing from the checkpoint: {listed(missing, ', ', _NAMED)}")
     if unexpected := [own for name, own in names.items() if name not in wanted and counts(name)]:
         file = stored.tensors[unexpected[0]].file
-        faults.append(f"{file}: not in the model that config.json describes: {_some(unexpected)}")
+        faults.append(f"{file}: not in the model that config.json describes: {listed(unexpected, ', ', _NAMED)}")
     for name, (tensor, is_exact) in wanted.items():
         if name in names:
             found = stored.tensors[names[name]]
@@ -126,8 +126,3 @@ def _misfit(found: StoredTensor, order: torch.Tensor | None, shape: tuple[int, .
         wanted = dtype or "a floating point number"
         return f"{found.dtype or 'of an unknown dtype'} in the checkpoint; config.json makes it {wanted}"
     return None
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

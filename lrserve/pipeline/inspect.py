@@ -11,13 +11,12 @@ from typing import Any, Final
 from lrserve.allocation.plan import Plan
 from lrserve.compression.groups import allocated, as_listed, family_of, find_groups
 from lrserve.compression.spec import QUANT_METHOD, GroupSpec, parse_groups, specs_of
-from lrserve.errors import ArtifactError, InputError
+from lrserve.errors import ArtifactError, InputError, listed
 from lrserve.inputs.source import Source, model_folder, open_source
 from lrserve.plugins.checkpoint import AGAIN, CONFIG, open_checkpoint
 from lrserve.plugins.versions import require_sound_torchvision
 from lrserve.report.card import table
 from lrserve.report.sizes import linear_parameters, sizes
-from lrserve.storage.folder import listed
 from lrserve.storage.json_files import read_object
 from lrserve.storage.store import MANIFEST, check_files, read_manifest, verify_files
 

@@ -11,9 +11,9 @@ from lrserve.compression.groups import as_listed, find_groups
 from lrserve.compression.lowrank import install_low_rank
 from lrserve.compression.spec import QUANT_METHOD, GroupSpec, leaves, parse_groups
 from lrserve.compression.stored import Headers, read_headers, tensor_faults
-from lrserve.errors import ArtifactError, LrserveError, one_line
+from lrserve.errors import ArtifactError, LrserveError, listed, one_line
 from lrserve.inputs.source import Source
-from lrserve.storage.folder import listed, shown
+from lrserve.storage.folder import shown
 from lrserve.storage.json_files import read_object
 from lrserve.storage.store import check_files
 

@@ -29,8 +29,7 @@ from lrserve.compression.layers import LowRankLinear, RoundedLinear
 from lrserve.compression.lowrank import install_low_rank
 from lrserve.compression.spec import QUANT_METHOD, WEIGHTS_ENTRY, parse_groups, quantization_config
 from lrserve.compression.stored import read_headers, tensor_faults
-from lrserve.errors import ArtifactError
-from lrserve.storage.folder import listed
+from lrserve.errors import ArtifactError, listed
 from lrserve.storage.store import check_files
 
 

@@ -44,7 +44,6 @@ MOST_BYTES: Final = 2**42
 """That it may say a file has."""
 _LONGEST: Final = 1_000  # characters of a name
 _SHOWN: Final = 100
-_TOLD: Final = 3
 _LEFTOVER: Final = re.compile(r".+\.partial-\d+(-[0-9a-f]+)?")  # of `store.atomic_path`: being written, or its writer was killed
 _KINDS: Final[Sequence[tuple[Callable[[int], bool], str]]] = (
     (stat.S_ISREG, "a file"),
@@ -65,12 +64,6 @@ def shown(name: str) -> str:
     """Return a name for a message: on one line and not too long, whatever characters it has."""
     text = name if name.isprintable() else ascii(name)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
-
-
-def listed(faults: Sequence[str]) -> str:
-    """Return the first faults for a message, and how many there are besides."""
-    more = f" and {len(faults) - _TOLD} more" if len(faults) > _TOLD else ""
-    return "; ".join(faults[:_TOLD]) + more
 
 
 def is_hub_snapshot(folder: Path) -> bool:

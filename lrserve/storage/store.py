@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from safetensors import SafetensorError
 
-from lrserve.errors import ArtifactError
-from lrserve.storage.folder import MOST_BYTES, MOST_FILES, folder_faults, is_hub_snapshot, is_name, listed, read_regular, shown
+from lrserve.errors import ArtifactError, listed
+from lrserve.storage.folder import MOST_BYTES, MOST_FILES, folder_faults, is_hub_snapshot, is_name, read_regular, shown
 from lrserve.storage.temporary import exchange, neighbour, staging_folder
 
 if TYPE_CHECKING:

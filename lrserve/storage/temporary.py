@@ -22,14 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from lrserve.errors import ArtifactError
+from lrserve.errors import ArtifactError, listed
 
 _OWNER: Final = re.compile(r"-(?P<pid>\d+)-(?P<where>[0-9a-f]{4})(?P<start>[0-9a-f]{8})(-\w{8})?(\.log)?$", re.ASCII)
 _UNKNOWN: Final = "0" * 8  # start time of a process where there is no /proc
 _RENAME_EXCHANGE: Final = 2
 _AT_FDCWD: Final = -100
 _NO_EXCHANGE: Final = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)  # of the system, a file system, a sandbox
-_SHOWN: Final = 3
 
 
 def owner() -> str:
@@ -161,11 +160,11 @@ def remove_leftovers(places: Iterable[tuple[Path, str]], say: Callable[[str], No
                 _remove(path)
                 (stay if path.exists() else removed).append(path)
     if removed:
-        say(f"removed what runs that were interrupted left: {_listed(removed)}")
+        say(f"removed what runs that were interrupted left: {listed(removed, ', ')}")
     if stay:
-        say(f"what runs that were interrupted left could not be removed: {_listed(stay)}")
+        say(f"what runs that were interrupted left could not be removed: {listed(stay, ', ')}")
     if unknown:
-        say(f"{_listed(unknown)} belong to a run on another machine or in another container; remove them if it has ended")
+        say(f"{listed(unknown, ', ')} belong to a run on another machine or in another container; remove them if it has ended")
 
 
 def _is_dead(path: Path) -> bool | None:
@@ -186,8 +185,3 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
         except OSError:  # another user's
             return
-
-
-def _listed(paths: list[Path]) -> str:
-    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return ", ".join(map(str, paths[:_SHOWN])) + more
