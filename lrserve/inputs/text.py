@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lrserve.errors import InputError, one_line
+from lrserve.errors import InputError, one_line, shown
 from lrserve.inputs.formats import SUFFIXES, Table, read_file
 from lrserve.inputs.origin import DatasetName, dataset_name, hub_dataset, on_disk
 from lrserve.inputs.records import texts_of
@@ -265,6 +265,7 @@ def token_windows(
     count: int | None = None,
     seed: int | None = None,
     up_to: int | None = None,
+    rows: int | None = None,
 ) -> torch.Tensor:
     """Cut documents into windows of token ids, int64 (windows, length).
 
@@ -277,9 +278,10 @@ def token_windows(
         count: most windows; all that there are when None. Text that has fewer gives those (`shortage` says so).
         seed: choose the windows at random; with None they are spread evenly over the text.
         up_to: take more than `count` windows, up to so many, where the text has them.
+        rows: of the model's embedding, in which every token of the text must have one; None does not ask.
 
     Raises:
-        InputError: not one window.
+        InputError: not one window, or a token that the embedding lacks.
     """
     ids = array("q")  # 8 bytes a token, where a list takes several times that
     for text in documents.texts:
@@ -292,7 +294,14 @@ def token_windows(
             f"{documents.name} has {len(ids)} tokens, less than one window of {length}: give more text, or set a smaller length "
             "in the recipe (calibration.length, search.validation_length, report.length, report.prompt_tokens)"
         )
-    windows = torch.frombuffer(ids, dtype=torch.int64)[: available * body].clone().view(available, body)
+    tokens = torch.frombuffer(ids, dtype=torch.int64)
+    largest = max([*bos, int(tokens.max())])
+    if rows is not None and largest >= rows:
+        raise InputError(
+            f"{documents.name}: the tokenizer makes token {largest} ({shown(tokenizer.convert_ids_to_tokens(largest))}) of it, and "
+            f"the model's embedding has {rows} tokens; give the tokenizer that belongs to the model"
+        )
+    windows = tokens[: available * body].clone().view(available, body)
     if bos:
         windows = torch.cat([torch.tensor([bos]).expand(available, 1), windows], dim=1)
     if count is None:

@@ -17,7 +17,6 @@ from lrserve.compression.groups import Group, allocated, family_of, find_groups
 from lrserve.compression.level import Precision
 from lrserve.compression.repair import Repairs
 from lrserve.compression.rounding import Rounding
-from lrserve.errors import InputError, shown
 from lrserve.inputs.config_file import require_known_tokens
 from lrserve.inputs.source import Source, open_source
 from lrserve.inputs.text import Documents, load_texts, shortage, token_windows
@@ -170,8 +169,7 @@ def open_job(recipe: Recipe, say: Say) -> Job:
     calibration, search, report = recipe.calibration, recipe.search, recipe.report
 
     def cut(documents: Documents, length: int, count: int, setting: str, effect: str, **choice: int) -> torch.Tensor:
-        found = token_windows(tokenizer, documents, length, count, **choice)
-        _require_embedded(tokenizer, found, rows, documents)
+        found = token_windows(tokenizer, documents, length, count, rows=rows, **choice)
         if warning := shortage(documents, found, count, setting, effect):
             say(warning)
         return found
@@ -206,8 +204,6 @@ def open_job(recipe: Recipe, say: Say) -> Job:
             texts.report, report.prompt_tokens, report.prompts, "report.prompts", "The renderings are compared on fewer prompts"
         ),
     }
-    if recipe.factorization.recover_minutes:  # goes through all of the text
-        _require_embedded(tokenizer, token_windows(tokenizer, texts.calibration, calibration.length), rows, texts.calibration)
     return Job(
         recipe=recipe,
         source=source,
@@ -224,15 +220,6 @@ def open_job(recipe: Recipe, say: Say) -> Job:
         calibration_text=texts.calibration,
         say=say,
     )
-
-
-def _require_embedded(tokenizer: Any, windows: torch.Tensor, rows: int, documents: Documents) -> None:
-    largest = int(windows.max())
-    if largest >= rows:
-        raise InputError(
-            f"{documents.name}: the tokenizer makes token {largest} ({shown(tokenizer.convert_ids_to_tokens(largest))}) of it, and "
-            f"the model's embedding has {rows} tokens; give the tokenizer that belongs to the model"
-        )
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
