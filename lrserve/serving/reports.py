@@ -13,11 +13,10 @@ def make_report_folder(report: Path, artifact: Path) -> None:
     Raises:
         InputError: it cannot be made, or lies in the artifact, whose loads refuse files that the manifest does not name.
     """
+    place = report.resolve()
+    if artifact.resolve() in (place, *place.parents):
+        raise InputError(f"--report {report} lies in the artifact {artifact}, which has to stay as it was exported; choose another")
     try:
-        inside = artifact.resolve() in (place := report.resolve(), *place.parents)
-        if not inside:
-            report.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"no folder {report} can be made for --report: {error.strerror}") from error
-    if inside:
-        raise InputError(f"--report {report} lies in the artifact {artifact}, which has to stay as it was exported; choose another")
