@@ -1,23 +1,16 @@
-"""Good input files, changed at random in the ways that tools and people damage them, and what a command may answer to them."""
+"""Good input files, changed at random in the ways that tools and people damage them."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import yaml
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
-
-from lrserve.cli import main
 
 PLAIN: dict[str, Any] = {
     "deadline": None,
@@ -27,7 +20,6 @@ PLAIN: dict[str, Any] = {
     "suppress_health_check": list(HealthCheck),
 }
 """Settings of hypothesis: the same cases in every run, each run once."""
-LONGEST = 600  # characters of a line that a user still reads
 
 NUMBERS = [0, -1, 1, 2, 3, 5, 7, 64, 4096, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf")]
 TEXTS = [
@@ -136,32 +128,3 @@ def files(good: Path, write: Callable[[Any], bytes] = as_json, load: Callable[[s
     content = load(good.read_text(encoding="utf-8"))
     by_value = changed(content).map(write)
     return st.one_of(by_value, by_value, by_value, damaged(good.read_bytes()))
-
-
-def answer(*arguments: str | Path) -> int:
-    """Run `lrserve` in this process; returns 0, or 2 if it refused in one line. Anything else fails."""
-    out, error = io.StringIO(), io.StringIO()
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-    code: object = 0
-    with (
-        mock.patch.object(sys, "argv", ["lrserve", *map(str, arguments)]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(error),
-    ):
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-        finally:
-            for kind, handler in before.items():
-                signal.signal(kind, handler)
-    shown = f"code {code}\n{out.getvalue()}\n{error.getvalue()}"
-    assert code in (0, 2), shown
-    assert "Traceback" not in error.getvalue(), shown
-    if code == 2:
-        lines = error.getvalue().strip().splitlines()
-        assert lines, shown
-        assert lines[-1].startswith("error: "), shown
-        assert len(lines[-1]) <= LONGEST, shown
-        return 2
-    return 0

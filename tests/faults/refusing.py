@@ -33,10 +33,13 @@ class Fault:
         return self.name
 
 
-def refusal(*arguments: str | Path) -> str:
-    """Run `lrserve` with these arguments; returns what it says in refusing them, which must be one line."""
+def answer(*arguments: str | Path) -> str | None:
+    """Run `lrserve` with these arguments in this process; returns the one line by which it refuses, None if it does not.
+
+    Anything else fails: another code than 0 or 2, a traceback, more than one line, a line that is too long.
+    """
     out, error = io.StringIO(), io.StringIO()
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     code: object = 0
     with (
         mock.patch.object(sys, "argv", ["lrserve", *map(str, arguments)]),
@@ -46,19 +49,28 @@ def refusal(*arguments: str | Path) -> str:
         try:
             main()
         except SystemExit as end:
-            code = end.code
+            code = end.code or 0
         finally:
-            signal.signal(signal.SIGTERM, before[0])
-            signal.signal(signal.SIGHUP, before[1])
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
     lines = error.getvalue().strip().splitlines()
     shown = f"code {code}\n{out.getvalue()}\n{error.getvalue()}"
-    assert code == 2, shown
+    assert code in (0, 2), shown
+    assert "Traceback" not in error.getvalue(), shown
+    if code == 0:
+        return None
     assert lines, shown
     assert lines[-1].startswith("error: "), shown
-    assert "Traceback" not in error.getvalue(), shown
     assert len([line for line in lines if line.startswith("error: ")]) == 1, shown
     assert len(lines[-1]) <= LONGEST, shown
     return lines[-1]
+
+
+def refusal(*arguments: str | Path) -> str:
+    """Run `lrserve` with arguments that it must refuse; returns the line in which it does."""
+    line = answer(*arguments)
+    assert line is not None, f"accepted: {arguments}"
+    return line
 
 
 def refused(fault: Fault, *arguments: str | Path) -> None:

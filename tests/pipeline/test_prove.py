@@ -115,17 +115,23 @@ def prove_graph(job: Job, model: Any, written: Any, folder: WorkFolder, out: Pat
     return prove_agreement(job, Rendered(model, [exporter]), [exporter], out, folder)
 
 
-def test_a_graph_is_proven_and_the_dense_engine_started_once(
-    place: Path, folder: WorkFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[str] = []
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders of the engines that a test has started, in that order."""
+    folders: list[str] = []
     start = OnnxEngine.start
 
     def counted(engine: OnnxEngine) -> None:
-        started.append(Path(engine.model).name.partition("-")[0])
+        folders.append(Path(engine.model).name.partition("-")[0])
         start(engine)
 
     monkeypatch.setattr(OnnxEngine, "start", counted)
+    return folders
+
+
+def test_a_graph_is_proven_and_the_dense_engine_started_once(
+    place: Path, folder: WorkFolder, tmp_path: Path, started: list[str]
+) -> None:
     said: list[str] = []
     job, model = replace(open_tiny(place), say=said.append), factorized_model("LlamaForCausalLM")
     proof = prove_graph(job, model, model, folder, tmp_path / "out")
@@ -163,16 +169,8 @@ HALF = {"onnx_dtype": "float16", "dtype": "float32"}
 
 
 def test_a_graph_in_float16_is_proven_by_its_float32_twin_and_held_to_what_the_dense_model_shows(
-    place: Path, folder: WorkFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, folder: WorkFolder, tmp_path: Path, started: list[str]
 ) -> None:
-    started: list[str] = []
-    start = OnnxEngine.start
-
-    def counted(engine: OnnxEngine) -> None:
-        started.append(Path(engine.model).name.partition("-")[0])
-        start(engine)
-
-    monkeypatch.setattr(OnnxEngine, "start", counted)
     job, model = open_tiny(place, **HALF), factorized_model("LlamaForCausalLM")
     found = prove_graph(job, model, model, folder, tmp_path / "out").agreement["onnxruntime"]
     assert started == ["twin", "out", "model"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from faults.artifacts import LONGEST, corrupt
+from integration.test_pipeline import SMALL
 from tiny import dense_model, write_dense, write_text
 
 from lrserve.pipeline.inspect import verify
@@ -29,21 +30,10 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "model": str(write_dense(dense_model("LlamaForCausalLM"), place / "model")),
             "target": {"ratio": 0.2},
             "text": {"calibration": str(write_text(place / "text.jsonl", 200))},
-            "calibration": {"sequences": 8, "length": 32, "pool_sequences": 4, "batch_tokens": 64},
+            **SMALL,
             "factorization": {"fisher_tokens": 128, "propagate": False, "refine": "none"},
-            "search": {
-                "trials": 3,
-                "rank_step": 8,
-                "depth_groups": 2,
-                "probe_tokens": 64,
-                "validation_tokens": 256,
-                "validation_pool": 512,
-                "validation_length": 32,
-                "measured_plans": 1,
-            },
-            "workloads": {"chat": {"prompt_tokens": 8, "output_tokens": 8, "concurrency": 1}},
-            "engine": {"runtime": "onnx", "dtype": "float32", "enforce_eager": True, "repeats": 1},
-            "report": {"tokens": 128, "length": 32, "prompts": 2, "prompt_tokens": 12, "new_tokens": 8},
+            "search": {**SMALL["search"], "trials": 3},
+            "engine": {**SMALL["engine"], "runtime": "onnx", "dtype": "float32", "repeats": 1},
         }
     )
     compress_and_export(recipe, place / "out")
