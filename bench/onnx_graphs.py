@@ -3,9 +3,13 @@
     python bench/onnx_graphs.py                         the model and texts of README's table
     python bench/onnx_graphs.py --spinning              idle threads of ONNX Runtime wait actively
     python bench/onnx_graphs.py --model FOLDER          a dense model's folder instead
+    python bench/onnx_graphs.py --workload decode --embedding int4_g32
+                                                        plans for the speed of decode alone, and as few bits at both ends
 
 Every graph is run by the same code, one ONNX Runtime session each with as many threads as torch has; all are loaded at once and
-measured in turns. The plans of each speed are those of least expected loss, in closed form: no trials, no training.
+measured in turns. The plans of each speed are those of least expected loss, in closed form: no trials, no training. Rows with
+`inputs as they are` are graphs of rounded weights by which ONNX Runtime multiplies in float32 (accuracy_level 0); lrserve's graphs
+let it round the inputs to 8 bits as well (accuracy_level 4).
 
     decode 1, 8      tokens a second of 64 steps after prompts of 128 tokens, by the number of sequences
     prefill          tokens a second of one prompt of 512 tokens
@@ -92,6 +96,11 @@ class Torch:
         return found.logits.numpy()
 
 
+def everywhere_label(weights: Precision) -> str:
+    """Name the row of one precision for all weights."""
+    return f"lrserve, {weights} everywhere"
+
+
 def build(source: Path, precision: str, folder: Path) -> Path:
     """Let onnxruntime-genai's builder write a model's graph; returns its path."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", folder, "-p", precision, "-e", "cpu"]
@@ -147,7 +156,7 @@ def write_graphs(job: Job, speeds: Sequence[float], work: Path, folder: Path) ->
     with work_folder(work, print, MODULES) as stages:
         made, source = plans_for(job, speeds, stages)
         plans = {"lrserve, dense": Plan(dict.fromkeys((unit.name for unit in job.units), DENSE), job.recipe.structure)}
-        plans |= {f"lrserve, {weights} everywhere": everywhere(job.units, weights, job.offers) for weights in ROUNDED}
+        plans |= {everywhere_label(weights): everywhere(job.units, weights, job.offers) for weights in ROUNDED}
         plans |= {label: plan for label, (plan, _) in made.items()}
         for index, (label, plan) in enumerate(plans.items()):
             graphs[label] = export(job, plan, source, folder / f"{index}") / FOLDER / MODEL_FILE
@@ -161,6 +170,9 @@ def measure(job: Job, graphs: Mapping[str, Path], rounds: int, windows: torch.Te
     decoders: dict[str, Decoder] = {"torch, eager": Torch(model)}
     decoders |= {label: OnnxDecoder(path, spinning=spinning) for label, path in graphs.items()}
     sizes = {label: graph_bytes(path) for label, path in graphs.items()}
+    for label in map(everywhere_label, ROUNDED):
+        exact = f"{label}, inputs as they are"
+        decoders[exact], sizes[exact] = OnnxDecoder(graphs[label], spinning=spinning, exact=True), sizes[label]
     rows, done = [], count(1)
     with progress_bar(len(decoders) * (2 + rounds), "graphs") as progress:
         for label, decoder in decoders.items():
@@ -193,6 +205,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a dense model's folder [default: that of README's table]")
     parser.add_argument("--speed", action="append", type=float, help=f"repeatable [default: {', '.join(map(str, SPEEDS))}]")
+    parser.add_argument("--workload", action="append", help="of the recipe's, for whose speed plans are made [default: all]")
+    parser.add_argument("--embedding", help="what embedding and output layer are rounded to [default: the recipe's, int8]")
     parser.add_argument("--tokens", type=int, default=4096, help="of report text [default: 4096]")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds [default: 5]")
     parser.add_argument("--spinning", action="store_true", help="let idle threads wait actively")
@@ -207,8 +221,12 @@ def main() -> None:
         "engine.runtime": "onnx",
         "target.min_speedup": speeds[0],
         "export": ["onnx"],
+        "factorization.embedding": arguments.embedding,
     }
-    job = open_job(Recipe.load(readme_recipe(), overrides), print)
+    recipe = Recipe.load(readme_recipe(), overrides)
+    if arguments.workload:
+        recipe = recipe.model_copy(update={"workloads": {name: recipe.workloads[name] for name in arguments.workload}})
+    job = open_job(recipe, print)
     windows = first_tokens(job.windows["report"], arguments.tokens)
     with tempfile.TemporaryDirectory(prefix="lrserve-") as place:
         graphs = write_graphs(job, speeds, arguments.work, Path(place))
