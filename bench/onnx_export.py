@@ -77,8 +77,9 @@ def main() -> None:
     found: dict[str, Any] = {**cost, "prefill": prefills}
     lines = [[n, f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"] for n, ratios in prefills.items()]
     markdown = (
-        f"{open_source(model).title}, {onnx_version()}, float32. Export: {cost['seconds']:.1f} s, peak memory {cost['peak'] / 1e6:.0f} MB, "
-        f"{cost['peak'] / cost['weights']:.2f} times the {cost['weights'] / 1e6:.0f} MB of the weights.\n\n"
+        f"{open_source(model).title}, {onnx_version()}, float32. Export: {cost['seconds']:.1f} s, peak memory "
+        f"{cost['peak'] / 1e6:.0f} MB, {cost['peak'] / cost['weights']:.2f} times the {cost['weights'] / 1e6:.0f} MB of the "
+        f"weights.\n\n"
         f"{table(['tokens of the prompt', 'all logits over the last'], lines)}\n\n"
         f"Time of prefill, median (spread) of {arguments.rounds} rounds in turns.\n"
     )
