@@ -1,68 +1,116 @@
-"""What calibration costs: the same forward passes with and without collecting covariances, in turns.
+"""What a run costs by stage: seconds, and the memory of lrserve's own process, engines apart.
 
-    python bench/cost.py --sequences 64
+    python bench/cost.py                                the model and texts of README's table
+    python bench/cost.py --recipe shape/recipe.yaml     another one, such as bench/shape.py writes
 
-Collecting multiplies n^2 times per token for each distinct input of a block (qkv, o, gate_up, down). For a small model that is as
-much as the block's own linears: 3.3 M beside 3.5 M for SmolLM2-135M. The clock shows less, because a covariance is symmetric and is
-multiplied in bfloat16 (lrserve/compression/matmul.py). The ratio is the median of the rounds, of wall-clock time.
+    seconds      from the line of the stage before to its own
+    memory       MB that the process holds at the highest moment: what the machine has to have
+    resident     MB of its pages in memory, those of mapped files too: weights and spectra on disk, which the kernel takes back
+                 where memory is short
 
-Run it with nothing else on the machine. The last line is JSON.
+Both are read twenty times a second. Run it with nothing else on the machine. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Final
 
-import torch
-
-from inputs import bench_recipe
-from lrserve.compression.calibrate import calibrate
-from lrserve.pipeline.job import open_job
-from lrserve.recipe import Recipe
+from inputs import readme_recipe
 from lrserve.report.card import table
 from publishing import add_results_option, conclude
+
+_PERIOD: Final = 0.05
+_STAGES: Final = 6  # lines of stages begin with `2/6 `
+
+
+def resident(process: int) -> tuple[int, int]:
+    """Return bytes of a process: held, and resident with those of mapped files."""
+    fields = {}
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.startswith(("VmRSS", "RssFile")):
+            fields[name] = 1024 * int(value.split()[0])
+    return fields.get("VmRSS", 0) - fields.get("RssFile", 0), fields.get("VmRSS", 0)
+
+
+class Peaks:
+    """Watches a process; `take` returns the highest figures since it was last called."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process, self._lock, self._highest = process, threading.Lock(), (0, 0)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while self._process.poll() is None:
+            try:
+                found = resident(self._process.pid)
+            except OSError:  # it has just ended
+                return
+            with self._lock:
+                self._highest = max(self._highest[0], found[0]), max(self._highest[1], found[1])
+            time.sleep(_PERIOD)
+
+    def take(self) -> tuple[int, int]:
+        """Return bytes held and resident, and begin anew."""
+        with self._lock:
+            found, self._highest = self._highest, (0, 0)
+        return found
+
+
+def run(recipe: Path, folder: Path, flags: Sequence[str]) -> list[dict[str, Any]]:
+    """Run `lrserve compress-and-export` with a recipe; returns a row for each line of a stage."""
+    lrserve = Path(sys.executable).with_name("lrserve")
+    command = [lrserve, "compress-and-export", "--recipe", recipe, "-o", folder / "out", *flags]
+    rows: list[dict[str, Any]] = []
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        peaks, began = Peaks(process), time.monotonic()
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line[1:3] != f"/{_STAGES}":
+                continue
+            now, (held, both) = time.monotonic(), peaks.take()
+            rows.append({"stage": line.partition(":")[0].strip(), "seconds": now - began, "memory": held, "resident": both})
+            began = now
+    if process.returncode:
+        raise SystemExit(f"the run ended with {process.returncode}")
+    return rows
+
+
+def merged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each stage's name: its seconds added up, and its highest memory."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        own = found.setdefault(row["stage"], {"stage": row["stage"], "seconds": 0.0, "memory": 0, "resident": 0})
+        own["seconds"] += row["seconds"]
+        own["memory"], own["resident"] = max(own["memory"], row["memory"]), max(own["resident"], row["resident"])
+    return list(found.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, help="[default: the demo's]")
-    parser.add_argument("--sequences", type=int, default=32, help="of the recipe's calibration text [default: 32]")
-    parser.add_argument("--rounds", type=int, default=3, help="counted rounds [default: 3]")
+    parser.add_argument("--recipe", type=Path, help="[default: that of README's table]")
+    parser.add_argument("flags", nargs="*", help="further flags of compress-and-export, after --")
     add_results_option(parser)
     arguments = parser.parse_args()
-    job = open_job(Recipe.load(arguments.recipe or bench_recipe(), {}), print)
-    settings = job.recipe.calibration
-    model = job.source.load(job.dtype)
-    windows = job.windows["calibration"][: arguments.sequences]
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    for turn in range(arguments.rounds + 1):
-        for collect in (False, True):
-            with tempfile.TemporaryDirectory() as folder:
-                began = time.perf_counter()
-                calibrate(
-                    model,
-                    job.groups,
-                    windows,
-                    Path(folder),
-                    pool_sequences=settings.pool_sequences,
-                    batch_tokens=settings.batch_tokens,
-                    collect=collect,
-                )
-                if turn:  # the first round warms up
-                    seconds[collect].append(time.perf_counter() - began)
-    plain, collecting = (statistics.median(seconds[collect]) for collect in (False, True))
-    ratios = [b / a for a, b in zip(seconds[False], seconds[True], strict=True)]
-    cells = [f"{plain:.1f}", f"{collecting:.1f}", f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
-    markdown = (
-        f"{windows.numel()} tokens on {torch.get_num_threads()} threads, {arguments.rounds} rounds in turns\n\n"
-        f"{table(['forward, s', 'forward and covariances, s', 'ratio'], [cells])}\n"
-    )
-    figures = {"tokens": windows.numel(), "forward_seconds": seconds[False], "collecting_seconds": seconds[True], "ratios": ratios}
-    conclude(arguments.results, markdown, figures)
+    with tempfile.TemporaryDirectory(prefix="lrserve-") as folder:
+        flags = arguments.flags if arguments.recipe or arguments.flags else ["--min-speedup", "1.15"]
+        rows = merged(run(arguments.recipe or readme_recipe(), Path(folder), flags))
+    lines = [[r["stage"], f"{r['seconds']:.0f}", f"{r['memory'] / 1e6:.0f}", f"{r['resident'] / 1e6:.0f}"] for r in rows]
+    total = [
+        "all",
+        f"{sum(r['seconds'] for r in rows):.0f}",
+        *(f"{max(r[key] for r in rows) / 1e6:.0f}" for key in ("memory", "resident")),
+    ]
+    conclude(arguments.results, table(["stage", "seconds", "memory, MB", "resident, MB"], [*lines, total]) + "\n", rows)
 
 
 if __name__ == "__main__":
