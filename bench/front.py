@@ -87,7 +87,8 @@ def export(job: Job, plan: Plan, source: tuple[SpectrumStore, Rounding], folder:
     """Write a plan's artifact; returns its folder, which is made."""
     folder.mkdir()
     store, rounding = source
-    runtime_of(job.recipe.engine).exporter.export(job.compressed_model(plan, store, rounding), job.source.path, folder, job.dtype)
+    model = job.compressed_model(plan, store, rounding).cpu()
+    runtime_of(job.recipe.engine).exporter.export(model, job.source.path, folder, job.dtype)
     return folder
 
 

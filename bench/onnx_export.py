@@ -41,10 +41,10 @@ def export(model: str, out: Path) -> dict[str, float]:
     """Export a dense model; returns seconds, and bytes at the peak of this process and of its weights."""
     source = open_source(model)
     began = time.perf_counter()
-    loaded = source.load(torch.float32)
+    loaded = source.load(None)
     OnnxExporter().export(loaded, source.path, out, torch.float32)
     seconds = time.perf_counter() - began
-    weights = sum(parameter.nbytes for parameter in loaded.parameters())
+    weights = 4 * sum(parameter.numel() for parameter in loaded.parameters())
     return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "weights": weights}
 
 

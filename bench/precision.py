@@ -77,7 +77,7 @@ class Bench:
 
     def served(self, plan: Plan) -> tuple[Any, float]:
         """Return a plan's model as it is exported, in closed form."""
-        return self.job.served_model(plan, self.store, self.rounding), self.bits(plan)
+        return self.job.compressed_model(plan, self.store, self.rounding), self.bits(plan)
 
     def losses(self, offers: Offers) -> Losses:
         """Return the best guess of what levels lose."""

@@ -348,7 +348,7 @@ class Bench:
             plan, before = self.plan(row, ratio)
             source, after = self.improved(row, plan, ratio)
             groups = self.groups(row)
-            compressed = self.job.served_model(plan, source, units=groups)
+            compressed = self.job.compressed_model(plan, source, units=groups)
             seconds = sum(self.times().get(stage, 0.0) for stage in before + after)
             result: dict[str, Any] = {"ratio": plan.ratio(groups), "seconds": seconds}
             for domain, reference in self.reference.items():

@@ -38,8 +38,8 @@ class Exporter(Protocol):
         """Write the rendering of `model` into `out`.
 
         Args:
-            model: a float32 transformers causal LM whose factorized linears are `LowRankLinear`; its parameters hold values of
-                `dtype`, so storing them in it loses nothing.
+            model: a transformers causal LM in `dtype` whose factorized linears are `LowRankLinear`; in float32 where rounded
+                weights became what they stand for.
             source: the dense model's folder, for the tokenizer and the generation config.
             out: exists and is private to this run; nothing outside it may be written.
             dtype: in which a rendering with a choice stores its weights.

@@ -273,8 +273,7 @@ class _Builder(Nodes):
             x = self.node("Gather", [self.weight(embedding.weight, where), ids], where)
         if not self.family.gemma:
             return x
-        # Gemma rounds the scale to the dtype of the weights, and was trained with the rounded one.
-        scale = float(embedding.embed_scale if rounded else embedding.embed_scale.to(embedding.weight.dtype))
+        scale = embedding.scale if rounded else float(embedding.embed_scale)
         return self.node("Mul", [x, self.number("embed_scale", scale)], "model.embed_tokens.scaled")
 
     def last_tokens(self, x: Any, ids: Any, mask: Any) -> Any:

@@ -215,7 +215,7 @@ class Nodes:
         name = self.name_of(parameter, where)
         transform = transform or (lambda tensor: tensor)
         shape = transform(torch.empty(parameter.shape, device="meta")).shape
-        return self.lazy(name, shape, lambda: transform(parameter.detach()), dtype)
+        return self.lazy(name, shape, lambda: transform(parameter.detach().float()), dtype)
 
     # -- linear layers ------------------------------------------------------------------------------------------------
 

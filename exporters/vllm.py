@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import nn
 
 from exporters.companions import copy_companions, without_code
@@ -18,9 +19,10 @@ from lrserve.compression.groups import ORDERED, family_of
 from lrserve.compression.layers import LowRankLinear, RoundedLinear, exact_names
 from lrserve.compression.spec import NEEDS_LRSERVE, WEIGHTS_ENTRY, GroupSpec, leaves, quantization_config
 from lrserve.errors import ArtifactError
+from lrserve.inputs.checkpoint import INDEX
 from lrserve.plugins.versions import require_vllm
 
-_MAX_SHARD_SIZE: Final = "5GB"
+_MAX_SHARD_SIZE: Final = "2GB"
 
 
 class VllmExporter:
@@ -55,7 +57,7 @@ class VllmExporter:
         path = out / "config.json"
         found = without_code(json.loads(path.read_text(encoding="utf-8"))) | ({WEIGHTS_ENTRY: NEEDS_LRSERVE} if groups else {})
         path.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_torch_state_dict(_own_tensors(model, dtype), out, max_shard_size=_MAX_SHARD_SIZE)
+        _save_weights(model, out, dtype)
         copy_companions(source, out)
 
 
@@ -122,20 +124,23 @@ def _described(layer: nn.Module) -> str:
     return f"{layer.structure} of rank {layer.rank}" if isinstance(layer, LowRankLinear) else "dense"
 
 
-def _own_tensors(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """State dict in `dtype` without tied duplicates (an output layer that is the embedding), each tensor in its own storage."""
-    exact = exact_names(model)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    by_storage: set[int] = set()
-    tensors = {}
-    state = model.state_dict()
+def _save_weights(model: Any, out: Path, dtype: torch.dtype) -> None:
+    """Write the state dict in `dtype`, without tied duplicates (an output layer that is the embedding), one shard after the other.
+
+    Only a shard's tensors that have to be converted are in memory twice.
+    """
+    exact, tied = exact_names(model), set(getattr(model, "all_tied_weights_keys", None) or ())
+    state, places, dtypes = model.state_dict(), set[int](), {}
     for name in sorted(state, key=lambda name: name in tied):  # the originals first
         tensor = state[name]
-        if name in tied and tensor.data_ptr() in by_storage:
+        if name in tied and tensor.data_ptr() in places:
             continue
-        by_storage.add(tensor.data_ptr())
-        # Rounded, or a row block of a stacked B, which is a view: safetensors wants each tensor alone and contiguous.
-        rounded = tensor.to(dtype) if tensor.is_floating_point() and name not in exact else tensor
-        alone = rounded.is_contiguous() and rounded.untyped_storage().nbytes() == rounded.nbytes
-        tensors[name] = rounded if alone else rounded.clone(memory_format=torch.contiguous_format)
-    return tensors
+        places.add(tensor.data_ptr())
+        dtypes[name] = dtype if tensor.is_floating_point() and name not in exact else tensor.dtype
+    sizes = {name: torch.empty(state[name].shape, dtype=own, device="meta") for name, own in dtypes.items()}
+    shards = split_torch_state_dict_into_shards(sizes, max_shard_size=_MAX_SHARD_SIZE)
+    for file, names in shards.filename_to_tensors.items():
+        save_file({name: state[name].to(dtypes[name]).contiguous() for name in names}, out / file, metadata={"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

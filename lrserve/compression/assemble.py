@@ -148,11 +148,10 @@ class MergedLevels:
         self._hooks: dict[str, list[Any]] = {name: [] for name in self._units}
         self._rounded: dict[tuple[str, Precision], tuple[Rounded, torch.Tensor | None]] = {}
         """Of whole groups, without residuals: their weights, and the scales of their inputs."""
-        groups = [group for unit in units for group in parts(unit)]
-        self._dense = {group.name: stacked_weight(model, group) for group in groups}
         self._own = {
             member: (linear.weight, linear.bias)
-            for group in groups
+            for unit in units
+            for group in parts(unit)
             for member in group.members
             for linear in [model.get_submodule(member)]
         }
@@ -191,7 +190,7 @@ class MergedLevels:
         assert self._rounding is not None
         total = dict.fromkeys((0, *residuals), 0.0)
         for group in parts(unit):
-            W, _ = self._dense[group.name]
+            W = self._dense(group)
             found, _ = self._whole(group, precision)
             errors = self._rounding.residual(group, W.float().cpu(), found, ranks=max(residuals)).errors()
             for rank in total:
@@ -206,9 +205,9 @@ class MergedLevels:
         order = None if kept is None or kept.order is None else kept.order.long()
         if unit.fed_by:
             rows = None if order is None else rows_of(unit.fed_by, order)
-            self._set_rounded(unit.fed_by, level, self._dense[unit.fed_by.name][0], rows=rows)
+            self._set_rounded(unit.fed_by, level, self._dense(unit.fed_by), rows=rows)
         if kept is None:
-            self._set_rounded(unit, level, self._dense[unit.name][0])
+            self._set_rounded(unit, level, self._dense(unit))
         else:
             self._set_rounded(unit, level, kept.B, order, bias=kept.b)
 
@@ -242,10 +241,14 @@ class MergedLevels:
         if rounds_inputs(level):
             self._hook(group, level.weights, scales, inputs)
 
+    def _dense(self, group: Group) -> torch.Tensor:
+        """Return a group's dense weight (m, n)."""
+        return torch.cat([self._own[member][0] for member in group.members])
+
     def _whole(self, group: Group, weights: Precision) -> tuple[Rounded, torch.Tensor | None]:
         key = group.name, weights
         if key not in self._rounded:
-            self._rounded[key] = self._fresh(group, self._dense[group.name][0].float().cpu(), weights, None)
+            self._rounded[key] = self._fresh(group, self._dense(group).float().cpu(), weights, None)
         return self._rounded[key]
 
     def _fresh(

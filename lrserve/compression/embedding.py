@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,8 @@ from lrserve.compression.spec import weight_tensors
 class RoundedEmbedding(Matrix):
     """Rows of a rounded weight (m, n) by their numbers: ids (...) -> (..., n).
 
-    `embed_scale`, of the model's dtype, multiplies them: Gemma's, elsewhere 1. `dense_module` is the embedding whose place this
-    takes, with a weight on the meta device.
+    `scale` multiplies them, Gemma's, elsewhere 1; `embed_scale` is that in the dtype that the model computes in. `dense_module` is
+    the embedding whose place this takes, with a weight on the meta device.
     """
 
     embed_scale: torch.Tensor
@@ -30,9 +30,15 @@ class RoundedEmbedding(Matrix):
         weight = dense.weight
         self._hold(weight.shape[1], weight.shape[0], rounded.precision, weight.dtype, weight.device)
         self.put(rounded)
-        self.register_buffer("embed_scale", getattr(dense, "embed_scale", torch.ones(())).to(weight), persistent=False)
+        self.scale = float(getattr(dense, "embed_scale", 1.0))
+        self.register_buffer("embed_scale", torch.tensor(self.scale).to(weight), persistent=False)
         self._dense_module = (dense,)  # a tuple, so that torch does not register it
         dense.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.embed_scale.fill_(self.scale)  # in whatever dtype it has become
+        return self
 
     @property
     def dense_module(self) -> Any:

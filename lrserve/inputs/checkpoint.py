@@ -11,11 +11,14 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from safetensors import safe_open
 
 from lrserve.errors import InputError, reading, shown
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
@@ -63,6 +66,14 @@ def check_checkpoint(folder: Path, skeleton: Any, quantization: Any) -> None:
         raise InputError(f"{folder}: config.json names {shown(other)} as transformers_weights; remove that entry: others ignore it")
     if fault is not None:
         raise InputError(fault)
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the narrowest dtype that holds all weights of a folder, whose headers are sound."""
+    import torch
+
+    kinds = {own.dtype for name, own in _headers(folder).items() if not _LEFTOVERS.fullmatch(name)}
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
 
 def instead_of_weights(folder: Path) -> str | None:

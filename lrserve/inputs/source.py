@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from lrserve.errors import InputError, one_line, reading, shown
-from lrserve.inputs.checkpoint import INDEX, check_checkpoint, instead_of_weights
+from lrserve.inputs.checkpoint import INDEX, check_checkpoint, instead_of_weights, stored_dtype
 from lrserve.inputs.config_file import CONFIG, build_skeleton, load_config
 from lrserve.storage.json_files import read_object
 from lrserve.storage.space import Place
@@ -102,8 +102,11 @@ class Source:
         """
         return build_skeleton(self.path)
 
-    def load(self, dtype: torch.dtype) -> Any:
+    def load(self, dtype: torch.dtype | None) -> Any:
         """Load the dense model for evaluation, on the CPU or the first CUDA device.
+
+        In the dtype in which it is stored (None), its weights are pages of its files on the CPU: read when they are first used,
+        and memory that the system takes back where it is short.
 
         Raises:
             InputError: the weights cannot be read.
@@ -114,9 +117,12 @@ class Source:
 
         logging.disable_progress_bar()
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype or stored_dtype(self.path))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"the weights in {self.path} cannot be loaded: {one_line(error)}; {_DOWNLOAD}") from None
+        for module in model.modules():  # Gemma's embedding rounds its scale to the weights' dtype by itself
+            if (scale := getattr(module, "scalar_embed_scale", None)) is not None:
+                module.embed_scale = torch.tensor(float(scale))
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def fingerprint(self) -> str:

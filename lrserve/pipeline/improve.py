@@ -87,7 +87,7 @@ def improve_factors(
             job.say(f"5/6 refine: factors of {len(ranks)} groups, {steps} steps of Adam in each block")
             done["refine"] = {"method": settings.refinement, "tokens": windows.numel(), "steps": steps}
     repairs_blocks = refine and worth_repairing(changed)
-    student = job.served_model(plan, factors, rounding) if rounds and (repairs_blocks or settings.recover_minutes) else None
+    student = job.compressed_model(plan, factors, rounding) if rounds and (repairs_blocks or settings.recover_minutes) else None
     if student is not None and repairs_blocks:
         inputs = {"windows": tensor_sha256(windows), "steps": steps, "batch_tokens": batch}
         stage = folder.stage("repair", {**identity, **inputs})
@@ -146,7 +146,7 @@ def validate_improved(
     if improved.repairs is not None and before:
         tried.append(Improved(improved.factors, None, before))
     for kept in tried:
-        found = tuned.validation(job.served_model(candidate.plan, kept.factors, rounding, kept.repairs)).perplexity
+        found = tuned.validation(job.compressed_model(candidate.plan, kept.factors, rounding, kept.repairs)).perplexity
         better = found <= searched
         worse = "" if better else "; worse, so it is given up"
         job.say(f"5/6 improved ({', '.join(kept.done)}): validation perplexity {searched:.2f} to {found:.2f}{worse}")

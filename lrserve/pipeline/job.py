@@ -106,12 +106,6 @@ class Job:
         return token_windows(self.source.tokenizer(), self.calibration_text, self.recipe.calibration.length)
 
     def compressed_model(
-        self, plan: Plan, factors: FactorSource, rounding: Rounding | None = None, repairs: Repairs | None = None
-    ) -> Any:
-        """Build the compressed model in float32 on the CPU, every value rounded to what it is stored in."""
-        return self._compressed(self.source.load(torch.float32).cpu(), plan, factors, rounding, repairs)
-
-    def served_model(
         self,
         plan: Plan,
         factors: FactorSource,
@@ -119,23 +113,12 @@ class Job:
         repairs: Repairs | None = None,
         units: Sequence[Group] | None = None,
     ) -> Any:
-        """Build the compressed model as it is served, in its own dtype.
+        """Build the compressed model in the dtype in which it is stored.
 
         `repairs` are what an improvement left of these factors; `units` are the plan's, if they are no fused groups.
         """
-        return self._compressed(self.source.load(self.dtype), plan, factors, rounding, repairs, units)
-
-    def _compressed(
-        self,
-        model: Any,
-        plan: Plan,
-        factors: FactorSource,
-        rounding: Rounding | None,
-        repairs: Repairs | None,
-        units: Sequence[Group] | None = None,
-    ) -> Any:
         changed = plan.changed(allocated(self.groups, plan.structure) if units is None else units)
-        compressed = compress_model(model, changed, plan.structure, factors, self.dtype, rounding)
+        compressed = compress_model(self.source.load(self.dtype), changed, plan.structure, factors, self.dtype, rounding)
         if plan.embedding:
             round_embedding(compressed, plan.embedding, self.dtype)
         return compressed if repairs is None else repairs.apply(compressed)

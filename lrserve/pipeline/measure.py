@@ -103,7 +103,7 @@ def dense_checkpoint(job: Job, runtime: Runtime, folder: WorkFolder) -> Path:
             job.say(f"dense: {model} is incomplete; it is made anew")
         shutil.rmtree(model, ignore_errors=True)
         model.mkdir()
-        runtime.exporter.export(job.source.load(torch.float32).cpu(), job.source.path, model, job.dtype)
+        runtime.exporter.export(job.source.load(None).cpu(), job.source.path, model, job.dtype)
         flush_folder(model)
         write_json(done, _sizes(model))
         job.say(f"dense model: exported for {runtime.version}")
@@ -244,9 +244,9 @@ def measure_front(
             if not reuse:
                 shutil.rmtree(checkpoint, ignore_errors=True)
                 checkpoint.mkdir()
-                runtime.exporter.export(
-                    job.compressed_model(candidate.plan, store, rounding), job.source.path, checkpoint, job.dtype
-                )
+                compressed = job.compressed_model(candidate.plan, store, rounding).cpu()
+                runtime.exporter.export(compressed, job.source.path, checkpoint, job.dtype)
+                del compressed
                 with runtime.open(checkpoint, workloads, sharing=2) as engine:
                     [comparison] = compare(
                         dense.running(),

@@ -17,6 +17,7 @@ from exporters.base import Exporter, SelfProving
 from lrserve.allocation.plan import Plan
 from lrserve.allocation.quality import perplexity
 from lrserve.compression.embedding import dequantize_embedding
+from lrserve.compression.float32 import in_float32
 from lrserve.compression.lowrank import dequantized, has_rounded_inputs, is_rounded
 from lrserve.compression.rounding import Rounding
 from lrserve.engines.runtimes import Runtime, loader_of
@@ -49,7 +50,7 @@ class Proof:
 
 
 class Rendered:
-    """The compressed model in float32, as exporters are given it."""
+    """The compressed model in the dtype in which it is stored, as exporters are given it."""
 
     def __init__(self, model: Any, exporters: Sequence[Exporter]) -> None:
         kinds = sorted({_renders(exporter) for exporter in exporters})
@@ -61,7 +62,7 @@ class Rendered:
                 continue
             own = model if len(kinds) == 1 else copy.deepcopy(model)
             own = own if embedding else dequantize_embedding(own)
-            self._models[embedding, weights] = own if weights else dequantized(own)
+            self._models[embedding, weights] = own if weights else dequantized(own.float())
 
     def by(self, exporter: Exporter) -> Any:
         """Return the model that an exporter renders: with rounded weights, or without where it has no way to say them."""
@@ -102,7 +103,8 @@ def prove_agreement(job: Job, rendered: Rendered, exporters: Sequence[Exporter],
         for index, exporter in enumerate(exporters):
             model = rendered.by(exporter)
             if id(model) not in references:
-                references[id(model)] = transcribe_model(model, prompts, new_tokens)
+                with in_float32(model):
+                    references[id(model)] = transcribe_model(model, prompts, new_tokens)
             reference = references[id(model)]
             if isinstance(exporter, SelfProving):
                 for engine, transcripts in exporter.transcribe(staging, prompts, new_tokens).items():
@@ -133,7 +135,7 @@ def _prove_rendering(
     agreement[plain.name] = agree(plain.name, reference, compressed.engine, exporter.tolerance)
     rounded: Pair | None = None
     if served.rounding_inputs is not None and is_rounded(model):
-        with served.rounding_inputs(model):
+        with in_float32(model), served.rounding_inputs(model):
             loaded = transcribe_model(model, prompts, new_tokens)
         with served.open(staging, job.recipe.requests) as engine:
             compressed = Pair(loaded, engine.transcribe(prompts, new_tokens))
@@ -214,7 +216,7 @@ def report_perplexity(job: Job, plan: Plan, improved: Improved, rounding: Roundi
         if (staging / "config.json").is_file():
             model = Source(name="export", path=staging).load(job.dtype)
         else:  # no checkpoint was asked for
-            model = job.served_model(plan, improved.factors, rounding, improved.repairs)
+            model = job.compressed_model(plan, improved.factors, rounding, improved.repairs)
         compressed = perplexity(model, windows, lambda done: progress(len(windows) + done))
     for name, found in (("dense", dense), ("compressed", compressed)):
         if not math.isfinite(found):

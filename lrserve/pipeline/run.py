@@ -136,7 +136,7 @@ def compress_and_export(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # engines are to come
         with staged(out, replace=overwrite) as staging:
-            rendered = Rendered(job.compressed_model(plan, improved.factors, rounding, improved.repairs), exporters)
+            rendered = Rendered(job.compressed_model(plan, improved.factors, rounding, improved.repairs).cpu(), exporters)
             _export(job, rendered, exporters, staging)
             proof = prove_agreement(job, rendered, exporters, staging, folder)
             del rendered

@@ -137,7 +137,7 @@ def dense_graph(model: str, settings: EngineSettings, stack: ExitStack) -> tuple
         return own.resolve().name, own
     source = open_source(model, accept=family_of)
     folder = Path(stack.enter_context(temporary_folder()))
-    exporter, loaded = OnnxExporter().configured(settings), source.load(torch.float32)
+    exporter, loaded = OnnxExporter().configured(settings), source.load(None)
     exporter.preflight(loaded)
     exporter.export(loaded, source.path, folder, torch.float32)
     return source.title, folder

@@ -429,7 +429,7 @@ def test_a_model_that_overflows_in_its_dtype_is_found_by_the_proof(
     job: Any = SimpleNamespace(
         windows={"report": torch.zeros(2, 8)},
         source=SimpleNamespace(load=lambda dtype: None),
-        served_model=lambda *arguments: None,
+        compressed_model=lambda *arguments: None,
         recipe=SimpleNamespace(engine=SimpleNamespace(dtype="float16")),
         dtype=torch.float16,
     )

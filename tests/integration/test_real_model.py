@@ -96,7 +96,7 @@ def test_fewer_neurons_keep_more_than_two_factors_at_the_same_size(job: Job, sto
     excess = {}
     compared: dict[str, Structure] = {"narrow": "narrow", "fisher": "low_rank"}
     for name, structure in compared.items():
-        model = job.served_model(uniform_plan(job, structure), stores[name])
+        model = job.compressed_model(uniform_plan(job, structure), stores[name])
         excess[name] = reference(model)["nll"] - reference.nll
     assert 0 < excess["narrow"] < 0.8 * excess["fisher"]
 
