@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from lrserve.errors import InputError, one_line, reading, shown
 from lrserve.inputs.checkpoint import INDEX, check_checkpoint, instead_of_weights, stored_dtype
 from lrserve.inputs.config_file import CONFIG, build_skeleton, load_config
+from lrserve.inputs.identity import content_id
 from lrserve.storage.json_files import read_object
 from lrserve.storage.space import Place
-from lrserve.storage.store import file_sha256
 from lrserve.storage.yaml_files import MOST_BYTES, load_modest
 
 if TYPE_CHECKING:
@@ -126,10 +126,10 @@ class Source:
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def fingerprint(self) -> str:
-        """Identify the content of weights, config and tokenizer: sha256, as hex. Reads every file once."""
+        """Identify the content of weights, config and tokenizer: sha256 of their `content_id`, as hex."""
         digest = hashlib.sha256()
         for file in sorted(path for pattern in _FINGERPRINTED for path in self.path.glob(pattern)):
-            digest.update(f"{file.name} {file_sha256(file)} ".encode())
+            digest.update(f"{file.name} {content_id(file)} ".encode())
         return digest.hexdigest()
 
 
