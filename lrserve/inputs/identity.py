@@ -18,8 +18,8 @@ _BLOB: Final = re.compile("[0-9a-f]{64}")
 def content_id(path: Path) -> str:
     """Identify a file's content: by its sha256 or, where it is large, by its size and a sample.
 
-    The Hub's cache names large files by their sha256, which is taken from there. A large file that differs from another of its size in
-    a few bytes may be told to be the same; weights that were trained, merged or converted differ everywhere.
+    The Hub's cache names large files by their sha256, which is taken from there. A large file that differs from another of its
+    size in a few bytes may be told to be the same; weights that were trained, merged or converted differ everywhere.
     """
     blob = path.resolve()
     if path.is_symlink() and blob.parent.name == "blobs" and _BLOB.fullmatch(blob.name):
