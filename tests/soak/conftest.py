@@ -7,14 +7,15 @@ names a file, such as bench/results/soak.json, the rows are kept there, and the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
 
 RESULTS = "LRSERVE_SOAK_RESULTS"
-COMMAND = "make soak"
+ALL = ("-m", "soak", "tests/soak")  # what `make soak` gives pytest
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Outcome:
 class Table:
     """Collects rows from the reports of tests."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: str) -> None:
+        self._command = command
         self._tests: dict[str, Outcome] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -83,15 +85,22 @@ class Table:
             from publishing import publish
 
             path = Path(os.environ[RESULTS])
-            publish(path.stem, COMMAND, table, [asdict(row) for row in rows], folder=path.parent)
+            publish(path.stem, self._command, table, [asdict(row) for row in rows], folder=path.parent)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Table())
+    config.pluginmanager.register(Table(command_line(config.invocation_params.args)))
     if RESULTS in os.environ:
         from publishing import commit
 
         commit()  # of the code that runs now, for others may commit before the end
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """Return the command that runs the same tests: `make soak`, or pytest's, after the settings that it ran with."""
+    settings = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith("LRSERVE_SOAK_") and name != RESULTS]
+    command = "make soak" if tuple(arguments) == ALL else shlex.join(["python", "-m", "pytest", *arguments])
+    return " ".join([*settings, command])
 
 
 def markdown(rows: list[Row]) -> str:

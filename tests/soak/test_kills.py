@@ -48,6 +48,7 @@ class Runs:
             "text": {"calibration": str(root / "text.jsonl")},
             **SMALL,
             "factorization": {**SMALL["factorization"], "recover_minutes": 0},  # the clock decides what training comes to
+            "search": {**SMALL["search"], "rank_step": 32},  # few layers to time
             "engine": {**SMALL["engine"], "runtime": engine},
             "export": ["onnx"] if engine == "onnx" else ["vllm", "onnx"],
         }
