@@ -103,7 +103,7 @@ class Source:
         return build_skeleton(self.path)
 
     def load(self, dtype: torch.dtype) -> Any:
-        """Load the dense model for evaluation, on the CPU or the first CUDA device.
+        """Load the dense model for evaluation: in 16 bits on the first CUDA device where there is one, else on the CPU.
 
         Raises:
             InputError: the weights cannot be read.
@@ -117,7 +117,7 @@ class Source:
             model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"the weights in {self.path} cannot be loaded: {one_line(error)}; {_DOWNLOAD}") from None
-        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        return model.eval().to("cuda" if torch.cuda.is_available() and dtype.itemsize < 4 else "cpu")
 
     def fingerprint(self) -> str:
         """Identify the content of weights, config and tokenizer: sha256, as hex. Reads every file once."""
