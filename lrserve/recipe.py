@@ -285,6 +285,14 @@ class EngineSettings(_Frozen):
     """
     enforce_eager: bool = False
     """Run vLLM without torch.compile: it starts sooner and serves more slowly."""
+    tensor_parallel_size: Annotated[int, Field(ge=1), "GPUs"] = 1
+    """GPUs among which vLLM divides every layer, in the search and in `serve`, `bench`, `generate` and `eval`; without a GPU,
+    processes. ONNX Runtime uses one."""
+    gpu_memory_share: Annotated[float, Field(gt=0, lt=1), "share"] = 0.9
+    """Part of each GPU's memory that all vLLM engines on it take together, weights included (vLLM's `gpu_memory_utilization`).
+    The dense model's engine and a plan's get half of it each. Where the dense model does not fit into a half, they run one after
+    the other.
+    """
     repeats: Annotated[int, Field(ge=1), "rounds"] = 5
     """Counted rounds in which dense model and plans are measured in turns. From five on, the interval of a speedup holds the true
     median with at least 90 %.

@@ -150,7 +150,7 @@ class Divergence:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._rows = LOGIT_ROWS // 4
+        self._rows = LOGIT_ROWS
         self._probabilities = [logits_of(model, h).softmax(-1) for h in torch.split(hidden, self._rows)]
         self._negative_entropy = sum(float(torch.special.entr(p).sum()) for p in self._probabilities) * -1
 
@@ -189,7 +189,7 @@ class Reference:
         for part, dense in zip(self._batches(), self._hidden, strict=True):
             hidden = _hidden(model, part)[:, :-1].flatten(0, 1)
             targets = part[:, 1:].flatten().to(hidden.device)
-            rows = LOGIT_ROWS // 4
+            rows = LOGIT_ROWS
             for h, d, t in zip(*(torch.split(x, rows) for x in (hidden, dense, targets)), strict=True):
                 found, wanted = logits_of(model, h).log_softmax(-1), logits_of(model, d).log_softmax(-1)
                 nll -= float(found.gather(1, t[:, None]).double().sum())

@@ -160,8 +160,6 @@ class MergedLevels:
         """Make every unit dense and move the model: off a GPU whose memory an engine is about to take, and back."""
         self.apply({})
         self.model.to(device)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def apply(self, levels: Mapping[str, Level]) -> None:
@@ -180,7 +178,8 @@ class MergedLevels:
                 factors = None if level.rank is None else self._store.cut(name, level.rank)
                 if level.weights is None:
                     assert factors is not None
-                    self._set(unit, factors.B @ factors.A, factors.b)
+                    device = self._own[unit.members[0]][0].device
+                    self._set(unit, factors.B.to(device) @ factors.A.to(device), factors.b)
                 else:
                     self._round(unit, level, factors)
             self._levels[name] = level

@@ -26,6 +26,7 @@ from torch import nn
 
 from lrserve.compression.covariance import Covariance, CovarianceAccumulator
 from lrserve.compression.groups import Group, family_of
+from lrserve.compression.transfer import Receiver, sent
 from lrserve.errors import CalibrationError
 from lrserve.storage.store import publish, write_tensors
 
@@ -217,8 +218,10 @@ def calibrate(
     if start == 0:
         partial = folder / "hidden.partial"
         states = memory_map(partial, shape, dtype)
+        receiver = Receiver()
         for first, last, _ in pooled_batches():
-            states[first:last] = embed(model, layers, windows[first:last].to(device)).cpu()
+            receiver.put(states[first:last], embed(model, layers, windows[first:last].to(device)))
+        receiver.finish()
         publish(partial, states_path(folder, 0))
     progress(start)
     for index in range(start, len(layers)):
@@ -233,14 +236,16 @@ def calibrate(
         before = memory_map(states_path(folder, index), shape, dtype)
         partial = folder / "hidden.partial"
         after = memory_map(partial, shape, dtype)
+        receiver, inputs = Receiver(), sent((before[first:last] for first, last, _ in pooled_batches()), device)
         try:
-            for first, last, pool_ends in pooled_batches():
+            for (first, last, pool_ends), x in zip(pooled_batches(), inputs, strict=True):
                 for feed in feeds:
                     feed.rows = slice(first, last)
-                after[first:last] = run_block(block, before[first:last].to(device), rehearsal(last - first, index)).cpu()
+                receiver.put(after[first:last], run_block(block, x, rehearsal(last - first, index)))
                 if pool_ends:
                     for accumulator in accumulators.values():
                         accumulator.close_pool()
+            receiver.finish()
         finally:
             for handle in hooks:
                 handle.remove()

@@ -145,6 +145,8 @@ def factorize(
         gradient: second moment of the loss gradient, ("output", (m, m)) with respect to y or ("input", (n, n)) with respect
             to x; None weighs all outputs alike.
 
+    All are on one device, which computes and holds the result.
+
     Raises:
         NotFiniteError: a weight or statistic that is not finite.
     """
@@ -171,6 +173,11 @@ def checked(
     if not all(torch.isfinite(tensor).all() for tensor in (W64, C64, mu64, *moments)):
         raise NotFiniteError("a weight, covariance or gradient is not finite; check the checkpoint and the calibration text")
     return W64, C64, mu64
+
+
+def moved(gradient: tuple[Side, torch.Tensor] | None, device: torch.device) -> tuple[Side, torch.Tensor] | None:
+    """Return a gradient's moment on a device."""
+    return None if gradient is None else (gradient[0], gradient[1].to(device))
 
 
 def sensitivity(W: torch.Tensor, gradient: tuple[Side, torch.Tensor] | None) -> torch.Tensor:
@@ -216,7 +223,7 @@ def _input_side(W: torch.Tensor, C: torch.Tensor, moment: torch.Tensor) -> _Deco
 
 
 def _damped_output(moment: torch.Tensor) -> torch.Tensor:
-    return moment + _DAMPING * moment.trace() / len(moment) * torch.eye(len(moment), dtype=moment.dtype)
+    return moment + _DAMPING * moment.trace() / len(moment) * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
 
 def _damped_input(moment: torch.Tensor, W: torch.Tensor) -> torch.Tensor:

@@ -75,11 +75,18 @@ class _Powers:
     A batch adds to the windows that it begins at.
     """
 
-    def __init__(self, group: Group, windows: torch.Tensor, tokens: torch.Tensor | None, outputs: torch.Tensor | None) -> None:
-        self.tokens = torch.zeros(windows.shape)
+    def __init__(
+        self,
+        group: Group,
+        windows: torch.Tensor,
+        device: torch.device,
+        tokens: torch.Tensor | None,
+        outputs: torch.Tensor | None,
+    ) -> None:
+        self.tokens = torch.zeros(windows.shape, device=device)
         if tokens is not None:
-            self.tokens[: len(tokens)] = tokens
-        self.outputs = torch.zeros(group.m) if outputs is None else outputs
+            self.tokens[: len(tokens)] = tokens.to(device)
+        self.outputs = torch.zeros(group.m, device=device) if outputs is None else outputs.to(device)
         self.first = 0
         self._rows = dict(zip(group.members, self.outputs.split(list(group.out_features)), strict=True))
 
@@ -93,8 +100,8 @@ class _Powers:
 
     def _add(self, gradient: torch.Tensor, member: str) -> None:
         powers = gradient.detach().float().square()
-        self.tokens[self.first : self.first + len(powers)] += powers.sum(-1).cpu()
-        self._rows[member].add_(powers.flatten(0, -2).sum(0).cpu())
+        self.tokens[self.first : self.first + len(powers)] += powers.sum(-1)
+        self._rows[member].add_(powers.flatten(0, -2).sum(0))
 
 
 def collect_gradients(
@@ -138,7 +145,7 @@ def collect_gradients(
         return reused
     moments = {group.name: _Moment(_width(group), device, saved.get(group.name)) for group in groups}
     powers = {
-        group.name: _Powers(group, windows, saved.get(f"{group.name}.{_TOKENS}"), saved.get(f"{group.name}.{_OUTPUTS}"))
+        group.name: _Powers(group, windows, device, saved.get(f"{group.name}.{_TOKENS}"), saved.get(f"{group.name}.{_OUTPUTS}"))
         for group in groups
     }
     published = reused
@@ -167,8 +174,8 @@ def collect_gradients(
                     )
                 metadata = {"windows": str(done), "tokens": str(done * length)}
                 tensors = {name: moment.sum.cpu() for name, moment in moments.items()}
-                tensors |= {f"{name}.{_TOKENS}": power.tokens[:done].contiguous() for name, power in powers.items()}
-                tensors |= {f"{name}.{_OUTPUTS}": power.outputs for name, power in powers.items()}
+                tensors |= {f"{name}.{_TOKENS}": power.tokens[:done].cpu().contiguous() for name, power in powers.items()}
+                tensors |= {f"{name}.{_OUTPUTS}": power.outputs.cpu() for name, power in powers.items()}
                 write_tensors(path, tensors, metadata)
                 published = done
             progress(done)

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 
-LOGIT_ROWS: Final = 1024
+LOGIT_ROWS: Final = 256
 """Tokens whose logits are in memory at once."""
 
 

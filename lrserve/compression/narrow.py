@@ -53,28 +53,29 @@ def narrow(
     order = _order(F, C)
     L = torch.linalg.cholesky(C[order][:, order])
     V = torch.zeros_like(C)
-    V[:, order] = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype), upper=False)
+    V[:, order] = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
     return Spectrum.of(W[:, order] @ L, V, scale * (F[:, order] @ L).square().sum(0), W, mu, beta)
 
 
 def _order(F: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
     """Return the inputs (n,) in the order in which they are chosen.
 
-    A block of them at a time: the most promising candidates are chosen among one by one, and then taken out of S together.
+    A block of them at a time: the most promising candidates are chosen among one by one, and then taken out of S together. Nothing
+    here is read back by the host, which would have to wait for a GPU each time.
     """
     S, G = C.clone(), F @ C
-    left = torch.ones(len(C), dtype=torch.bool)
+    left = torch.ones(len(C), dtype=torch.bool, device=C.device)
     order: list[torch.Tensor] = []
-    while left.any():
+    for done in range(0, len(C), _BLOCK):
         worth = (G.square().sum(0) / S.diagonal()).masked_fill(~left, -1.0)
-        block = min(_BLOCK, int(left.sum()))
-        candidates = worth.topk(min(_CANDIDATES * block, int(left.sum()))).indices
+        block = min(_BLOCK, len(C) - done)
+        candidates = worth.topk(min(_CANDIDATES * block, len(C) - done)).indices
         chosen = candidates[_greedy(G[:, candidates], S[candidates][:, candidates], block)]
         L = torch.linalg.cholesky(S[chosen][:, chosen])
         known = torch.linalg.solve_triangular(L, S[chosen], upper=False)
         G -= torch.linalg.solve_triangular(L, G[:, chosen].T, upper=False).T @ known
         S -= known.T @ known
-        left[chosen] = False
+        left.index_fill_(0, chosen, False)
         order.append(chosen)
     return torch.cat(order)
 
@@ -85,16 +86,17 @@ def _greedy(G: torch.Tensor, S: torch.Tensor, count: int) -> torch.Tensor:
     worth = gram.diagonal().clone()
     S = S.clone()
     variance = S.diagonal().clone()
-    left = torch.ones(len(S), dtype=torch.bool)
-    chosen = []
+    left = torch.ones(len(S), dtype=torch.bool, device=S.device)
+    chosen: list[torch.Tensor] = []
     for _ in range(count):
-        j = int((worth / variance).masked_fill(~left, -1.0).argmax())
+        j = (worth / variance).masked_fill(~left, -1.0).argmax(0, keepdim=True)  # (1,)
         chosen.append(j)
-        left[j] = False
-        s, g = S[:, j] / variance[j].sqrt(), gram[:, j] / variance[j].sqrt()
+        left.index_fill_(0, j, False)
+        root = variance[j].sqrt()
+        s, g = S.index_select(1, j)[:, 0] / root, gram.index_select(1, j)[:, 0] / root
         # G_.i loses g_j s_i: its inner products follow from those of G
         gram = gram - torch.outer(g, s) - torch.outer(s, g) + (worth[j] / variance[j]) * torch.outer(s, s)
         S = S - torch.outer(s, s)
         worth, variance = gram.diagonal(), S.diagonal().clamp_min(0)
         variance = torch.where(left, variance, 1.0)
-    return torch.tensor(chosen)
+    return torch.cat(chosen)

@@ -25,7 +25,7 @@ from dataclasses import replace
 
 import torch
 
-from lrserve.compression.factorize import Factors, GradientOf, Side, Spectrum, factorize
+from lrserve.compression.factorize import Factors, GradientOf, Side, Spectrum, factorize, moved
 from lrserve.compression.groups import Group
 from lrserve.compression.narrow import narrow
 from lrserve.compression.sequential import PairedCovariance, Step, group_by_group
@@ -36,7 +36,7 @@ STRENGTH = 0.75
 
 def compensation(pairs: PairedCovariance, damping: float, strength: float) -> torch.Tensor:
     """Return strength R + (1 - strength) I, float64 (n, n); the identity where x^ does not vary."""
-    identity = torch.eye(len(pairs.H), dtype=torch.float64)
+    identity = torch.eye(len(pairs.H), dtype=torch.float64, device=pairs.H.device)
     d = damping * pairs.H.trace() / len(pairs.H)
     if not d > 0:
         return identity
@@ -59,7 +59,7 @@ def factorize_compensated(
     Args:
         W: (m, n).
         beta: (m,), the layer's own bias.
-        pairs: statistics of the layer's inputs in the dense and in the compressed model.
+        pairs: statistics of the layer's inputs in the dense and in the compressed model, on the device of W.
         gradient: second moment of the dense model's loss gradient, as for `factorize`.
         damping: positive, in units of the mean variance of x^.
         strength: 1 compensates in full, 0 not at all.
@@ -92,8 +92,8 @@ def propagation(gradient: GradientOf = lambda group: None, *, damping: float = 1
     """
 
     def solve(group: Group, rank: int, W: torch.Tensor, beta: torch.Tensor, pairs: PairedCovariance) -> Factors:
-        method = narrow if group.fed_by else factorize
-        spectrum = factorize_compensated(W, beta, pairs, gradient(group), damping=damping, strength=strength, solve=method)
+        method, moment = narrow if group.fed_by else factorize, moved(gradient(group), W.device)
+        spectrum = factorize_compensated(W, beta, pairs, moment, damping=damping, strength=strength, solve=method)
         return spectrum.cut(rank)
 
     return group_by_group(solve)

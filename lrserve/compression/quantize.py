@@ -188,7 +188,7 @@ def _with_feedback(W: torch.Tensor, H: torch.Tensor, scales: torch.Tensor, schem
     # H with its columns in reverse order is L L^T: L^-1, reversed, is U
     L = torch.linalg.cholesky(H.flip(0, 1))
     U = torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False).flip(0, 1).float()
-    pivots = U.diagonal().tolist()
+    pivots = U.diagonal().cpu().tolist()
     left, steps = W.T.contiguous(), scales.T.contiguous()
     values = torch.empty(left.shape, dtype=torch.int8, device=W.device)
     lost = torch.zeros(len(W), device=W.device)

@@ -6,7 +6,7 @@ A group is rounded after its structure is decided: neurons are removed first, th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,14 +29,21 @@ class RoundedWeight:
 
 
 class Rounding:
-    """Rounds the stacked weights of groups."""
+    """Rounds the stacked weights of groups, one at a time on a device of its own; what comes and goes is on the CPU."""
 
-    def __init__(self, moments: MomentOf, gradients: Callable[[Group], torch.Tensor | None], dtype: torch.dtype) -> None:
-        """Take what gives groups' moments, and the dtype of what is not an integer.
+    def __init__(
+        self,
+        moments: MomentOf,
+        gradients: Callable[[Group], torch.Tensor | None],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Take what gives groups' moments, the dtype of what is not an integer, and the device that computes.
 
         `moments` are E[x x^T]; `gradients` those of the gradients by the outputs (m, m), or the diagonals (m,) of these, or None.
         """
         self._moments, self._metrics, self._gradients, self.dtype = moments, moments, gradients, dtype
+        self._device = device
 
     def measure_by(self, metrics: MomentOf) -> None:
         """Let what rounding costs be measured by other moments than E[x x^T]: those in which tokens weigh by their gradients."""
@@ -65,7 +72,8 @@ class Rounding:
             inputs: those (k,) of the n inputs that W reads, where neurons were removed.
             scales: by which its inputs are divided before they come.
         """
-        return quantize(W, weights, self._metric(group, inputs, scales), self.dtype)
+        found = quantize(W.to(self._device), weights, self._metric(group, inputs, scales), self.dtype)
+        return replace(found, values=found.values.cpu(), scales=found.scales.cpu())
 
     def residual(
         self,
@@ -84,12 +92,14 @@ class Rounding:
         gradient = self._gradients(group)
         if gradient is not None and outputs is not None:
             gradient = gradient[outputs] if gradient.ndim == 1 else gradient[outputs][:, outputs]
-        return residual_spectrum(W - rounded.dense(), self._metric(group, inputs, None), gradient, ranks)
+        gradient = None if gradient is None else gradient.to(self._device)
+        found = residual_spectrum((W - rounded.dense()).to(self._device), self._metric(group, inputs, None), gradient, ranks)
+        return replace(found, B=found.B.cpu(), A=found.A.cpu(), values=found.values.cpu())
 
     def _metric(self, group: Group, inputs: torch.Tensor | None, scales: torch.Tensor | None) -> torch.Tensor:
         H = self._metrics(group)
         H = H if inputs is None else H[inputs][:, inputs]
-        return H if scales is None else smoothed_moment(H, scales)
+        return (H if scales is None else smoothed_moment(H, scales)).to(self._device)
 
     def __call__(
         self,

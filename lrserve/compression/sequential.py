@@ -38,13 +38,14 @@ from lrserve.compression.factorize import Factors, FactorSource
 from lrserve.compression.groups import Group, family_of
 from lrserve.compression.spectra import stacked_weight
 from lrserve.compression.training import TrainableGroup, TrainedFactors, install_trainable
+from lrserve.compression.transfer import Receiver, sent
 from lrserve.errors import CalibrationError, NotFiniteError
 from lrserve.storage.store import publish, write_tensors
 
 
 @dataclass(frozen=True)
 class PairedCovariance:
-    """Statistics of two inputs of the same tokens, all centred in one pool: G, H (n, n), mu, mu_hat (n,); float64 on the CPU."""
+    """Statistics of two inputs of the same tokens, all centred in one pool: G, H (n, n), mu, mu_hat (n,); float64."""
 
     G: torch.Tensor
     H: torch.Tensor
@@ -80,7 +81,7 @@ class PairedAccumulator:
         G = torch.addr(self._products.double(), total, compressed.mu, alpha=-1) / max(tokens - 1, 1)
         if not torch.isfinite(G).all():
             raise NotFiniteError("the dense model's activations are not finite; load it in bfloat16 or float32")
-        return PairedCovariance(G=G.cpu(), H=compressed.C.cpu(), mu=(total / tokens).cpu(), mu_hat=compressed.mu.cpu())
+        return PairedCovariance(G=G, H=compressed.C, mu=total / tokens, mu_hat=compressed.mu)
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ class Block(Streams):
     compressed: nn.Module
 
     def weight(self, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a group's dense W (m, n) and beta (m,), float64 on the CPU."""
+        """Return a group's dense W (m, n) and beta (m,), float64 on the model's device."""
         weight, bias = stacked_weight(self.model, group)
-        return weight.double().cpu(), weight.new_zeros(group.m).double().cpu() if bias is None else bias.double().cpu()
+        return weight.double(), weight.new_zeros(group.m).double() if bias is None else bias.double()
 
     def pairs(self, group: Group) -> PairedCovariance:
         """Collect the statistics of a group's inputs, in the copy behind what was installed so far.
@@ -269,14 +270,18 @@ def walk_blocks(
 
 
 def _take_through(module: nn.Module, block: Streams, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-    for x, y in zip(torch.split(inputs, block.batch), torch.split(outputs, block.batch), strict=True):
-        states = run_block(module, x.to(block.device), block.kwargs(len(x)))
-        if not torch.isfinite(states).all():
-            raise NotFiniteError(
-                f"the outputs of decoder block {block.index} are not finite: the model overflows in this dtype on this text; "
-                "load it in bfloat16 or float32, and check the weights"
-            )
-        y.copy_(states)
+    batches, targets, receiver = torch.split(inputs, block.batch), torch.split(outputs, block.batch), Receiver()
+    finite = torch.ones((), dtype=torch.bool, device=block.device)
+    for x, y in zip(sent(batches, block.device), targets, strict=True):
+        states = run_block(module, x, block.kwargs(len(x)))
+        finite &= torch.isfinite(states).all()
+        receiver.put(y, states)
+    receiver.finish()
+    if not finite:
+        raise NotFiniteError(
+            f"the outputs of decoder block {block.index} are not finite: the model overflows in this dtype on this text; "
+            "load it in bfloat16 or float32, and check the weights"
+        )
 
 
 def _input_of(module: nn.Module, block: nn.Module, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from lrserve.compression.calibrate import read_statistics
-from lrserve.compression.factorize import Factors, GradientOf, Spectrum, factorize
+from lrserve.compression.factorize import Factors, GradientOf, Spectrum, factorize, moved
 from lrserve.compression.groups import Group
 from lrserve.compression.narrow import narrow
 from lrserve.errors import CalibrationError, NotFiniteError
@@ -31,7 +32,7 @@ def stacked_weight(model: Any, group: Group) -> tuple[torch.Tensor, torch.Tensor
 
 
 Decompose = Callable[[Group, torch.Tensor, torch.Tensor | None], Spectrum]
-"""Factorizes one group's stacked weight (m, n) with its bias (m,) or None."""
+"""Factorizes one group's stacked weight (m, n) with its bias (m,) or None, on their device."""
 
 
 def features(statistics: Path, gradient: GradientOf = lambda group: None) -> Decompose:
@@ -43,9 +44,9 @@ def features(statistics: Path, gradient: GradientOf = lambda group: None) -> Dec
     """
 
     def decompose(group: Group, weight: torch.Tensor, bias: torch.Tensor | None) -> Spectrum:
-        covariance = read_statistics(statistics, group)
+        covariance, device = read_statistics(statistics, group), weight.device
         solve = narrow if group.fed_by else factorize
-        return solve(weight, covariance.C, covariance.mu, bias, gradient(group))
+        return solve(weight, covariance.C.to(device), covariance.mu.to(device), bias, moved(gradient(group), device))
 
     return decompose
 
@@ -61,7 +62,8 @@ def write_spectra(
 ) -> None:
     """Factorize every group at every rank, one file per block; blocks that are already there are kept.
 
-    A group whose decomposition fails or is not finite in float32 has a spectrum of NaN (`SpectrumStore.not_finite`).
+    One group at a time is factorized on the model's device, or on the CPU where it does not fit there. A group whose decomposition
+    fails or is not finite in float32 has a spectrum of NaN (`SpectrumStore.not_finite`).
 
     Args:
         model: the dense model.
@@ -80,7 +82,7 @@ def write_spectra(
             tensors: dict[str, torch.Tensor] = {}
             for group in members:
                 weight, bias = stacked_weight(model, group)
-                tensors |= _stored(group, decompose, weight.cpu(), None if bias is None else bias.cpu())
+                tensors |= _stored(group, decompose, weight, bias)
             write_tensors(path, tensors)
         progress(done)
 
@@ -88,8 +90,8 @@ def write_spectra(
 def _stored(group: Group, decompose: Decompose, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Return a group's spectrum as it is stored."""
     try:
-        spectrum = decompose(group, weight, bias)
-        found = {field: getattr(spectrum, field).float().contiguous() for field in _FIELDS}
+        spectrum = _decomposed(group, decompose, weight, bias)
+        found = {field: getattr(spectrum, field).float().cpu().contiguous() for field in _FIELDS}
     except (NotFiniteError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # which does not converge
         found = {}
     if not found or not all(torch.isfinite(tensor).all() for tensor in found.values()):
@@ -97,6 +99,13 @@ def _stored(group: Group, decompose: Decompose, weight: torch.Tensor, bias: torc
         shapes = (m, k), (k, n), (k,), (m,), (k,), (m,)
         found = {field: torch.full(shape, torch.nan) for field, shape in zip(_FIELDS, shapes, strict=True)}
     return {f"{group.name}.{field}": tensor for field, tensor in found.items()}
+
+
+def _decomposed(group: Group, decompose: Decompose, weight: torch.Tensor, bias: torch.Tensor | None) -> Spectrum:
+    """Decompose a group on its device, or on the CPU where a GPU has no room for it beside the model."""
+    with suppress(torch.OutOfMemoryError):
+        return decompose(group, weight, bias)
+    return decompose(group, weight.cpu(), None if bias is None else bias.cpu())
 
 
 def _path(folder: Path, layer: int) -> Path:

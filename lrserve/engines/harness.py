@@ -29,6 +29,7 @@ class Harness(EngineProcess):
         engine: `transformers` or `vllm`.
         dtype: `bfloat16`, `float16` or `float32`.
         enforce_eager: vLLM without torch.compile.
+        gpu_memory_utilization, tensor_parallel_size: as of vLLM's `Engine`.
         log: file that takes everything that the process prints; None is a temporary file, deleted on a clean end.
 
     Raises:
@@ -47,6 +48,8 @@ class Harness(EngineProcess):
         engine: str,
         dtype: str,
         enforce_eager: bool = True,
+        gpu_memory_utilization: float = 0.9,
+        tensor_parallel_size: int = 1,
         log: Path | None = None,
     ) -> None:
         local = all(Path(task).exists() for task in tasks)
@@ -62,6 +65,8 @@ class Harness(EngineProcess):
                 "engine": engine,
                 "dtype": dtype,
                 "enforce_eager": enforce_eager,
+                "gpu_memory_utilization": gpu_memory_utilization,
+                "tensor_parallel_size": tensor_parallel_size,
             },
             environment,
             log=log,

@@ -101,6 +101,8 @@ def load_vllm(settings: Mapping[str, Any]) -> Any:
         dtype=settings["dtype"],
         max_model_len=_longest(Source(settings["model"], Path(settings["model"]))),
         enforce_eager=settings["enforce_eager"],
+        gpu_memory_utilization=settings["gpu_memory_utilization"],
+        tensor_parallel_size=settings["tensor_parallel_size"],
         enable_prefix_caching=False,
         disable_log_stats=True,
         **options,

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
+from lrserve.engines.gpu import shortage
+from lrserve.errors import EngineError
 from lrserve.storage.temporary import temporary_folder, temporary_log
 
 _LOG_LINES: Final = 25
@@ -57,20 +59,37 @@ class Scratch:
 
 
 def open_log(wanted: Path | None) -> IO[bytes]:
-    """Open the log to append to; a temporary file, which the caller deletes, where none is wanted. Its `name` is the path."""
+    """Open the log to append to; a temporary file, which the caller deletes, where none is wanted.
+
+    Its `name` is the path, and `tell` says where what is appended begins.
+    """
     if wanted is None:
         wanted = temporary_log()
     wanted.parent.mkdir(parents=True, exist_ok=True)
     return wanted.open("ab")
 
 
-def log_tail(path: Path) -> str:
-    """Return the last lines of a log, under a line that names it."""
+def failure(what: str, message: str, log: Path, start: int = 0) -> EngineError:
+    """Return the error of an engine that failed, with the last lines of its log.
+
+    Where the GPU's memory was full, it is one line that ends with the setting to change.
+
+    Args:
+        what: names engine and model.
+        message: what is known without the log.
+        log: of the engine.
+        start: byte at which the log of this engine begins.
+    """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        with log.open("rb") as file:
+            file.seek(start)
+            text = file.read().decode(errors="replace")
     except OSError:
-        return "(its log is gone)"
-    return f"last lines of {path}:\n" + "\n".join("  " + line for line in lines[-_LOG_LINES:])
+        return EngineError(f"{what}: {message}\n(its log is gone)")
+    if short := shortage(message) or shortage(text):
+        return EngineError(f"{what}: {short}. Log: {log}")
+    lines = "\n".join("  " + line for line in text.splitlines()[-_LOG_LINES:])
+    return EngineError(f"{what}: {message}\nlast lines of {log}:\n{lines}")
 
 
 def end_session(process: subprocess.Popen[Any], patience: float) -> None:

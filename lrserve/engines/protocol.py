@@ -26,7 +26,8 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Final
 
 import lrserve.errors
-from lrserve.engines.process import Scratch, end_session, log_tail, open_log
+from lrserve.engines.gpu import release_memory
+from lrserve.engines.process import Scratch, end_session, failure, open_log
 from lrserve.engines.timing import Row
 from lrserve.engines.transcripts import Transcript
 from lrserve.errors import EngineError, LrserveError
@@ -88,7 +89,7 @@ class EngineProcess(ABC):
         self._report = report or (lambda message: None)
         self._process: subprocess.Popen[str] | None = None
         self._scratch: Scratch | None = None
-        self._log_path = Path()
+        self._log_path, self._log_start = Path(), 0
         self._replies: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
@@ -107,8 +108,9 @@ class EngineProcess(ABC):
             raise EngineError(f"the engine of {self.model} is already running")
         began = time.monotonic()
         self._report(f"starting {version} on {self.model}")
+        release_memory()
         log = open_log(self._wanted_log)
-        self._log_path = Path(log.name)
+        self._log_path, self._log_start = Path(log.name), log.tell()
         self._replies = queue.SimpleQueue()
         self._scratch = Scratch()
         with log:
@@ -220,7 +222,7 @@ class EngineProcess(ABC):
         known = getattr(lrserve.errors, kind, None)
         if isinstance(known, type) and issubclass(known, LrserveError) and known is not EngineError:
             return known(message)  # raised on purpose in the worker; the log would only repeat it
-        return EngineError(f"{self.engine} on {self.model}: {message}\n{log_tail(self._log_path)}")
+        return failure(f"{self.engine} on {self.model}", message, self._log_path, self._log_start)
 
 
 def _pump(stream: IO[str] | None, replies: queue.SimpleQueue[str | None]) -> None:

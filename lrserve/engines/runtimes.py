@@ -14,17 +14,18 @@ from exporters.onnx import FOLDER, MODEL_FILE, OnnxExporter
 from exporters.onnx_linear import rounding_inputs
 from exporters.onnx_twin import check_twin
 from exporters.vllm import VllmExporter
+from lrserve.engines.gpu import require_devices
 from lrserve.engines.onnx import OnnxEngine
 from lrserve.engines.onnx_provider import Provider, settled
 from lrserve.engines.protocol import EngineProcess
 from lrserve.engines.workloads import open_engine
 from lrserve.errors import InputError
-from lrserve.plugins.versions import engine_version, onnx_version
+from lrserve.plugins.versions import engine_version, on_cpu, onnx_version
 from lrserve.recipe import EngineSettings, Workload
 
 
 class Open(Protocol):
-    """Builds (does not start) an engine large enough for every workload; `sharing` is how many engines share one GPU."""
+    """Builds (does not start) an engine large enough for every workload; `sharing` is how many engines share the GPUs' memory."""
 
     def __call__(
         self, model: Path, workloads: Mapping[str, Workload], *, sharing: int = 1, log: Path | None = None
@@ -43,6 +44,7 @@ class Runtime:
     exporter: what writes models for it.
     loads_sources: whether it takes the dense model's folder as it is, and not only what `exporter` writes.
     open: builds the engine of a model.
+    on_gpu: whether it computes on a GPU, whose memory this process and other engines want too.
     rounding_inputs: where it rounds the inputs of rounded weights though its dtype does not: lets a model in transformers do so.
     check_twin: where its exporter writes a dtype that rounds and transformers does not load: holds a rendering (a folder) against
         that of the same model in float32.
@@ -55,6 +57,7 @@ class Runtime:
     exporter: Exporter
     loads_sources: bool
     open: Open
+    on_gpu: bool = False
     rounding_inputs: Callable[[Any], AbstractContextManager[None]] | None = None
     check_twin: Callable[[Path, Path], None] | None = None
 
@@ -68,13 +71,21 @@ def runtime_of(settings: EngineSettings) -> Runtime:
     """Return the engine that measures and serves with these settings.
 
     Raises:
-        EngineError, InputError: as `onnx_provider.settled`, where that is ONNX Runtime.
+        EngineError, InputError: as `onnx_provider.settled`, where that is ONNX Runtime; as `require_devices`, where it is vLLM.
     """
     if settings.runtime == "onnx":
         return _onnx_runtime(settled(settings))
-    opens = partial(open_engine, settings=settings)
-    compiled = not settings.enforce_eager
-    return Runtime("vllm", engine_version(), settings.dtype, compiled, VllmExporter(), loads_sources=True, open=opens)
+    require_devices(settings.tensor_parallel_size)
+    return Runtime(
+        name="vllm",
+        version=engine_version(),
+        dtype=settings.dtype,
+        compiled=not settings.enforce_eager,
+        exporter=VllmExporter(),
+        loads_sources=True,
+        open=partial(open_engine, settings=settings),
+        on_gpu=not on_cpu(),
+    )
 
 
 def _onnx_runtime(settings: EngineSettings) -> Runtime:
@@ -95,6 +106,7 @@ def _onnx_runtime(settings: EngineSettings) -> Runtime:
         exporter=OnnxExporter().configured(settings),
         loads_sources=False,
         open=partial(_open_onnx, exact=exact, provider=provider),
+        on_gpu=provider == "cuda",
         rounding_inputs=None if exact else rounding_inputs,
         check_twin=_check_graph if half else None,
     )

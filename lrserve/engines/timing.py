@@ -3,6 +3,9 @@
 What is timed is what a served model does: each call finds its weights in memory rather than in a cache, because in a
 model the other layers' weights pass through in between. So layers are called in turns, once per round, and small sets
 of layers are timed on several copies of their weights.
+
+On a GPU the engine replays its steps as CUDA graphs, so layers are timed as graphs too: the host, which would take longer to
+start a small kernel than the kernel runs, has no part in it.
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ _COLD_BYTES: Final = 256 * 2**20
 _BATCH_BYTES: Final = 2 * 2**30
 """Weights kept in memory at a time."""
 _MAX_COPIES: Final = 16
+_MAX_CAPTURED: Final = 64
+"""Copies of a layer in one graph."""
+_REPLAYS: Final = 10
+"""Of one graph, by `triton.testing.do_bench_cudagraph`."""
 _SECONDS_PER_CELL: Final = 0.05
 _MIN_ROUNDS: Final = 3
 _MAX_ROUNDS: Final = 100
@@ -66,6 +73,43 @@ def time_layers(
     for batch in _batches(entries, itemsize):
         table += _time_batch(batch, tokens, itemsize, build, rows, seconds)
     return table
+
+
+def replay_layers(
+    entries: Sequence[Entry],
+    tokens: Sequence[int],
+    itemsize: int,
+    build: Callable[[Entry], Callable[[X], object]],
+    rows: Callable[[int, int], X],
+    seconds: float | None,
+) -> list[Row]:
+    """Do what `time_layers` does on a CUDA device, by replays of a graph in which copies of a layer follow each other.
+
+    Their median is the layer's time, or the mean over so many `seconds`. The kernels of a layer must allow being captured.
+    """
+    table: list[Row] = []
+    for entry in entries:
+        copies = max(1, min(_MAX_CAPTURED, round(_COLD_BYTES / weight_bytes(entry, itemsize))))
+        try:
+            layers = [build(entry) for _ in range(copies)]
+        except UnsupportedLayerError:
+            table.append(None)
+            continue
+        table.append([1e6 * _replayed(layers, rows(count, entry["n"]), seconds) for count in tokens])
+    return table
+
+
+def _replayed(layers: Sequence[Callable[[X], object]], x: X, seconds: float | None) -> float:
+    """Return the seconds of one of several alike layers, which are captured one after the other."""
+    from triton.testing import do_bench_cudagraph
+
+    def run() -> None:
+        for layer in layers:
+            layer(x)
+
+    length = 1e3 * (seconds or _SECONDS_PER_CELL) / _REPLAYS
+    milliseconds: float = do_bench_cudagraph(run, rep=length, return_mode="median" if seconds is None else "mean")
+    return 1e-3 * milliseconds / len(layers)
 
 
 def input_elements(entries: Sequence[Entry], tokens: Sequence[int]) -> int:

@@ -32,7 +32,7 @@ class Transcript:
 
 
 def transcribe_checkpoint(folder: Path, dtype: torch.dtype, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Transcript]:
-    """Load a folder in transformers and run the prompts (`transcribe_model`); leaves no memory of a GPU to the model.
+    """Load a folder in transformers and run the prompts (`transcribe_model`).
 
     Args:
         folder: a dense checkpoint or an artifact.
@@ -43,10 +43,7 @@ def transcribe_checkpoint(folder: Path, dtype: torch.dtype, prompts: Sequence[Se
     Raises:
         InputError: the folder cannot be loaded.
     """
-    transcripts = transcribe_model(Source(name=str(folder), path=folder).load(dtype), prompts, new_tokens)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return transcripts
+    return transcribe_model(Source(name=str(folder), path=folder).load(dtype), prompts, new_tokens)
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -14,19 +14,22 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from lrserve.compression.level import SCHEMES, Precision
-from lrserve.engines.timing import Entry, Row, UnsupportedLayerError, input_elements, time_layers
+from lrserve.engines.timing import Entry, Row, UnsupportedLayerError, input_elements, replay_layers, time_layers
 from lrserve.plugins.vllm.kernels import Factor, Residual, first_factor
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
+TIMERS: Final = {"cpu": time_layers, "cuda": replay_layers}
+"""By vLLM's type of device."""
 
 
 @torch.inference_mode()
 def latency_table(
     entries: Sequence[Entry], tokens: Sequence[int], dtype: torch.dtype, seconds: float | None, vllm_config: Any
 ) -> list[Row]:
-    """Return the microseconds of entry i at tokens[j] rows of input: the lower quartile, or the mean over so many `seconds`.
+    """Return the microseconds of entry i at tokens[j] rows of input (`time_layers`, on a GPU `replay_layers`).
 
-    Kernels for rounded weights are chosen under `vllm_config`, the engine's.
+    A layer is timed whole, however many GPUs the engine divides it among. Kernels for rounded weights are chosen under
+    `vllm_config`, the engine's.
     """
     device = current_platform.device_type
     values = torch.randn(input_elements(entries, tokens), dtype=dtype, device=device)
@@ -36,29 +39,17 @@ def latency_table(
 
     def build(entry: Entry) -> Layer:
         if not entry.get("weights"):
+            return _build(entry, dtype)
+        try:
             layer = _build(entry, dtype)
-        else:
-            try:
-                layer = _build(entry, dtype)
-                layer(rows(1, entry["n"]))
-            except Exception as error:  # of whatever kind vLLM's choice of a kernel, and that kernel, raise
-                print(f"{entry}: {type(error).__name__}: {error}", file=sys.stderr)
-                raise UnsupportedLayerError(str(error)) from error
-        return layer if device == "cpu" else _finished(layer)
+            layer(rows(1, entry["n"]))
+        except Exception as error:  # of whatever kind vLLM's choice of a kernel, and that kernel, raise
+            print(f"{entry}: {type(error).__name__}: {error}", file=sys.stderr)
+            raise UnsupportedLayerError(str(error)) from error
+        return layer
 
     with set_current_vllm_config(vllm_config), set_default_torch_dtype(dtype):  # as while a model is loaded
-        return time_layers(entries, tokens, dtype.itemsize, build, rows, seconds)
-
-
-def _finished(layer: Layer) -> Layer:
-    """Let a call take until the accelerator is done."""
-
-    def finished(x: torch.Tensor) -> torch.Tensor:
-        y = layer(x)
-        torch.accelerator.synchronize()
-        return y
-
-    return finished
+        return TIMERS[device](entries, tokens, dtype.itemsize, build, rows, seconds)
 
 
 def _build(entry: Entry, dtype: torch.dtype) -> Layer:

@@ -16,8 +16,6 @@ from lrserve.engines.protocol import EngineProcess, Throughput
 from lrserve.engines.vllm import Engine
 from lrserve.recipe import EngineSettings, Workload, shares
 
-GPU_MEMORY: Final = 0.9
-"""Share of a GPU's memory that all engines on it take together."""
 _COVERAGE: Final = 0.9
 
 T = TypeVar("T")
@@ -182,7 +180,7 @@ def open_engine(
     load_format: str | None = None,
     log: Path | None = None,
 ) -> Engine:
-    """Build (not start) an engine large enough for every workload; `sharing` is how many engines share one GPU."""
+    """Build (not start) an engine large enough for every workload; `sharing` is how many engines share the GPUs' memory."""
     return Engine(
         model,
         dtype=settings.dtype,
@@ -190,7 +188,8 @@ def open_engine(
         max_num_seqs=max(workload.concurrency for workload in workloads.values()),
         max_num_batched_tokens=PREFILL_CHUNK,
         enforce_eager=settings.enforce_eager,
-        gpu_memory_utilization=GPU_MEMORY / sharing if sharing > 1 else None,
+        gpu_memory_utilization=settings.gpu_memory_share / sharing,
+        tensor_parallel_size=settings.tensor_parallel_size,
         load_format=load_format,
         log=log,
     )
@@ -239,15 +238,45 @@ def compare(
     Each round has prompts of its own; the first run of each workload on every engine is discarded.
     """
     found: list[dict[str, Comparison]] = [{} for _ in compressed]
-    engines = {str(place): engine for place, engine in enumerate([dense, *compressed])}
     for name, workload in workloads.items():
-
-        def measure(engine: EngineProcess, seed: int, workload: Workload = workload) -> Throughput:
-            return engine.throughput(workload.prompt_tokens, workload.output_tokens, workload.concurrency, seed=seed)
-
-        for engine in reversed(engines.values()):
-            measure(engine, seed)
-        of_dense, *others = in_turns(engines, measure, repeats, seed=seed, progress=lambda *_: progress()).values()
+        of_dense, *others = _rounds([dense, *compressed], workload, repeats, seed, progress)
         for own, runs in zip(found, others, strict=True):
             own[name] = Comparison(of_dense, runs)
     return [MixComparison(workloads=own, shares=shares(workloads), engine=version) for own in found]
+
+
+def compare_apart(
+    dense: EngineProcess,
+    compressed: EngineProcess,
+    workloads: Mapping[str, Workload],
+    repeats: int,
+    *,
+    version: str,
+    seed: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> MixComparison:
+    """Measure two engines that do not fit on the GPU together: start one, run all rounds of all workloads, end it, then the other.
+
+    The rounds have the prompts that they have in `compare`.
+    """
+    sides = []
+    for engine in (compressed, dense):
+        with engine:
+            sides.append([_rounds([engine], workload, repeats, seed, progress)[0] for workload in workloads.values()])
+    pairs = zip(workloads, *reversed(sides), strict=True)
+    found = {name: Comparison(of_dense, runs) for name, of_dense, runs in pairs}
+    return MixComparison(workloads=found, shares=shares(workloads), engine=version)
+
+
+def _rounds(
+    engines: Sequence[EngineProcess], workload: Workload, repeats: int, seed: int, progress: Callable[[], None]
+) -> list[list[Throughput]]:
+    """Run a workload on running engines in turns, after a run of each that is discarded; returns the runs of each."""
+
+    def measure(engine: EngineProcess, seed: int) -> Throughput:
+        return engine.throughput(workload.prompt_tokens, workload.output_tokens, workload.concurrency, seed=seed)
+
+    for engine in reversed(engines):
+        measure(engine, seed)
+    named = {str(place): engine for place, engine in enumerate(engines)}
+    return list(in_turns(named, measure, repeats, seed=seed, progress=lambda *_: progress()).values())

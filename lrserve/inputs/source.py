@@ -103,7 +103,7 @@ class Source:
         return build_skeleton(self.path)
 
     def load(self, dtype: torch.dtype | None) -> Any:
-        """Load the dense model for evaluation, on the CPU or the first CUDA device.
+        """Load the dense model for evaluation: in 16 bits on the first CUDA device where there is one, else on the CPU.
 
         In the dtype in which it is stored (None), its weights are pages of its files on the CPU: read when they are first used,
         and memory that the system takes back where it is short.
@@ -116,14 +116,15 @@ class Source:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        dtype = dtype or stored_dtype(self.path)
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype or stored_dtype(self.path))
+            model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"the weights in {self.path} cannot be loaded: {one_line(error)}; {_DOWNLOAD}") from None
         for module in model.modules():  # Gemma's embedding rounds its scale to the weights' dtype by itself
             if (scale := getattr(module, "scalar_embed_scale", None)) is not None:
                 module.embed_scale = torch.tensor(float(scale))
-        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        return model.eval().to("cuda" if torch.cuda.is_available() and dtype.itemsize < 4 else "cpu")
 
     def fingerprint(self) -> str:
         """Identify the content of weights, config and tokenizer: sha256 of their `content_id`, as hex."""

@@ -22,9 +22,10 @@ from lrserve.allocation.goal import Evaluated, Goal, next_candidate
 from lrserve.allocation.speed import Shape, SpeedModel, shapes_to_measure, token_counts
 from lrserve.compression.rounding import Rounding
 from lrserve.compression.spectra import SpectrumStore
+from lrserve.engines.gpu import both_fit, device_memory
 from lrserve.engines.protocol import EngineProcess
 from lrserve.engines.runtimes import Runtime
-from lrserve.engines.workloads import MixComparison, compare, read_comparison
+from lrserve.engines.workloads import MixComparison, compare, compare_apart, read_comparison
 from lrserve.errors import EngineError
 from lrserve.pipeline.baseline import keep_served
 from lrserve.pipeline.job import Job
@@ -59,11 +60,33 @@ def timing_conditions() -> dict[str, Any]:
     return machine() | {name: os.environ.get(name) for name in _TIMING_VARIABLES}
 
 
-class DenseEngine:
-    """The dense model's engine: starts when it is first wanted and stays until the front is measured; a context manager."""
+def fit_together(job: Job, runtime: Runtime) -> bool:
+    """Say whether the dense model's engine and a plan's can be up at once; says so in the log where they cannot."""
+    settings, memory = job.recipe.engine, device_memory()
+    if memory is None or not runtime.on_gpu:
+        return True
+    weights = sum(parameter.numel() for parameter in job.source.skeleton().parameters()) * job.dtype.itemsize
+    fit = both_fit(weights, memory, settings.gpu_memory_share, settings.tensor_parallel_size)
+    if not fit:
+        job.say(
+            f"4/6 measure: two engines of {weights / 1e9:.1f} GB do not fit on the GPU ({memory / 1e9:.0f} GB, of which "
+            f"engine.gpu_memory_share is {settings.gpu_memory_share:g}), so dense model and plans run one after the other"
+        )
+    return fit
 
-    def __init__(self, runtime: Runtime, model: Path, workloads: Mapping[str, Workload], log: Path) -> None:
-        self._open = partial(runtime.open, model, workloads, sharing=2, log=log)
+
+class DenseEngine:
+    """The dense model's engine: starts when it is first wanted and stays until the front is measured; a context manager.
+
+    `together`: whether it may be up beside a plan's engine.
+    """
+
+    def __init__(
+        self, runtime: Runtime, model: Path, workloads: Mapping[str, Workload], log: Path, *, together: bool = True
+    ) -> None:
+        self.together = together
+        self._runtime = runtime
+        self._open = partial(runtime.open, model, workloads, sharing=2 if together else 1, log=log)
         self._engine: EngineProcess | None = None
 
     def __enter__(self) -> DenseEngine:
@@ -82,8 +105,17 @@ class DenseEngine:
 
     def leave_gpu(self) -> None:
         """End the engine where it holds a GPU that the trials are about to use."""
-        if torch.cuda.is_available():
+        if self._runtime.on_gpu:
             self._close()
+
+    def compare(self, model: Path, workloads: Mapping[str, Workload], repeats: int, **options: Any) -> MixComparison:
+        """Measure a plan's rendering beside the dense model, or after it where both do not fit; `options` are `compare`'s."""
+        if not self.together:
+            self._close()
+            return compare_apart(self._open(), self._runtime.open(model, workloads), workloads, repeats, **options)
+        with self._runtime.open(model, workloads, sharing=2) as engine:
+            [comparison] = compare(self.running(), [engine], workloads, repeats, **options)
+        return comparison
 
     def _close(self) -> None:
         engine, self._engine = self._engine, None
@@ -247,16 +279,14 @@ def measure_front(
                 compressed = job.compressed_model(candidate.plan, store, rounding).cpu()
                 runtime.exporter.export(compressed, job.source.path, checkpoint, job.dtype)
                 del compressed
-                with runtime.open(checkpoint, workloads, sharing=2) as engine:
-                    [comparison] = compare(
-                        dense.running(),
-                        [engine],
-                        workloads,
-                        settings.repeats,
-                        version=runtime.version,
-                        seed=recipe.seed,
-                        progress=lambda: progress(next(runs)),
-                    )
+                comparison = dense.compare(
+                    checkpoint,
+                    workloads,
+                    settings.repeats,
+                    version=runtime.version,
+                    seed=recipe.seed,
+                    progress=lambda: progress(next(runs)),
+                )
                 shutil.rmtree(checkpoint, ignore_errors=True)  # before the run counts as done: a resumed one does not look for it
                 write_json(path, asdict(comparison))
             found = read_comparison(path)

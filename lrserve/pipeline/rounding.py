@@ -28,8 +28,10 @@ def gradient_reader(job: Job, gradients: GradientStore | None) -> GradientOf:
 
 
 def rounding_of(job: Job, statistics: Path, gradients: GradientStore | None) -> Rounding:
-    """Return what rounds the model's weights."""
-    return Rounding(_moments(statistics), lambda group: None if gradients is None else gradients.outputs(group), job.dtype)
+    """Return what rounds the model's weights, on a GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    outputs = (lambda group: None) if gradients is None else gradients.outputs
+    return Rounding(_moments(statistics), outputs, job.dtype, device)
 
 
 def weigh_tokens(job: Job, model: Any, gradients: GradientStore, folder: WorkFolder) -> MomentOf:

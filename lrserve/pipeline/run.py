@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from exporters.base import Configured, Exporter, SelfProving
 from exporters.registry import exporter_points
 from lrserve.allocation.database import connect, study_errors_named, without_password
@@ -20,6 +18,7 @@ from lrserve.compression.calibrate import calibrate
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
+from lrserve.engines.gpu import memory_errors_named
 from lrserve.engines.onnx_provider import settled
 from lrserve.engines.runtimes import loader_of, runtime_of
 from lrserve.errors import ArtifactError
@@ -120,7 +119,14 @@ def compress_and_export(
         return {}
 
     database = without_password(storage) if storage else f"the work folder {work}"
-    with work_folder(work, say, MODULES) as folder, disk_errors_named(work), study_errors_named(database), float32_matmuls():
+    batches = f"lower calibration.batch_tokens ({recipe.calibration.batch_tokens}), or set CUDA_VISIBLE_DEVICES= to use the CPU"
+    with (
+        work_folder(work, say, MODULES) as folder,
+        disk_errors_named(work),
+        study_errors_named(database),
+        memory_errors_named(batches),
+        float32_matmuls(),
+    ):
         model = job.source.load(job.dtype)
         require_finite(model, job.source.path)
         statistics = calibrate_blocks(job, model, folder)
@@ -133,8 +139,6 @@ def compress_and_export(
         found = improve_factors(job, plan, store, gradient_reader(job, gradients), folder, rounding)
         improved, validation = validate_improved(job, tuned, found, store, rounding)
         del found
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # engines are to come
         with staged(out, replace=overwrite) as staging:
             rendered = Rendered(job.compressed_model(plan, improved.factors, rounding, improved.repairs).cpu(), exporters)
             _export(job, rendered, exporters, staging)

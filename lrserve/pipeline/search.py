@@ -31,7 +31,16 @@ from lrserve.compression.spectra import SpectrumStore
 from lrserve.engines.runtimes import runtime_of
 from lrserve.errors import CalibrationError, InputError, NotFiniteError
 from lrserve.pipeline.job import Job, first_tokens, tensor_sha256
-from lrserve.pipeline.measure import DenseEngine, Measured, dense_checkpoint, measure_front, measure_layers, published, speed_model
+from lrserve.pipeline.measure import (
+    DenseEngine,
+    Measured,
+    dense_checkpoint,
+    fit_together,
+    measure_front,
+    measure_layers,
+    published,
+    speed_model,
+)
 from lrserve.pipeline.probe import probed_losses
 from lrserve.pipeline.rounding import weigh_tokens
 from lrserve.report.console import progress_bar, reused
@@ -99,7 +108,8 @@ def tune(
     settings, target, embedding_loss = job.recipe.search, job.recipe.target, 0.0
     checkpoint = dense_checkpoint(job, runtime, folder)
     log = folder.root / "dense-engine.log"
-    with DenseEngine(runtime, checkpoint, job.recipe.requests, log) as dense, ExitStack() as rounded:
+    together = fit_together(job, runtime)
+    with DenseEngine(runtime, checkpoint, job.recipe.requests, log, together=together) as dense, ExitStack() as rounded:
         table, latency = measure_layers(job, runtime, dense, folder)
         dense.leave_gpu()
         merged.to(device)

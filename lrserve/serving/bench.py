@@ -14,8 +14,9 @@ import torch
 from exporters.onnx import FOLDER, OnnxExporter
 from lrserve.allocation.speed import PREFILL_CHUNK
 from lrserve.compression.groups import family_of
+from lrserve.engines.gpu import both_fit, device_memory, require_devices
 from lrserve.engines.onnx_provider import settled
-from lrserve.engines.workloads import GPU_MEMORY, Mix
+from lrserve.engines.workloads import Mix
 from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.source import open_source
 from lrserve.plugins.versions import engine_version, genai_version, on_cpu, require_compress
@@ -28,6 +29,7 @@ from lrserve.serving.generation import EngineName
 from lrserve.serving.kv_cache import LEAST, cache_argument, is_said, model_cache
 from lrserve.serving.online import GraphServer, Server, compare_online
 from lrserve.serving.reports import make_report_folder
+from lrserve.serving.server import device_arguments
 from lrserve.storage.store import check_files, read_manifest, write_json
 from lrserve.storage.temporary import remove_leftovers, temporary_folder, temporary_leftovers
 
@@ -85,6 +87,7 @@ def bench(
         custom = {**next(iter(recipe.workloads.values())).model_dump(), **given}
         recipe = Recipe.load(out / "lrserve" / "recipe.yaml", {**(overrides or {}), "workloads": {"custom": custom}})
     workloads, rounds, settings = recipe.workloads, recipe.engine.repeats, recipe.engine
+    together = True
     with ExitStack() as stack:
         progress = stack.enter_context(progress_bar(2 * (rounds + 1) * len(workloads), "bench"))
         servers: tuple[Server, Server]
@@ -95,13 +98,14 @@ def bench(
             servers = GraphServer(dense_folder, graph_arguments(workloads)), GraphServer(out, graph_arguments(workloads))
         else:
             settings = settings.model_copy(update={"runtime": "vllm"})
+            require_devices(settings.tensor_parallel_size)
             source = open_source(dense or recipe.model, accept=family_of)
-            title, arguments = source.title, [*_unsaid(server_arguments(workloads, settings), vllm_arguments), *vllm_arguments]
+            together = servers_fit(source.path, settings, vllm_arguments)
+            ours = server_arguments(workloads, settings, sharing=2 if together else 1)
+            title, arguments = source.title, [*_unsaid(ours, vllm_arguments), *vllm_arguments]
             arguments = [*cache_arguments(source.path, workloads, arguments), *arguments]
             servers = Server(source.path, arguments), Server(out, arguments)
-        for server in servers:
-            stack.enter_context(server)
-        results = compare_online(*servers, workloads, rounds, seed=recipe.seed, progress=progress)
+        results = compare_online(*servers, workloads, rounds, together=together, seed=recipe.seed, progress=progress)
     mix = Mix(results, shares(workloads))
     made_from = json.loads((out / "lrserve" / "metrics.json").read_text(encoding="utf-8"))
     figures = {
@@ -179,8 +183,20 @@ def cache_arguments(folder: Path, workloads: Mapping[str, Workload], arguments: 
     return [cache_argument(max(LEAST, most * cache.needed if cache else 0))]
 
 
-def server_arguments(workloads: Mapping[str, Workload], settings: EngineSettings) -> list[str]:
-    """Return vLLM's arguments for servers large enough for every workload, which never reuse a prefix."""
+def servers_fit(dense: Path, settings: EngineSettings, vllm_arguments: Sequence[str]) -> bool:
+    """Say whether both servers can be up at once: on a CPU, by a share of the GPU that the user gives, or by the dense weights."""
+    memory = device_memory()
+    if memory is None or on_cpu() or "gpu-memory-utilization" in read_flags(vllm_arguments).given:
+        return True
+    weights = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
+    return both_fit(weights, memory, settings.gpu_memory_share, settings.tensor_parallel_size)
+
+
+def server_arguments(workloads: Mapping[str, Workload], settings: EngineSettings, sharing: int = 2) -> list[str]:
+    """Return vLLM's arguments for servers large enough for every workload, which never reuse a prefix.
+
+    `sharing` is how many of them share the GPUs' memory.
+    """
     arguments = [
         "--no-enable-prefix-caching",
         "--generation-config=vllm",  # greedy, whatever penalties the model's own generation_config.json has
@@ -191,6 +207,4 @@ def server_arguments(workloads: Mapping[str, Workload], settings: EngineSettings
     ]
     if settings.enforce_eager:
         arguments.append("--enforce-eager")
-    if not on_cpu():
-        arguments.append(f"--gpu-memory-utilization={GPU_MEMORY / 2}")
-    return arguments
+    return [*arguments, *device_arguments(settings, sharing)]

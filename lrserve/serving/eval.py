@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lrserve.compression.groups import family_of
+from lrserve.engines.gpu import require_devices
 from lrserve.engines.harness import Harness
 from lrserve.errors import ArtifactError, InputError
 from lrserve.inputs.cloze import CLOZE_ITEMS, write_cloze
@@ -75,6 +76,9 @@ def evaluate(
         make_report_folder(report, out)
     remove_leftovers([temporary_leftovers()], say)
     recipe = Recipe.load(out / "lrserve" / "recipe.yaml", {})
+    settings = recipe.engine
+    if engine == "vllm":
+        require_devices(settings.tensor_parallel_size)
     source = open_source(dense or recipe.model, accept=family_of)
     with temporary_folder() as folder:
         if not wanted:
@@ -86,8 +90,15 @@ def evaluate(
         with progress_bar(2 * len(wanted), "eval") as progress:
             for model in (source.path, out.resolve()):
                 results: dict[str, Any] = {}
-                eager = recipe.engine.enforce_eager
-                with Harness(model, wanted, engine=engine, dtype=recipe.engine.dtype, enforce_eager=eager) as harness:
+                with Harness(
+                    model,
+                    wanted,
+                    engine=engine,
+                    dtype=settings.dtype,
+                    enforce_eager=settings.enforce_eager,
+                    gpu_memory_utilization=settings.gpu_memory_share,
+                    tensor_parallel_size=settings.tensor_parallel_size,
+                ) as harness:
                     for index, task in enumerate(wanted, 1):
                         results |= harness.evaluate(task, limit=limit, shots=shots)
                         progress(len(wanted) * len(found) + index)
@@ -98,7 +109,7 @@ def evaluate(
         "made": made(),
         "models": {"dense": source.title, "compressed": out.resolve().name},
         "engine": f"{eval_version()}, {backend}",
-        "dtype": recipe.engine.dtype,
+        "dtype": settings.dtype,
         "tasks": {name: compare(before[name], after[name]) for name in before},
     }
     say(eval_table(figures))

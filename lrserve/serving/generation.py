@@ -18,7 +18,7 @@ from exporters.onnx import FOLDER
 from lrserve.engines.sampling import Finish, Generates, Sampling
 from lrserve.errors import ArtifactError, EngineError, InputError, reading
 from lrserve.plugins.versions import genai_installed, installed_vllm, require_genai, require_sound_torchvision
-from lrserve.serving.server import check_engine, check_model
+from lrserve.serving.server import check_engine, check_model, engine_settings
 from lrserve.storage.store import check_files
 
 EngineName = Literal["onnxruntime", "vllm"]
@@ -267,6 +267,18 @@ def _engine(out: Path, name: EngineName, tokens: int) -> Any:
         from lrserve.engines.genai import GenaiEngine
 
         return GenaiEngine(out / FOLDER)
+    from lrserve.engines.gpu import require_devices
     from lrserve.engines.vllm import Engine
 
-    return Engine(out, dtype="auto", max_model_len=tokens, max_num_seqs=1)
+    settings = engine_settings(out)
+    if settings is None:
+        return Engine(out, dtype="auto", max_model_len=tokens, max_num_seqs=1)
+    require_devices(settings.tensor_parallel_size)
+    return Engine(
+        out,
+        dtype="auto",
+        max_model_len=tokens,
+        max_num_seqs=1,
+        gpu_memory_utilization=settings.gpu_memory_share,
+        tensor_parallel_size=settings.tensor_parallel_size,
+    )

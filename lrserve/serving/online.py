@@ -23,7 +23,8 @@ from typing import Any, Final
 import numpy as np
 
 from exporters.onnx import FOLDER
-from lrserve.engines.process import Scratch, end_session, log_tail, open_log, tied
+from lrserve.engines.gpu import release_memory
+from lrserve.engines.process import Scratch, end_session, failure, open_log, tied
 from lrserve.engines.workloads import Paired, in_turns
 from lrserve.errors import EngineError
 from lrserve.plugins.lifetime import end_with_parent
@@ -65,7 +66,7 @@ class Server:
         self._arguments, self._wanted_log, self._start_timeout = arguments, log, start_timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: Scratch | None = None
-        self._log_path = Path()
+        self._log_path, self._log_start = Path(), 0
 
     @property
     def tokenizer(self) -> Path:
@@ -93,8 +94,9 @@ class Server:
         environment = server_environment(self._scratch.environment({**inherited, "VLLM_NO_USAGE_STATS": "1"}))
         # last, so that they win: the client finds the model by its folder
         arguments = [*self._arguments, "--served-model-name", str(self.model), "--host", _HOST, "--port", str(port)]
+        release_memory()
         with open_log(self._wanted_log) as log:
-            self._log_path = Path(log.name)
+            self._log_path, self._log_start = Path(log.name), log.tell()
             self._process = subprocess.Popen(
                 tied(self.command(arguments)),
                 stdin=subprocess.DEVNULL,
@@ -115,7 +117,7 @@ class Server:
 
     def failure(self, message: str) -> EngineError:
         """Return the error that says what went wrong, with the end of the server's log."""
-        return EngineError(f"{self.engine}'s server of {self.model}: {message}\n{log_tail(self._log_path)}")
+        return failure(f"{self.engine}'s server of {self.model}", message, self._log_path, self._log_start)
 
     def _wait(self) -> None:
         assert self._process is not None
@@ -297,25 +299,31 @@ def compare_online(
     workloads: Mapping[str, Workload],
     rounds: int,
     *,
+    together: bool = True,
     seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, OnlineComparison]:
-    """Measure two servers in turns, workload by workload, each beginning with one discarded run on either server.
+    """Start two servers and measure them in turns, workload by workload, each beginning with one discarded run on either server.
 
     Both get the same prompts; each round has its own, so no prefix is ever seen twice. Who begins changes from round to round.
-    `progress` is told how many of the len(workloads) * (rounds + 1) * 2 runs are done.
+    Where they do not fit on the GPU `together`, all rounds of one come before those of the other. `progress` is told how many of
+    the len(workloads) * (rounds + 1) * 2 runs are done.
     """
-    results, done = {}, count(1)
+    runs: dict[str, dict[str, list[Load]]] = {name: {} for name in workloads}
+    done = count(1)
+    both = {"dense": dense, "compressed": compressed}
     with bench_client() as client:
-        for name, workload in workloads.items():
+        for up in [both] if together else [{name: both[name]} for name in reversed(both)]:
+            with contextlib.ExitStack() as stack:
+                servers = {name: stack.enter_context(server) for name, server in up.items()}
+                for name, workload in workloads.items():
 
-            def measure(server: Server, seed: int, workload: Workload = workload) -> Load:
-                found = load(server, client, workload, seed=seed)
-                progress(next(done))
-                return found
+                    def measure(server: Server, seed: int, workload: Workload = workload) -> Load:
+                        found = load(server, client, workload, seed=seed)
+                        progress(next(done))
+                        return found
 
-            for server in (compressed, dense):
-                measure(server, seed)
-            runs = in_turns({"dense": dense, "compressed": compressed}, measure, rounds, seed=seed)
-            results[name] = OnlineComparison(workload, **runs)
-    return results
+                    for server in reversed(servers.values()):
+                        measure(server, seed)
+                    runs[name] |= in_turns(servers, measure, rounds, seed=seed)
+    return {name: OnlineComparison(workloads[name], **found) for name, found in runs.items()}

@@ -15,15 +15,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from lrserve.errors import ArtifactError, EngineError
+from lrserve.errors import ArtifactError, EngineError, shown
 from lrserve.inputs.source import checked_folder, model_folder
 from lrserve.plugins.lifetime import ENDS_WITH_PARENT
 from lrserve.plugins.versions import on_cpu, require_sound_torchvision, require_vllm
+from lrserve.recipe import EngineSettings
 from lrserve.serving.address import bound, warn_if_open
 from lrserve.serving.flags import KEY_VARIABLE, OWN_KEY_VARIABLE, Flags, read_flags
 from lrserve.serving.kv_cache import serving_cache
 from lrserve.storage.store import MANIFEST, check_files
+from lrserve.storage.yaml_files import read_settings
 
+_PLACEMENT: Final = ("tensor_parallel_size", "gpu_memory_share")  # settings of a recipe's engine
 _MALLOC: Final = {"hugetlb": 1, "mmap_threshold": 2**28, "trim_threshold": 2**31}  # bytes: of one piece, of the heap's free end
 _GLIBC: Final = (2, 35)  # the first that knows `hugetlb`; earlier ones refuse such a threshold, and then map more than before
 
@@ -105,6 +108,54 @@ def check_model(folder: Path) -> None:
     parse_groups(entry)
 
 
+def engine_settings(folder: Path) -> EngineSettings | None:
+    """Return how an artifact's recipe divides a model among GPUs and their memory; None of a folder without a recipe.
+
+    Other settings of the recipe are not read: what another version of lrserve knows does not keep this one from serving.
+
+    Raises:
+        InputError: these cannot be read.
+        ArtifactError: they are out of range.
+    """
+    path = folder / "lrserve" / "recipe.yaml"
+    if not path.is_file():
+        return None
+    given = read_settings(path, "the artifact's recipe", "export the artifact again").get("engine")
+    known = {name: given[name] for name in _PLACEMENT if name in given} if isinstance(given, dict) else {}
+    try:
+        return EngineSettings(**known)
+    except ValueError:
+        raise ArtifactError(f"{path}: engine has {shown(known)}; export the artifact again") from None
+
+
+def recipe_arguments(folder: Path, flags: Flags) -> list[str]:
+    """Return vLLM's arguments that an artifact's recipe gives and the user does not.
+
+    Raises:
+        InputError: there are fewer GPUs than the recipe asks for, or as `engine_settings`.
+        ArtifactError: as `engine_settings`.
+    """
+    settings = engine_settings(folder)
+    if settings is None:
+        return []
+    arguments = [own for own in device_arguments(settings) if own.partition("=")[0].removeprefix("--") not in flags.given]
+    if settings.tensor_parallel_size > 1 and "tensor-parallel-size" not in flags.given:
+        from lrserve.engines.gpu import require_devices
+
+        require_devices(settings.tensor_parallel_size)
+    return arguments
+
+
+def device_arguments(settings: EngineSettings, sharing: int = 1) -> list[str]:
+    """Return vLLM's arguments for the GPUs, of which `sharing` servers share the memory; on a CPU those for its processes."""
+    arguments = []
+    if settings.tensor_parallel_size > 1:
+        arguments.append(f"--tensor-parallel-size={settings.tensor_parallel_size}")
+    if not on_cpu():
+        arguments.append(f"--gpu-memory-utilization={settings.gpu_memory_share / sharing:g}")
+    return arguments
+
+
 def check_engine() -> None:
     """Check that vLLM is there and would load lrserve's plugin.
 
@@ -147,7 +198,8 @@ def serve(model: str, extra_args: Sequence[str] = ()) -> NoReturn:
     cpu = on_cpu()
     environment = server_environment(memory_environment(os.environ) if cpu else os.environ)
     check_address(flags, environment)
-    cache = serving_cache(folder, flags, environment) if cpu else []
+    extra_args = [*recipe_arguments(folder, flags), *extra_args]
+    cache = serving_cache(folder, read_flags(extra_args), environment) if cpu else []
     command = server_command(folder, [*cache, *extra_args])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -23,6 +23,18 @@ def test_a_folder_opens_and_loads_in_the_asked_dtype(tmp_path: Path) -> None:
     assert source.tokenizer()("a")["input_ids"]
 
 
+@pytest.mark.parametrize(("dtype", "device"), [(torch.bfloat16, "cuda"), (torch.float16, "cuda"), (torch.float32, "cpu")])
+def test_nothing_is_loaded_in_float32_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, device: str
+) -> None:
+    source = open_source(str(write_dense(dense_model("LlamaForCausalLM"), tmp_path / "model")))
+    moved: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda model, device: moved.append(device))
+    source.load(dtype)
+    assert moved == [device]
+
+
 def test_the_fingerprint_notices_changed_weights(tmp_path: Path) -> None:
     folder = write_dense(dense_model("LlamaForCausalLM"), tmp_path / "model")
     source = open_source(str(folder))

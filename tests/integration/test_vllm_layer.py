@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -492,6 +493,28 @@ def test_identity_block_that_leaves_nothing_is_refused() -> None:
     method = LowRankLinearMethod("layers.0.down_proj", GroupSpec(N, ("down_proj",), "identity_block"))
     with pytest.raises(ArtifactError, match=rf"an identity block of rank {N} leaves nothing of {N} inputs"):
         method.create_weights(layer, N, [24], N, 24, torch.float32)
+
+
+def test_on_a_gpu_the_engines_layers_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import VllmConfig
+
+    from lrserve.engines.timing import replay_layers
+    from lrserve.engines.vllm_latency import TIMERS, latency_table
+
+    assert TIMERS["cuda"] is replay_layers
+    runs: list[str] = []
+
+    def bench(run: Callable[[], None], *, rep: float, return_mode: str) -> float:
+        run()
+        runs.append(return_mode)
+        return 0.64
+
+    monkeypatch.setitem(TIMERS, "cpu", replay_layers)
+    monkeypatch.setitem(sys.modules, "triton.testing", SimpleNamespace(do_bench_cudagraph=bench))
+    shapes = [Shape(64, 32, None), Shape(64, 32, 16, "low_rank")]
+    table = latency_table([asdict(shape) for shape in shapes], [1, 4], torch.float32, None, VllmConfig())
+    assert table == [pytest.approx([10.0] * 2)] * 2  # of 64 copies each
+    assert runs == ["median"] * 4
 
 
 def test_a_timed_layer_weighs_what_the_group_stores(structure: Stored) -> None:

@@ -54,10 +54,12 @@ class Engines:
 
     started: list[Path] = field(default_factory=list)
     running: list[Path] = field(default_factory=list)
+    sharing: set[int] = field(default_factory=set)
     most_at_once: int = 0
     seconds_per_parameter: float = 1e-6
 
     def open(self, model: Path, workloads: Mapping[str, Any], *, sharing: int = 1, log: Path | None = None) -> Any:
+        self.sharing.add(sharing)
         return MadeUpEngine(self, model)
 
 
@@ -147,6 +149,22 @@ def test_the_front_is_measured_beside_one_dense_engine(place: Path, folder: Work
         # the made-up engine is as fast as its parameters are few, so the table predicts it but for what it leaves out
         assert measured.comparison.speedup == pytest.approx(measured.predicted_speedup, rel=0.05)
     assert not (folder.root / "candidate").exists()
+
+
+def test_on_a_small_gpu_dense_and_plans_run_one_after_the_other(
+    place: Path, folder: WorkFolder, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime("vllm", "made up 1", "float32", False, VllmExporter(), loads_sources=True, open=engines.open, on_gpu=True)
+    monkeypatch.setattr("lrserve.pipeline.search.runtime_of", lambda settings: runtime)
+    monkeypatch.setattr("lrserve.pipeline.measure.device_memory", lambda: 2**32)
+    lines: list[str] = []
+    job = open_small(place, lines, **{"target.ratio": 0.3})
+    found = tuned(job, folder)
+    assert any("do not fit on the GPU" in line and "one after the other" in line for line in lines)
+    assert (engines.most_at_once, engines.sharing, engines.running) == (1, {1}, [])
+    assert engines.started.count(place / "model") == 1 + len(found.measured)  # for the layers, and after each plan
+    for measured in found.measured:
+        assert measured.comparison.speedup == pytest.approx(measured.predicted_speedup, rel=0.05)
 
 
 def test_a_second_run_measures_nothing_again(place: Path, folder: WorkFolder, engines: Engines) -> None:

@@ -13,7 +13,7 @@ from lrserve.engines.workloads import Mix, spread
 from lrserve.errors import EngineError, InputError
 from lrserve.recipe import PROFILES, EngineSettings, Workload
 from lrserve.serving import online
-from lrserve.serving.bench import _unsaid, cache_arguments, engine_arguments, server_arguments
+from lrserve.serving.bench import _unsaid, cache_arguments, engine_arguments, server_arguments, servers_fit
 from lrserve.serving.flags import read_flags
 from lrserve.serving.online import Client, Load, OnlineComparison, Server, compare_online, load
 
@@ -54,6 +54,54 @@ def test_only_rounds_that_agree_decide() -> None:
     assert OnlineComparison(WORKLOAD, DENSE, [*faster(2)[:2], DENSE[2]]).verdict == "undecided"
 
 
+class Up(Server):
+    """A server of which only is known whether it is up."""
+
+    now = most = 0
+
+    def __enter__(self) -> Server:
+        Up.now += 1
+        Up.most = max(Up.most, Up.now)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Up.now -= 1
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Up, "now", 0)
+    monkeypatch.setattr(Up, "most", 0)
+
+
+def test_servers_that_do_not_fit_together_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int, int]] = []
+
+    def fake(server: Server, client: Client, workload: Workload, *, seed: int) -> Load:
+        calls.append((server.model.name, workload.prompt_tokens, seed))
+        return Load(20.0 if server.model.name == "small" else 10.0, (0.1,), (0.1,))
+
+    monkeypatch.setattr(online, "load", fake)
+    workloads = {"a": WORKLOAD, "b": Workload(prompt_tokens=9, output_tokens=3, concurrency=2)}
+    found = compare_online(Up(Path("dense")), Up(Path("small")), workloads, 2, together=False, seed=7)
+    assert calls == [(name, tokens, seed) for name in ("small", "dense") for tokens in (4, 9) for seed in (7, 8, 9)]
+    assert (Up.most, Up.now) == (1, 0)
+    assert [comparison.speedup for comparison in found.values()] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("memory", "flags", "fit"),
+    [(None, [], True), (2**33, [], True), (2**32, [], False), (2**32, ["--gpu-memory-utilization=0.4"], True)],
+)
+def test_both_servers_are_up_where_they_fit_or_the_user_divides_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int | None, flags: list[str], fit: bool
+) -> None:
+    monkeypatch.setattr("lrserve.serving.bench.on_cpu", lambda: False)
+    monkeypatch.setattr("lrserve.serving.bench.device_memory", lambda: memory)
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
+    assert servers_fit(tmp_path, EngineSettings(), flags) is fit
+
+
 def test_servers_take_turns_and_no_prompts_come_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int, int]] = []
 
@@ -63,22 +111,27 @@ def test_servers_take_turns_and_no_prompts_come_twice(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(online, "load", fake)
     done: list[int] = []
-    dense, compressed = Server(Path("dense")), Server(Path("small"))
+    dense, compressed = Up(Path("dense")), Up(Path("small"))
     found = compare_online(dense, compressed, {"a": WORKLOAD}, 2, seed=7, progress=done.append)
     names = [("small", 2, 7), ("dense", 2, 7), ("dense", 2, 8), ("small", 2, 8), ("small", 2, 9), ("dense", 2, 9)]
     assert calls == names
+    assert Up.most == 2
     assert done == [1, 2, 3, 4, 5, 6]
     assert [run.output_tokens_per_second for run in found["a"].dense] == [3.0, 6.0]
     assert [run.output_tokens_per_second for run in found["a"].compressed] == [4.0, 5.0]
 
 
 def test_servers_are_large_enough_for_every_workload(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lrserve.serving.bench.on_cpu", lambda: True)
+    monkeypatch.setattr("lrserve.serving.server.on_cpu", lambda: True)
     arguments = server_arguments(PROFILES, EngineSettings(enforce_eager=True))
     assert {"--max-model-len=1064", "--max-num-seqs=8", "--enforce-eager", "--no-enable-prefix-caching"} <= set(arguments)
     assert not any("gpu" in argument for argument in arguments)
-    monkeypatch.setattr("lrserve.serving.bench.on_cpu", lambda: False)
+    assert not any("tensor-parallel" in argument for argument in arguments)
+    monkeypatch.setattr("lrserve.serving.server.on_cpu", lambda: False)
     assert "--gpu-memory-utilization=0.45" in server_arguments(PROFILES, EngineSettings())
+    settings = EngineSettings(gpu_memory_share=0.7, tensor_parallel_size=2)
+    alone = server_arguments(PROFILES, settings, sharing=1)
+    assert {"--gpu-memory-utilization=0.7", "--tensor-parallel-size=2"} <= set(alone)
 
 
 def startable(monkeypatch: pytest.MonkeyPatch, command: Callable[[Path, Sequence[str]], list[str]]) -> None:

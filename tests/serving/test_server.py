@@ -189,6 +189,59 @@ def test_serve_becomes_the_server(artifact: Path, calls: list[tuple[list[str], d
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment
 
 
+RECIPE = "model: m\nengine: {tensor_parallel_size: 2, gpu_memory_share: 0.8, of_another_version: 1}\nunknown: 1\n"
+
+
+def with_recipe(artifact: Path, text: str) -> Path:
+    (artifact / "lrserve").mkdir()
+    (artifact / "lrserve" / "recipe.yaml").write_text(text)
+    return artifact
+
+
+@pytest.mark.parametrize(
+    ("cpu", "given", "added"),
+    [
+        (False, [], ["--tensor-parallel-size=2", "--gpu-memory-utilization=0.8"]),
+        (False, ["-tp", "4"], ["--gpu-memory-utilization=0.8"]),
+        (False, ["--tensor_parallel_size=1", "--gpu-memory-utilization", "0.5"], []),
+        (True, ["--kv-cache-memory-bytes=1G"], ["--tensor-parallel-size=2"]),
+    ],
+)
+def test_the_recipe_divides_the_model_among_gpus_where_the_user_does_not(
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    calls: list[tuple[list[str], dict[str, str]]],
+    cpu: bool,
+    given: list[str],
+    added: list[str],
+) -> None:
+    monkeypatch.setattr("lrserve.serving.server.on_cpu", lambda: cpu)
+    with pytest.raises(Replaced):
+        serve(str(with_recipe(artifact, RECIPE)), given)
+    [(command, _)] = calls
+    assert command == server_command(artifact, [*added, *given])
+
+
+@pytest.mark.parametrize(
+    ("text", "raised", "message"),
+    [
+        ("engine: {tensor_parallel_size: none}", ArtifactError, "recipe.yaml: engine has .*'none'.*; export the artifact again"),
+        ("engine: {gpu_memory_share: 2}", ArtifactError, "recipe.yaml: engine has .*2.*; export the artifact again"),
+        ("engine: [", InputError, "the artifact's recipe .* cannot be read.*; export the artifact again"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_named(
+    artifact: Path,
+    calls: list[tuple[list[str], dict[str, str]]],
+    text: str,
+    raised: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(raised, match=message):
+        serve(str(with_recipe(artifact, text)))
+    assert not calls
+
+
 @pytest.mark.parametrize("named", [[], ["--served-model-name", "mine"], ["--served-model-name=mine"]])
 @pytest.mark.parametrize("model", ["owner/model", "MODEL.gguf"])
 def test_hub_ids_and_gguf_files_are_served_from_the_cache_by_their_own_name(
