@@ -16,8 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from lrserve.allocation.goal import Evaluated, Goal, next_candidate
 from lrserve.allocation.speed import Shape, SpeedModel, shapes_to_measure, token_counts
 from lrserve.compression.rounding import Rounding
