@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from lrserve.compression.calibrate import memory_map
 from lrserve.compression.factorize import Factors, FactorSource
 from lrserve.compression.groups import Group, Structure
 from lrserve.compression.layers import LowRankLinear, exact_names
@@ -138,10 +141,20 @@ class MergedLevels:
     Only the units whose level changed are rewritten; the dense weights are kept aside. Inputs are rounded as the engine does it.
     Differs from the layers that are exported by the rounding of merged weights to the model's dtype and, for factors of 8 bits, by
     what rounding the inputs of the second one costs.
+
+    Memory: the weights of the units that are not dense. What was rounded is kept for the next plan, a byte for each weight and
+    precision: in files of the folder `scratch` if there is one, of which the system keeps in memory what it has room for.
     """
 
-    def __init__(self, model: Any, units: Sequence[Group], store: SpectrumStore, rounding: Rounding | None = None) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: Any,
+        units: Sequence[Group],
+        store: SpectrumStore,
+        rounding: Rounding | None = None,
+        scratch: Path | None = None,
+    ) -> None:
+        self.model, self._scratch = model, scratch
         self._units = {unit.name: unit for unit in units}
         self._store, self._rounding = store, rounding
         self._levels = dict.fromkeys(self._units, DENSE)
@@ -247,8 +260,16 @@ class MergedLevels:
     def _whole(self, group: Group, weights: Precision) -> tuple[Rounded, torch.Tensor | None]:
         key = group.name, weights
         if key not in self._rounded:
-            self._rounded[key] = self._fresh(group, self._dense(group).float().cpu(), weights, None)
+            found, scales = self._fresh(group, self._dense(group).float().cpu(), weights, None)
+            self._rounded[key] = replace(found, values=self._filed(found.values)), scales
         return self._rounded[key]
+
+    def _filed(self, values: torch.Tensor) -> torch.Tensor:
+        if self._scratch is None:
+            return values
+        filed = memory_map(self._scratch / f"rounded-{len(self._rounded)}.bin", values.shape, torch.int8)
+        filed.copy_(values.view(torch.int8))
+        return filed.view(values.dtype)
 
     def _fresh(
         self, group: Group, W: torch.Tensor, weights: Precision, inputs: torch.Tensor | None

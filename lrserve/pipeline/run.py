@@ -155,7 +155,12 @@ def _clean_up(out: Path, work: Path, say: Say) -> None:
     """Remove what runs left that were killed, and put back what one of them had moved aside."""
     restore_replaced(out, say)
     beside = f".{glob.escape(out.name)}."
-    places = [(out.parent, f"{beside}staging-*"), (out.parent, f"{beside}replaced-*"), (work, "**/*.partial-*")]
+    places = [
+        (out.parent, f"{beside}staging-*"),
+        (out.parent, f"{beside}replaced-*"),
+        (work, "**/*.partial-*"),
+        (work, "lrserve-*"),
+    ]
     cache = cache_folder()
     places += [(cache / "dequantized", "*.partial-*"), (cache / "demo", "lrserve-*"), (cache / "demo", "*.partial-*")]
     remove_leftovers([*places, temporary_leftovers()], say)

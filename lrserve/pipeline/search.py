@@ -45,6 +45,7 @@ from lrserve.pipeline.probe import probed_losses
 from lrserve.pipeline.rounding import weigh_tokens
 from lrserve.report.console import progress_bar, reused
 from lrserve.storage.store import write_json
+from lrserve.storage.temporary import temporary_folder
 from lrserve.storage.work import WorkFolder
 
 _STUDY_VERSION = 4  # raised when the same suggestions make other plans, or trials keep other figures
@@ -101,15 +102,16 @@ def tune(
         EngineError: the engine failed.
         CalibrationError: the dense model's loss on the validation text is not finite.
     """
-    device = next(model.parameters()).device
-    merged = MergedLevels(model, job.units, store, rounding)
-    merged.to("cpu")  # an engine takes the GPU
     runtime = runtime_of(job.recipe.engine)
     settings, target, embedding_loss = job.recipe.search, job.recipe.target, 0.0
     checkpoint = dense_checkpoint(job, runtime, folder)
     log = folder.root / "dense-engine.log"
     together = fit_together(job, runtime)
-    with DenseEngine(runtime, checkpoint, job.recipe.requests, log, together=together) as dense, ExitStack() as rounded:
+    device = next(model.parameters()).device
+    with DenseEngine(runtime, checkpoint, job.recipe.requests, log, together=together) as dense, ExitStack() as stack:
+        scratch = Path(stack.enter_context(temporary_folder(folder.root)))
+        merged = MergedLevels(model, job.units, store, rounding, scratch)
+        merged.to("cpu")  # an engine takes the GPU
         table, latency = measure_layers(job, runtime, dense, folder)
         dense.leave_gpu()
         merged.to(device)
@@ -122,7 +124,7 @@ def tune(
         table_speed = speed_model(job, table).keeping_dense(store.not_finite())
         rounding_metric(job, merged, rounding, gradients, table_speed, folder)
         if precision := table_speed.offers.embedding:
-            rounded.enter_context(rounded_values(model, precision, job.dtype))  # as in all plans
+            stack.enter_context(rounded_values(model, precision, job.dtype))  # as in all plans
             embedding_loss = _say_embedding(job, merged, validation, precision)
         measure = partial(measure_front, job, store, folder, runtime, dense, goal, table_speed, rounding)
         usual = _usual(job, table_speed.offers, merged, validation, table_speed)

@@ -59,9 +59,15 @@ def test_what_is_judged_is_what_is_exported(level: Level, architecture: str, tmp
     assert changed
     model: Any = dense_model(architecture)
     before = model(WINDOWS).logits
-    merged = MergedLevels(model, list(store.groups.values()), store, rounding)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    merged = MergedLevels(model, list(store.groups.values()), store, rounding, scratch)
     merged.apply({unit.name: Level(weights="int8") for unit in store.groups.values()})
+    kept = len(list(scratch.iterdir()))
+    assert kept == len(find_groups(model))
     merged.apply({unit.name: level for unit, level in changed})
+    if level == Level(weights="int8"):
+        assert len(list(scratch.iterdir())) == kept
     judged = model(WINDOWS).logits
     exported = compress_model(dense_model(architecture), changed, "narrow", store, torch.float32, rounding)(WINDOWS).logits
     assert (judged - before).abs().max() > 1e-4
