@@ -54,7 +54,7 @@ class Positions(Protocol):
         Args:
             q: queries (B, S, heads D), not turned yet.
             k: keys (B, S, K D), not turned yet.
-            rotary: cosines and sines of every position.
+            rotary: cosines and sines of every position; empty where queries and keys are not turned.
             window: tokens, itself included, that a query sees; -1 for all of them.
             where: the layer's name.
         """
@@ -94,7 +94,7 @@ class ByLengths:
 
     def attention(self, q: Any, k: Any, rotary: Sequence[Any], window: int, where: str) -> Attention:
         """Leave all to GroupQueryAttention."""
-        attributes = {"local_window_size": window, "do_rotary": 1, "rotary_interleaved": 0}
+        attributes = {"local_window_size": window, "do_rotary": int(bool(rotary)), "rotary_interleaved": 0}
         return Attention(q, k, [*self._lengths, *rotary], attributes)
 
 

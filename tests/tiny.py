@@ -28,6 +28,14 @@ APART: Final[dict[str, tuple[int, Stored]]] = {
 }
 """Linears with factors of their own beside dense ones that the engine multiplies together with them."""
 FAMILIES_TESTED = sorted(FAMILIES)
+SERVED_IN_TESTS: Final = (
+    "Gemma3ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+"""Families on real vLLM engines in `make test`. The others are in `make soak`: every start takes half a minute."""
 VOCABULARY = 256
 _MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
@@ -35,7 +43,13 @@ _MODEL_TYPES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Gemma3ForCausalLM": "gemma3_text",
+    "SmolLM3ForCausalLM": "smollm3",
+    "GraniteForCausalLM": "granite",
+    "Olmo2ForCausalLM": "olmo2",
 }
+_WIDE = ("Qwen2ForCausalLM", "SmolLM3ForCausalLM", "GraniteForCausalLM", "Olmo2ForCausalLM")
+"""Whose heads are as wide as hidden_size / heads."""
+_TIED = ("Qwen2ForCausalLM", "Gemma3ForCausalLM", "SmolLM3ForCausalLM")
 
 
 def _windows(layers: int) -> dict[str, Any]:
@@ -43,11 +57,24 @@ def _windows(layers: int) -> dict[str, Any]:
     return {"sliding_window": 24, "layer_types": [*["full_attention"] * 3, *["sliding_attention"] * (layers - 3)][:layers]}
 
 
+def _special(architecture: str, layers: int) -> dict[str, Any]:
+    """What only this family has, with values that matter."""
+    return {
+        "Gemma3ForCausalLM": _windows(layers),
+        "SmolLM3ForCausalLM": {"no_rope_layer_interval": 2},
+        "GraniteForCausalLM": {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 2.0,
+        },
+    }.get(architecture, {})
+
+
 def dense_model(architecture: str, *, layers: int = 2) -> Any:
     """A random model whose outputs depend visibly on every weight and bias."""
-    # vLLM's CPU attention wants a head_dim of at least 32, which in its Qwen2 is hidden_size / heads.
-    qwen2 = architecture == "Qwen2ForCausalLM"
-    sizes = {"hidden_size": 128} if qwen2 else {"hidden_size": 64, "head_dim": 32}
+    # vLLM's CPU attention wants a head_dim of at least 32.
+    sizes = {"hidden_size": 128} if architecture in _WIDE else {"hidden_size": 64, "head_dim": 32}
     config = AutoConfig.for_model(
         _MODEL_TYPES[architecture],
         **sizes,
@@ -57,12 +84,12 @@ def dense_model(architecture: str, *, layers: int = 2) -> Any:
         num_key_value_heads=2,
         vocab_size=VOCABULARY,
         max_position_embeddings=256,
-        tie_word_embeddings=architecture in ("Qwen2ForCausalLM", "Gemma3ForCausalLM"),
+        tie_word_embeddings=architecture in _TIED,
         architectures=[architecture],
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **(_windows(layers) if architecture == "Gemma3ForCausalLM" else {}),
+        **_special(architecture, layers),
     )
     config.dtype = "float32"
     torch.manual_seed(0)

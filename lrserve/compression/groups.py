@@ -32,24 +32,30 @@ Structure = Literal["identity_block", "low_rank", "narrow"]
 STRUCTURES: Final = get_args(Structure)
 
 ORDERED: Final[Mapping[str, str]] = {"down": "gate_up"}
-"""Kinds whose inputs may come in any order, and the kind that they come from: each of its members gives all of them, and only
-pointwise functions stand between. True of gated MLPs, and so of every family below. Those inputs are the MLP's *neurons*."""
+"""Kinds whose inputs may come in any order, and the kind that they come from: each of its linears gives all of them, and only
+pointwise functions stand between. True of MLPs, gated or plain. Those inputs are the MLP's *neurons*."""
 
 
 @dataclass(frozen=True)
 class GroupNames:
-    """Names of one fused group inside a decoder layer: its own, and those of the linears it is made of."""
+    """Names of one fused group inside a decoder layer: its own, and those of the linears that the checkpoint has of it.
+
+    `stacked`, of the group that gives an MLP's neurons: how many linears lie one after the other in each member, each with a row
+    for every neuron. 2 where gate and up are one tensor.
+    """
 
     fused: str
     members: tuple[str, ...]
+    stacked: int = 1
 
 
 @dataclass(frozen=True)
 class Family:
     """Where an architecture keeps its decoder layers, and the fused groups inside one layer, by kind.
 
-    `scaled_by`, by kind: the norm or linear inside the layer to whose parameters the group's inputs are proportional, one by one. A
-    kind without one is left out: the norms of Gemma multiply by 1 + w.
+    `scaled_by`, by kind: the norm or linear inside the layer to whose parameters the group's inputs are proportional, one by one:
+    to its last rows, if it has more of them than the group has inputs. A kind without one is left out: the norms of Gemma multiply
+    by 1 + w, and OLMo 2 has none before its linears.
     """
 
     layers: str
@@ -72,14 +78,17 @@ _LLAMA_LIKE: Final = Family(
         "down": "mlp.up_proj",
     },
 )
-_GEMMA: Final = replace(_LLAMA_LIKE, scaled_by={kind: _LLAMA_LIKE.scaled_by[kind] for kind in ("o", "down")})
+_SCALED_BY_LINEARS: Final = replace(_LLAMA_LIKE, scaled_by={kind: _LLAMA_LIKE.scaled_by[kind] for kind in ("o", "down")})
 
 FAMILIES: Final[Mapping[str, Family]] = {
     "LlamaForCausalLM": _LLAMA_LIKE,
     "MistralForCausalLM": _LLAMA_LIKE,
     "Qwen2ForCausalLM": _LLAMA_LIKE,
     "Qwen3ForCausalLM": _LLAMA_LIKE,
-    "Gemma3ForCausalLM": _GEMMA,
+    "Gemma3ForCausalLM": _SCALED_BY_LINEARS,
+    "SmolLM3ForCausalLM": _LLAMA_LIKE,
+    "GraniteForCausalLM": _LLAMA_LIKE,
+    "Olmo2ForCausalLM": _SCALED_BY_LINEARS,
 }
 
 

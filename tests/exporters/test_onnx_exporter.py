@@ -20,14 +20,20 @@ from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from exporters.onnx import OnnxExporter
@@ -100,6 +106,19 @@ def gemma3(**changes: Any) -> Any:
     return Gemma3ForCausalLM(Gemma3TextConfig(**{**settings, **changes}))
 
 
+def smollm3(**changes: Any) -> Any:
+    return SmolLM3ForCausalLM(SmolLM3Config(**{**SHAPE, "no_rope_layer_interval": 2, **changes}))
+
+
+def granite(**changes: Any) -> Any:
+    multipliers = {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.1, "logits_scaling": 2.0}
+    return GraniteForCausalLM(GraniteConfig(**{**SHAPE, **multipliers, **changes}))
+
+
+def olmo2(**changes: Any) -> Any:
+    return Olmo2ForCausalLM(Olmo2Config(**{**SHAPE, **changes}))
+
+
 SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama,
@@ -116,6 +135,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3-sliding": lambda: qwen3(**SLIDING),
     "gemma3": gemma3,
     "gemma3-untied-softcap": lambda: gemma3(tie_word_embeddings=False, final_logit_softcapping=5.0),
+    "smollm3-sliding": lambda: smollm3(use_sliding_window=True, sliding_window=WINDOW),
+    "granite": granite,
+    "olmo2": olmo2,
 }
 
 
@@ -353,6 +375,11 @@ def test_folder_holds_what_loaders_want(source: Path, out: Path) -> None:
     assert genai["model"]["pad_token_id"] == 0
     assert genai["model"]["context_length"] == genai["search"]["max_length"] == 64
     assert genai["model"]["decoder"]["head_size"] == 16
+
+
+def test_onnxruntime_genai_is_told_a_type_that_it_knows(source: Path, out: Path) -> None:
+    OnnxExporter().export(make("olmo2"), source, out, torch.float32)
+    assert json.loads((out / "onnx" / "genai_config.json").read_text())["model"]["type"] == "decoder"
 
 
 def test_source_without_config_gets_the_models_own(tmp_path: Path, out: Path) -> None:
