@@ -62,6 +62,7 @@ FAMILIES: Final[Mapping[str, OnnxFamily]] = {
         norms=Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
         loader="decoder",
     ),
+    "Phi3ForCausalLM": replace(_LLAMA_LIKE, config_window=True),
 }
 
 # config name -> (operator, domain, attributes). QuickGelu is x sigmoid(alpha x), so SiLU in one pass at alpha 1.

@@ -250,7 +250,7 @@ class _Builder(Nodes):
         ids = self.value("input_ids", ["batch_size", "sequence_length"], "INT64")
         mask = self.value("attention_mask", ["batch_size", "total_sequence_length"], "INT64")
         heads = (int(self.config.num_attention_heads), int(self.config.num_key_value_heads))
-        told = positions(profile, self, ids, mask, heads)
+        told = positions(profile, self, ids, mask, heads, self.head_dim)
         self.inputs += [ids, mask, *told.inputs]
         residual, y, norms = self.wide(self.embed(ids), "model.embed_tokens"), None, self.family.norms
         for index, layer in enumerate(self.model.model.layers):

@@ -98,7 +98,8 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
                     raise ArtifactError(
                         f"{prefix}{fused.fused}: has factors, and {names.fused} fewer neurons; one of the two must go"
                     )
-                groups[prefix + fused.fused] = replace(feeding, rank=spec.rank, structure="narrow_out")
+                narrowed = replace(feeding, rank=spec.rank, structure="narrow_out", stacked=fused.stacked)
+                groups[prefix + fused.fused] = narrowed
     return groups
 
 

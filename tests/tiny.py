@@ -46,8 +46,9 @@ _MODEL_TYPES = {
     "SmolLM3ForCausalLM": "smollm3",
     "GraniteForCausalLM": "granite",
     "Olmo2ForCausalLM": "olmo2",
+    "Phi3ForCausalLM": "phi3",
 }
-_WIDE = ("Qwen2ForCausalLM", "SmolLM3ForCausalLM", "GraniteForCausalLM", "Olmo2ForCausalLM")
+_WIDE = ("Qwen2ForCausalLM", "SmolLM3ForCausalLM", "GraniteForCausalLM", "Olmo2ForCausalLM", "Phi3ForCausalLM")
 """Whose heads are as wide as hidden_size / heads."""
 _TIED = ("Qwen2ForCausalLM", "Gemma3ForCausalLM", "SmolLM3ForCausalLM")
 
@@ -68,6 +69,7 @@ def _special(architecture: str, layers: int) -> dict[str, Any]:
             "attention_multiplier": 0.1,
             "logits_scaling": 2.0,
         },
+        "Phi3ForCausalLM": {"sliding_window": 24, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
     }.get(architecture, {})
 
 
@@ -112,7 +114,8 @@ def factorized_model(architecture: str, *, layers: int = 2, structure: Structure
     """In all layers but the second every group compressed (each to its own rank), in the second only some.
 
     In one structure, or by turns: identity blocks in the first layer, two factors in the second, fewer neurons in the third.
-    With `apart` the second layer's linears q, v and gate have factors of their own, and k and up are dense.
+    With `apart` the second layer's linears q, v and gate have factors of their own, and k and up are dense; where each of them is a
+    part of one tensor there is nothing to take apart.
     """
     model = dense_model(architecture, layers=layers)
     groups = find_groups(model)
@@ -123,9 +126,9 @@ def factorized_model(architecture: str, *, layers: int = 2, structure: Structure
         unit = units[own].get(group.name)
         if unit is not None and (group.layer != 1 or group.kind in ("qkv", "down")):
             specs |= specs_of([(unit, Level(16 + 8 * (index % 4) + 4 * group.layer))], own)
-    if apart:
+    if apart and (alone := apart_specs(1, architecture)):
         del specs["model.layers.1.self_attn.qkv_proj"]
-        specs |= apart_specs(layer=1)
+        specs |= alone
     install(model, specs)
     randomise_factors(model)
     model.config.quantization_config = quantization_config(specs)
@@ -202,9 +205,14 @@ def random_residual(m: int, n: int, rank: int) -> Residual:
     return Residual(A, B, torch.rand(rank) * 0.3 / (127**2 * n**0.5))
 
 
-def apart_specs(layer: int) -> dict[str, GroupSpec]:
-    """`APART` in one layer."""
-    return {f"model.layers.{layer}.{name}": GroupSpec(rank, leaves([name]), stored) for name, (rank, stored) in APART.items()}
+def apart_specs(layer: int, architecture: str = "LlamaForCausalLM") -> dict[str, GroupSpec]:
+    """`APART` in one layer, of the linears that the architecture has."""
+    fused = {member for names in FAMILIES[architecture].groups.values() if len(names.members) > 1 for member in names.members}
+    return {
+        f"model.layers.{layer}.{name}": GroupSpec(rank, leaves([name]), stored)
+        for name, (rank, stored) in APART.items()
+        if name in fused
+    }
 
 
 def install(model: Any, specs: dict[str, GroupSpec]) -> None:

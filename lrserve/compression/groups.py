@@ -89,6 +89,15 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "SmolLM3ForCausalLM": _LLAMA_LIKE,
     "GraniteForCausalLM": _LLAMA_LIKE,
     "Olmo2ForCausalLM": _SCALED_BY_LINEARS,
+    "Phi3ForCausalLM": Family(
+        layers="model.layers",
+        groups={
+            **_LLAMA_LIKE.groups,
+            "qkv": GroupNames("self_attn.qkv_proj", ("self_attn.qkv_proj",)),
+            "gate_up": GroupNames("mlp.gate_up_proj", ("mlp.gate_up_proj",), stacked=2),
+        },
+        scaled_by={**_LLAMA_LIKE.scaled_by, "o": "self_attn.qkv_proj", "down": "mlp.gate_up_proj"},
+    ),
 }
 
 
@@ -108,6 +117,8 @@ class Group:
     linears in stacking order, `out_features` their row counts; `biases` counts the biases that the dense linears
     already have (m or less).
 
+    `stacked`: linears that lie one after the other in each member, where they give an MLP's neurons (`GroupNames.stacked`).
+
     `fed_by` is the group that gives its inputs where the two are allocated as one: an MLP whose neurons can be removed
     (`allocated`). Its parameters then count here.
     """
@@ -119,6 +130,7 @@ class Group:
     out_features: tuple[int, ...]
     in_features: int
     biases: int = 0
+    stacked: int = 1
     fed_by: Group | None = None
 
     @property
@@ -130,6 +142,16 @@ class Group:
     def n(self) -> int:
         """Columns of the stacked weight: the width of the shared input."""
         return self.in_features
+
+    @property
+    def neurons(self) -> int:
+        """Neurons of the MLP, of a group that gives them."""
+        return self.out_features[0] // self.stacked
+
+    @property
+    def rows_per_neuron(self) -> int:
+        """Rows of the stacked weight for each of them: 2 of gate and up, 1 of a plain MLP."""
+        return self.m // self.neurons
 
     @property
     def dense_parameters(self) -> int:
@@ -151,7 +173,7 @@ class Group:
         if rank is None or stored == "dense":
             return self.dense_parameters
         if stored == "narrow_out":
-            return self.dense_parameters // self.out_features[0] * rank
+            return self.dense_parameters // self.neurons * rank
         if stored == "narrow_in":
             return self.m * rank + self.m + (self.fed_by.parameters(rank, "narrow_out") if self.fed_by else 0)
         return factor_entries(self.m, self.n, rank, stored) + self.m
@@ -161,14 +183,14 @@ class Group:
         if rank is None or stored == "dense":
             return self.biases + (self.fed_by.biases if self.fed_by else 0)
         if stored == "narrow_out":
-            return self.biases // self.out_features[0] * rank
+            return self.biases // self.neurons * rank
         return self.m + (self.fed_by.bias_entries(rank, "narrow_out") if self.fed_by else 0)
 
     def matrices(self, rank: int | None, stored: Stored) -> list[tuple[int, int]]:
         """List the shapes of the weight matrices that are stored for this group, those of `fed_by` last."""
         kept, feeding = (self.n if rank is None else rank), []
         if self.fed_by:
-            feeding = [(len(self.fed_by.members) * kept, self.fed_by.n)]
+            feeding = [(self.fed_by.rows_per_neuron * kept, self.fed_by.n)]
         if stored == "narrow_in" or rank is None:
             return [(self.m, kept), *feeding]
         return [(rank, self.n - (rank if stored == "identity_block" else 0)), (self.m, rank)]
@@ -308,6 +330,7 @@ def find_groups(model: nn.Module) -> list[Group]:
                     out_features=tuple(linear.out_features for linear in linears),
                     in_features=linears[0].in_features,
                     biases=sum(linear.out_features for linear in linears if linear.bias is not None),
+                    stacked=names.stacked,
                 )
             )
     return groups

@@ -28,7 +28,7 @@ def linear_parameters(groups: Sequence[Group], specs: Mapping[str, GroupSpec]) -
 
 
 def _residual_entries(group: Group, spec: GroupSpec) -> int:
-    outputs = len(group.members) * spec.rank if spec.structure == "narrow_out" else group.m
+    outputs = group.rows_per_neuron * spec.rank if spec.structure == "narrow_out" else group.m
     return spec.residual * (outputs + (spec.rank if spec.structure == "narrow_in" else group.n))
 
 

@@ -28,6 +28,8 @@ from transformers import (
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -72,6 +74,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
@@ -119,6 +122,10 @@ def olmo2(**changes: Any) -> Any:
     return Olmo2ForCausalLM(Olmo2Config(**{**SHAPE, **changes}))
 
 
+def phi3(**changes: Any) -> Any:
+    return Phi3ForCausalLM(Phi3Config(**{**SHAPE, **changes}))
+
+
 SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama,
@@ -138,6 +145,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "smollm3-sliding": lambda: smollm3(use_sliding_window=True, sliding_window=WINDOW),
     "granite": granite,
     "olmo2": olmo2,
+    "phi3-sliding": lambda: phi3(sliding_window=WINDOW),
+    "phi3-partial-rope": lambda: phi3(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
 }
 
 
@@ -402,6 +411,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "attention-softcap": (lambda: gemma3(attn_logit_softcapping=50.0), "attn_logit_softcapping"),
     "bidirectional": (lambda: gemma3(use_bidirectional_attention=True), "not causal"),
     "head-dim": (lambda: llama(head_dim=24), "head_dim 24"),
+    "longrope": (lambda: phi3(original_max_position_embeddings=32, rope_parameters=LONGROPE), "rope_type 'longrope'"),
 }
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import lrserve
 from exporters.vllm import VllmExporter, low_rank_groups
-from lrserve.compression.groups import Structure, find_groups
+from lrserve.compression.groups import FAMILIES, Structure, find_groups
 from lrserve.compression.layers import FirstFactor, IdentityBlock, LowRankLinear
 from lrserve.compression.level import Level
 from lrserve.compression.lowrank import install_low_rank
@@ -54,11 +54,14 @@ def test_loaded_model_computes_what_the_written_one_did(architecture: str, apart
     assert low_rank_groups(loaded) == low_rank_groups(model)
     specs = low_rank_groups(loaded)
     structures = [spec.structure for spec in specs.values()]
-    if apart:
-        assert list(specs)[4:] == [*apart_specs(layer=1), "model.layers.1.mlp.down_proj"]
-        assert specs.items() >= apart_specs(layer=1).items()
-    else:
-        assert structures == ["identity_block"] * 4 + ["low_rank"] * 2  # all of the first layer, two of the second
+    groups = FAMILIES[architecture].groups
+    alone = apart_specs(1, architecture) if apart else {}
+    if alone:
+        down = [f"model.layers.1.{groups['down'].fused}"] if "down" in groups else []
+        assert list(specs)[len(groups) :] == [*alone, *down]
+        assert specs.items() >= alone.items()
+    else:  # all of the first layer, two of the second
+        assert structures == ["identity_block"] * len(groups) + ["low_rank"] * len(groups.keys() & {"qkv", "down"})
 
 
 @pytest.mark.parametrize("architecture", FAMILIES_TESTED)
