@@ -63,6 +63,7 @@ FAMILIES: Final[Mapping[str, OnnxFamily]] = {
         loader="decoder",
     ),
     "Phi3ForCausalLM": replace(_LLAMA_LIKE, config_window=True),
+    "Starcoder2ForCausalLM": replace(_LLAMA_LIKE, config_window=True, loader="decoder"),
 }
 
 # config name -> (operator, domain, attributes). QuickGelu is x sigmoid(alpha x), so SiLU in one pass at alpha 1.

@@ -47,10 +47,18 @@ _MODEL_TYPES = {
     "GraniteForCausalLM": "granite",
     "Olmo2ForCausalLM": "olmo2",
     "Phi3ForCausalLM": "phi3",
+    "Starcoder2ForCausalLM": "starcoder2",
 }
-_WIDE = ("Qwen2ForCausalLM", "SmolLM3ForCausalLM", "GraniteForCausalLM", "Olmo2ForCausalLM", "Phi3ForCausalLM")
+_WIDE = (
+    "Qwen2ForCausalLM",
+    "SmolLM3ForCausalLM",
+    "GraniteForCausalLM",
+    "Olmo2ForCausalLM",
+    "Phi3ForCausalLM",
+    "Starcoder2ForCausalLM",
+)
 """Whose heads are as wide as hidden_size / heads."""
-_TIED = ("Qwen2ForCausalLM", "Gemma3ForCausalLM", "SmolLM3ForCausalLM")
+_TIED = ("Qwen2ForCausalLM", "Gemma3ForCausalLM", "SmolLM3ForCausalLM", "Starcoder2ForCausalLM")
 
 
 def _windows(layers: int) -> dict[str, Any]:
@@ -70,6 +78,7 @@ def _special(architecture: str, layers: int) -> dict[str, Any]:
             "logits_scaling": 2.0,
         },
         "Phi3ForCausalLM": {"sliding_window": 24, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "Starcoder2ForCausalLM": {"sliding_window": 24},
     }.get(architecture, {})
 
 

@@ -98,6 +98,16 @@ FAMILIES: Final[Mapping[str, Family]] = {
         },
         scaled_by={**_LLAMA_LIKE.scaled_by, "o": "self_attn.qkv_proj", "down": "mlp.gate_up_proj"},
     ),
+    "Starcoder2ForCausalLM": Family(
+        layers="model.layers",
+        groups={
+            **_LLAMA_LIKE.groups,
+            "gate_up": GroupNames("mlp.c_fc", ("mlp.c_fc",)),
+            "down": GroupNames("mlp.c_proj", ("mlp.c_proj",)),
+        },
+        # Not down: the activation stands between.
+        scaled_by={kind: _LLAMA_LIKE.scaled_by[kind] for kind in ("qkv", "o", "gate_up")},
+    ),
 }
 
 

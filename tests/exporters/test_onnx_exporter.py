@@ -36,6 +36,8 @@ from transformers import (
     Qwen3ForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 from exporters.onnx import OnnxExporter
@@ -126,6 +128,10 @@ def phi3(**changes: Any) -> Any:
     return Phi3ForCausalLM(Phi3Config(**{**SHAPE, **changes}))
 
 
+def starcoder2(**changes: Any) -> Any:
+    return Starcoder2ForCausalLM(Starcoder2Config(**{**SHAPE, **changes}))
+
+
 SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama,
@@ -145,6 +151,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "smollm3-sliding": lambda: smollm3(use_sliding_window=True, sliding_window=WINDOW),
     "granite": granite,
     "olmo2": olmo2,
+    "starcoder2-sliding": lambda: starcoder2(sliding_window=WINDOW),
+    "starcoder2-no-biases": lambda: starcoder2(use_bias=False, tie_word_embeddings=False),
     "phi3-sliding": lambda: phi3(sliding_window=WINDOW),
     "phi3-partial-rope": lambda: phi3(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
 }
