@@ -110,6 +110,9 @@ def check_renderable(model: Any, dtype: Dtype = "float32") -> None:
         if rope.get("rope_type") not in _STATIC_ROPE:
             where = f" of {layer_type}" if layer_type else ""
             problems.append(f"rope_type {rope.get('rope_type')!r}{where} (known: {', '.join(_STATIC_ROPE)})")
+        turned = int(head_width(config) * (rope.get("partial_rotary_factor") or 1.0))
+        if turned != head_width(config) and turned % 16:
+            problems.append(f"RoPE of {turned} dimensions of a head (GroupQueryAttention wants a multiple of 16)")
     # One window for all layers pays no attention to layer types.
     types = set(() if family.config_window else getattr(config, "layer_types", None) or ())
     problems += [f"layer type {kind!r}" for kind in sorted(types.difference(_LAYER_TYPES))]

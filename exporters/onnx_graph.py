@@ -96,15 +96,15 @@ class _Builder(Nodes):
         self.node(operator, inputs, where, domain=MICROSOFT, outputs=outputs, epsilon=self.epsilon(module))
         return None if last else outputs[3], self.narrow(outputs[0], where)
 
-    def before(self, residual: Any, y: Any, layer: Any, name: str | None, where: str) -> tuple[Any, Any]:
-        """Return the residual stream with y added, if there is one yet, and what is computed of it, `narrow`: its norm, if any."""
+    def before(self, residual: Any, y: Any, layer: Any, name: str | None, where: str, part: str) -> tuple[Any, Any]:
+        """Return the residual stream with y added, if there is one yet, and what a part of the layer reads: the norm, if any."""
         module = layer.get_submodule(name) if name else None
         if module is not None and y is not None:
             return self.add_norm(residual, y, module, f"{where}.{name}")
         if y is not None:
-            residual = self.node("Add", [residual, y], f"{where}.Add")
+            residual = self.node("Add", [residual, y], f"{where}.{part}.residual")
         x = residual if module is None else self.norm(residual, module, f"{where}.{name}")
-        return residual, self.narrow(x, f"{where}.{name}" if name else where)
+        return residual, self.narrow(x, f"{where}.{name or part}")
 
     def after(self, y: Any, layer: Any, name: str | None, where: str, part: str) -> Any:
         """Return what is added to the residual stream, `wide`, given a part's output."""
@@ -255,10 +255,10 @@ class _Builder(Nodes):
         residual, y, norms = self.wide(self.embed(ids), "model.embed_tokens"), None, self.family.norms
         for index, layer in enumerate(self.model.model.layers):
             where = f"model.layers.{index}"
-            residual, x = self.before(residual, y, layer, norms.before_attention, where)
+            residual, x = self.before(residual, y, layer, norms.before_attention, where, "self_attn")
             y = self.attention(x, index, told, f"{where}.self_attn")
             y = self.after(y, layer, norms.after_attention, where, "self_attn")
-            residual, x = self.before(residual, y, layer, norms.before_mlp, where)
+            residual, x = self.before(residual, y, layer, norms.before_mlp, where, "mlp")
             y = self.after(self.mlp(x, layer, where), layer, norms.after_mlp, where, "mlp")
         _, x = self.add_norm(residual, y, self.model.model.norm, "model.norm", last=True)
         logits = self.head(self.last_tokens(x, ids, mask) if last_logits else x)

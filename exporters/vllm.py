@@ -18,6 +18,7 @@ from lrserve.compression.groups import ORDERED, family_of
 from lrserve.compression.layers import LowRankLinear, RoundedLinear, exact_names
 from lrserve.compression.spec import NEEDS_LRSERVE, WEIGHTS_ENTRY, GroupSpec, leaves, quantization_config
 from lrserve.errors import ArtifactError
+from lrserve.inputs.checkpoint import as_stored
 from lrserve.plugins.versions import require_vllm
 
 _MAX_SHARD_SIZE: Final = "5GB"
@@ -72,9 +73,9 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
     family = family_of(model.config)
     layers: nn.Module = model.get_submodule(family.layers)
     groups: dict[str, GroupSpec] = {}
-    for index in range(sum(1 for _ in layers.children())):
+    for index, layer in enumerate(layers.children()):
         prefix = f"{family.layers}.{index}."
-        for kind, names in family.groups.items():
+        for kind, names in family.groups_in(layer).items():
             modules = {member: model.get_submodule(prefix + member) for member in names.members}
             compressed = {name: own for name, own in modules.items() if isinstance(own, (LowRankLinear, RoundedLinear))}
             if len(modules) > 1 and all(isinstance(own, LowRankLinear) and not own.shares for own in compressed.values()):
@@ -94,7 +95,8 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
             if spec.structure == "narrow_in":
                 fused = family.groups[ORDERED[kind]]
                 feeding = groups.get(prefix + fused.fused, GroupSpec(0, leaves(fused.members), "dense"))
-                if feeding.structure != "dense" or any(prefix + member in groups for member in fused.members):
+                alone = set(fused.members) - {fused.fused}
+                if feeding.structure != "dense" or any(prefix + member in groups for member in alone):
                     raise ArtifactError(
                         f"{prefix}{fused.fused}: has factors, and {names.fused} fewer neurons; one of the two must go"
                     )
@@ -129,7 +131,7 @@ def _own_tensors(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     by_storage: set[int] = set()
     tensors = {}
-    state = model.state_dict()
+    state = as_stored(model, model.state_dict())
     for name in sorted(state, key=lambda name: name in tied):  # the originals first
         tensor = state[name]
         if name in tied and tensor.data_ptr() in by_storage:

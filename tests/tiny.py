@@ -11,8 +11,9 @@ from typing import Any, Final, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from exporters.onnx_families import FAMILIES as ONNX_FAMILIES
 from exporters.vllm import low_rank_groups
-from lrserve.compression.groups import FAMILIES, KINDS, STRUCTURES, Group, Stored, Structure, allocated, find_groups
+from lrserve.compression.groups import FAMILIES, KINDS, STRUCTURES, Group, GroupNames, Stored, Structure, allocated, find_groups
 from lrserve.compression.layers import IdentityBlock
 from lrserve.compression.level import SCHEMES, Level, Precision
 from lrserve.compression.lowrank import install_low_rank, keep_outputs, load_residual, load_rounded
@@ -28,6 +29,10 @@ APART: Final[dict[str, tuple[int, Stored]]] = {
 }
 """Linears with factors of their own beside dense ones that the engine multiplies together with them."""
 FAMILIES_TESTED = sorted(FAMILIES)
+WITH_MLPS = [name for name in FAMILIES_TESTED if FAMILIES[name].experts is None]
+"""The others have mixtures of experts in the place of their MLPs."""
+RENDERED = sorted(ONNX_FAMILIES)
+"""Families that the ONNX graph knows."""
 SERVED_IN_TESTS: Final = (
     "Gemma3ForCausalLM",
     "LlamaForCausalLM",
@@ -48,6 +53,8 @@ _MODEL_TYPES = {
     "Olmo2ForCausalLM": "olmo2",
     "Phi3ForCausalLM": "phi3",
     "Starcoder2ForCausalLM": "starcoder2",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 _WIDE = (
     "Qwen2ForCausalLM",
@@ -79,6 +86,8 @@ def _special(architecture: str, layers: int) -> dict[str, Any]:
         },
         "Phi3ForCausalLM": {"sliding_window": 24, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         "Starcoder2ForCausalLM": {"sliding_window": 24},
+        "MixtralForCausalLM": {"num_local_experts": 4},
+        "Qwen3MoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
     }.get(architecture, {})
 
 
@@ -106,8 +115,8 @@ def dense_model(architecture: str, *, layers: int = 2) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
-            std = 0.2 if "embed" in name else parameter.shape[1] ** -0.5
+        if parameter.ndim > 1:
+            std = 0.2 if "embed" in name else parameter.shape[-1] ** -0.5
         else:
             std = 0.3
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=std)
@@ -214,9 +223,16 @@ def random_residual(m: int, n: int, rank: int) -> Residual:
     return Residual(A, B, torch.rand(rank) * 0.3 / (127**2 * n**0.5))
 
 
+def groups_in(architecture: str) -> dict[str, GroupNames]:
+    """The groups of each layer of a tiny model, by kind."""
+    return {
+        kind: names for kind, names in FAMILIES[architecture].groups.items() if architecture in WITH_MLPS or kind in ("qkv", "o")
+    }
+
+
 def apart_specs(layer: int, architecture: str = "LlamaForCausalLM") -> dict[str, GroupSpec]:
     """`APART` in one layer, of the linears that the architecture has."""
-    fused = {member for names in FAMILIES[architecture].groups.values() if len(names.members) > 1 for member in names.members}
+    fused = {member for names in groups_in(architecture).values() if len(names.members) > 1 for member in names.members}
     return {
         f"model.layers.{layer}.{name}": GroupSpec(rank, leaves([name]), stored)
         for name, (rank, stored) in APART.items()

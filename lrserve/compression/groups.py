@@ -56,11 +56,27 @@ class Family:
     `scaled_by`, by kind: the norm or linear inside the layer to whose parameters the group's inputs are proportional, one by one:
     to its last rows, if it has more of them than the group has inputs. A kind without one is left out: the norms of Gemma multiply
     by 1 + w, and OLMo 2 has none before its linears.
+
+    `experts`: where a layer keeps a mixture of experts, if it has one in the MLP's place. Experts stay as they are.
     """
 
     layers: str
     groups: Mapping[str, GroupNames]
     scaled_by: Mapping[str, str]
+    experts: str | None = None
+
+    def experts_in(self, layer: nn.Module) -> nn.Module | None:
+        """Return the experts of a decoder layer, None if it has none."""
+        try:
+            return None if self.experts is None else layer.get_submodule(self.experts)
+        except AttributeError:
+            return None
+
+    def groups_in(self, layer: nn.Module) -> Mapping[str, GroupNames]:
+        """Return the groups of a decoder layer by kind: attention's alone where it has experts."""
+        if self.experts_in(layer) is None:
+            return self.groups
+        return {kind: names for kind, names in self.groups.items() if kind not in {*ORDERED, *ORDERED.values()}}
 
 
 _LLAMA_LIKE: Final = Family(
@@ -108,6 +124,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
         # Not down: the activation stands between.
         scaled_by={kind: _LLAMA_LIKE.scaled_by[kind] for kind in ("qkv", "o", "gate_up")},
     ),
+    "MixtralForCausalLM": replace(_LLAMA_LIKE, experts="mlp.experts"),
+    "Qwen3MoeForCausalLM": replace(_LLAMA_LIKE, experts="mlp.experts"),
 }
 
 
@@ -317,7 +335,7 @@ def find_groups(model: nn.Module) -> list[Group]:
         raise UnsupportedModelError(f"{family.layers} is a {type(layers).__name__}, not a list of decoder layers")
     for index in range(len(layers)):
         prefix = f"{family.layers}.{index}."
-        for kind, names in family.groups.items():
+        for kind, names in family.groups_in(layers[index]).items():
             linears = []
             for member in names.members:
                 try:

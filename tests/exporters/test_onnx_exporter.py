@@ -76,6 +76,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -154,7 +155,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "starcoder2-sliding": lambda: starcoder2(sliding_window=WINDOW),
     "starcoder2-no-biases": lambda: starcoder2(use_bias=False, tie_word_embeddings=False),
     "phi3-sliding": lambda: phi3(sliding_window=WINDOW),
-    "phi3-partial-rope": lambda: phi3(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+    "phi3-partial-rope": lambda: phi3(num_attention_heads=2, rope_parameters=PARTIAL_ROPE),
 }
 
 
@@ -419,6 +420,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "attention-softcap": (lambda: gemma3(attn_logit_softcapping=50.0), "attn_logit_softcapping"),
     "bidirectional": (lambda: gemma3(use_bidirectional_attention=True), "not causal"),
     "head-dim": (lambda: llama(head_dim=24), "head_dim 24"),
+    "partial-rope": (lambda: phi3(rope_parameters=PARTIAL_ROPE), "RoPE of 8 dimensions"),
     "longrope": (lambda: phi3(original_max_position_embeddings=32, rope_parameters=LONGROPE), "rope_type 'longrope'"),
 }
 

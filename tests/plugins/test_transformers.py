@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FACTORED, FAMILIES_TESTED, VOCABULARY, apart_specs, dense_model, factorized_model, write_artifact
+from tiny import FACTORED, FAMILIES_TESTED, VOCABULARY, apart_specs, dense_model, factorized_model, groups_in, write_artifact
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import lrserve
 from exporters.vllm import VllmExporter, low_rank_groups
-from lrserve.compression.groups import FAMILIES, Structure, find_groups
+from lrserve.compression.groups import Structure, find_groups
 from lrserve.compression.layers import FirstFactor, IdentityBlock, LowRankLinear
 from lrserve.compression.level import Level
 from lrserve.compression.lowrank import install_low_rank
@@ -54,7 +54,7 @@ def test_loaded_model_computes_what_the_written_one_did(architecture: str, apart
     assert low_rank_groups(loaded) == low_rank_groups(model)
     specs = low_rank_groups(loaded)
     structures = [spec.structure for spec in specs.values()]
-    groups = FAMILIES[architecture].groups
+    groups = groups_in(architecture)
     alone = apart_specs(1, architecture) if apart else {}
     if alone:
         down = [f"model.layers.1.{groups['down'].fused}"] if "down" in groups else []
