@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -104,24 +104,36 @@ def _by_input(skeleton: Any, linears: Mapping[str, nn.Linear]) -> tuple[list[lis
     read: dict[int, list[str]] = {}
     kept: list[torch.Tensor] = []  # so that no two of them have one id
 
-    def watch(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def take(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             kept.append(inputs[0])
             read.setdefault(id(inputs[0]), []).append(name)
 
-        return hook
+        return take
 
-    handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    reason = ""
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
     try:
-        with torch.no_grad():
-            skeleton(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta"), use_cache=False)
-    except Exception as error:  # of whatever kind a model raises whose forward pass looks at values
-        return [[name] for name in linears], one_line(error)
+        # Given no mask most models look at values, which are not there. Some take none of this shape.
+        for mask in (torch.zeros(1, 1, _TOKENS, _TOKENS, device="meta"), None):
+            read.clear()
+            reason = _run(skeleton, mask)
+            if linears.keys() == {name for names in read.values() for name in names}:
+                return list(read.values()), ""
     finally:
         for handle in handles:
             handle.remove()
-    called = [name for names in read.values() for name in names]
-    return [*map(list, read.values()), *([name] for name in linears if name not in called)], ""
+    return [[name] for name in linears], reason or "it does not call all of them"
+
+
+@torch.no_grad()
+def _run(skeleton: Any, mask: torch.Tensor | None) -> str:
+    """Run a model on the meta device; returns what stopped it."""
+    try:
+        skeleton(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta"), attention_mask=mask, use_cache=False)
+    except Exception as error:  # of whatever kind a model raises whose forward pass looks at values
+        return one_line(error)
+    return ""
 
 
 def _kind(members: list[str]) -> str | None:
