@@ -11,7 +11,8 @@ import torch
 
 from exporters.companions import copy_companions, without_code
 from exporters.onnx_companions import loader_config, loader_tokenizer_config
-from exporters.onnx_graph import build_graph, check_renderable, head_width
+from exporters.onnx_families import check_renderable, head_width, loader_type
+from exporters.onnx_graph import build_graph
 from exporters.onnx_linear import save_beside, save_graph
 from exporters.onnx_profiles import Profile
 from lrserve.plugins.versions import require_onnx
@@ -128,7 +129,7 @@ def genai_config(
                 "num_hidden_layers": config.num_hidden_layers,
                 "num_key_value_heads": config.num_key_value_heads,
             },
-            "type": config.model_type,
+            "type": loader_type(config),
             "vocab_size": config.vocab_size,
         },
         "search": {

@@ -16,50 +16,20 @@ float32 then, and so are its norms: it was trained with weights 1 + w in float32
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from exporters.onnx_families import ACTIVATIONS, FAMILIES, check_renderable, head_width, rotary_frequencies, window
 from exporters.onnx_linear import MICROSOFT, Nodes, Transform, side_by_side
 from exporters.onnx_profiles import Positions, Profile, positions
 from lrserve.compression.embedding import RoundedEmbedding
-from lrserve.compression.groups import is_dense
+from lrserve.compression.groups import family_of, is_dense
 from lrserve.errors import UnsupportedModelError
 from lrserve.recipe import Dtype
-
-
-@dataclass(frozen=True)
-class _Family:
-    """What an architecture's graph needs to be told; everything else is read off the model's own modules."""
-
-    activation: str = "hidden_act"
-    gemma: bool = False
-    """Scaled embedding, RMSNorm by 1 + w, norms after attention and MLP as well as before, RoPE by layer type."""
-
-
-_FAMILIES: Final[Mapping[str, _Family]] = {
-    "LlamaForCausalLM": _Family(),
-    "MistralForCausalLM": _Family(),
-    "Qwen2ForCausalLM": _Family(),
-    "Qwen3ForCausalLM": _Family(),
-    "Gemma3ForCausalLM": _Family(activation="hidden_activation", gemma=True),
-}
-
-# config name -> (operator, domain, attributes). QuickGelu is x sigmoid(alpha x), so SiLU in one pass at alpha 1.
-_ACTIVATIONS: Final[Mapping[str, tuple[str, str, Mapping[str, Any]]]] = {
-    "silu": ("QuickGelu", MICROSOFT, {"alpha": 1.0}),
-    "swish": ("QuickGelu", MICROSOFT, {"alpha": 1.0}),
-    "gelu": ("Gelu", "", {"approximate": "none"}),
-    "gelu_pytorch_tanh": ("Gelu", "", {"approximate": "tanh"}),
-}
-
-# RoPE types whose frequencies do not change with the length of the sequence, so that one table of cosines is exact.
-_STATIC_ROPE: Final = ("default", "linear", "llama3", "yarn")
-
-_LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 
 
 def build_graph(model: Any, profile: Profile = "genai", dtype: Dtype = "float32", *, last_logits: bool = False) -> Any:
@@ -74,78 +44,6 @@ def build_graph(model: Any, profile: Profile = "genai", dtype: Dtype = "float32"
     return _Builder(model, dtype).build(profile, last_logits)
 
 
-def head_width(config: Any) -> int:
-    """Width D of one attention head of a transformers config."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def check_renderable(model: Any, dtype: Dtype = "float32") -> None:
-    """Refuse what `build_graph` would render wrongly.
-
-    Raises:
-        UnsupportedModelError: naming every such option of the model's config.
-    """
-    name, config = type(model).__name__, model.config
-    if name not in _FAMILIES:
-        raise UnsupportedModelError(
-            f"the ONNX graph does not know {name}; it renders {', '.join(_FAMILIES)}. Export this model for vLLM only"
-        )
-    family, problems = _FAMILIES[name], []
-    activation = getattr(config, family.activation, None)
-    if activation not in _ACTIVATIONS:
-        problems.append(f"{family.activation} {activation!r} (known: {', '.join(_ACTIVATIONS)})")
-    for layer_type, rope in _rope_parameters(model).items():
-        if rope.get("rope_type") not in _STATIC_ROPE:
-            where = f" of {layer_type}" if layer_type else ""
-            problems.append(f"rope_type {rope.get('rope_type')!r}{where} (known: {', '.join(_STATIC_ROPE)})")
-    # Mistral keeps its window in the config alone and pays no attention to layer types.
-    types = set(getattr(config, "layer_types", None) or ()) if name != "MistralForCausalLM" else set()
-    problems += [f"layer type {kind!r}" for kind in sorted(types.difference(_LAYER_TYPES))]
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        problems.append("attn_logit_softcapping, which transformers and vLLM treat differently")
-    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
-        problems.append("attention that is not causal")
-    if family.gemma and dtype == "float16":
-        problems.append("Gemma in float16, where its activations overflow (engine.onnx_dtype: bfloat16)")
-    if head_width(config) % 16:
-        problems.append(f"head_dim {head_width(config)} (GroupQueryAttention wants a multiple of 16)")
-    if problems:
-        raise UnsupportedModelError(
-            f"{name}: the ONNX graph does not render {'; '.join(problems)}. Export this model for vLLM only"
-        )
-
-
-def _rope_parameters(model: Any) -> dict[str, dict[str, Any]]:
-    """RoPE parameters by layer type; by the empty string where all layers have the same."""
-    rope = model.config.rope_parameters
-    if not _FAMILIES[type(model).__name__].gemma:
-        return {"": rope}
-    return {kind: rope[kind] for kind in _LAYER_TYPES if kind in model.config.layer_types}
-
-
-def _rotary_frequencies(model: Any, layer_type: str) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies (D / 2,) in float32 and the factor on cosine and sine, as the config defines them.
-
-    Computed afresh, by the model's own functions: the buffers of a model that was cast as a whole (`model.bfloat16()`)
-    are rounded, and stay so when it is cast back.
-    """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    kind = _rope_parameters(model)[layer_type]["rope_type"]
-    compute = model.model.rotary_emb.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
-    frequencies, factor = compute(model.config, **({"layer_type": layer_type} if layer_type else {}))
-    return frequencies.float().cpu(), float(factor)
-
-
-def _window(model: Any, attention: Any) -> int:
-    """Tokens, itself included, that a query of this layer sees; -1 for all of them."""
-    if type(model).__name__ == "MistralForCausalLM":
-        window = model.config.sliding_window
-    else:
-        window = getattr(attention, "sliding_window", None)
-    return -1 if window is None else int(window)
-
-
 def _plus_one(weight: torch.Tensor) -> torch.Tensor:
     return weight.float() + 1.0
 
@@ -157,7 +55,8 @@ class _Builder(Nodes):
         check_renderable(model, dtype)
         super().__init__(model, dtype)
         self.model, self.config = model, model.config
-        self.family = _FAMILIES[type(model).__name__]
+        self.family = FAMILIES[type(model).__name__]
+        self.groups = family_of(model.config).groups
         self.stream = "FLOAT" if self.family.gemma else self.real
         """Type of the residual stream."""
         self.head_dim = head_width(self.config)
@@ -174,41 +73,70 @@ class _Builder(Nodes):
         """Convert it back."""
         return x if self.stream == self.real else self.cast(x, f"{where}.narrow", self.real)
 
-    def norm_weight(self, module: Any, where: str) -> Any:
-        return self.weight(module.weight, where, _plus_one if self.family.gemma else None, self.stream)
+    def norm_weights(self, module: Any, where: str) -> list[Any]:
+        """Return a norm's weight and, of a LayerNorm, its bias."""
+        weight = self.weight(module.weight, where, _plus_one if self.family.gemma else None, self.stream)
+        return [weight, self.weight(module.bias, where, None, self.stream)] if isinstance(module, nn.LayerNorm) else [weight]
+
+    def epsilon(self, module: Any) -> float:
+        return float(module.eps if isinstance(module, nn.LayerNorm) else self.config.rms_norm_eps)
 
     def norm(self, x: Any, module: Any, where: str) -> Any:
         """Return the norm of a `wide` value, `wide` too."""
-        epsilon = float(self.config.rms_norm_eps)
-        return self.node("RMSNormalization", [x, self.norm_weight(module, where)], where, axis=-1, epsilon=epsilon)
+        operator = "LayerNormalization" if isinstance(module, nn.LayerNorm) else "RMSNormalization"
+        return self.node(operator, [x, *self.norm_weights(module, where)], where, axis=-1, epsilon=self.epsilon(module))
 
     def add_norm(self, residual: Any, y: Any, module: Any, where: str, last: bool = False) -> tuple[Any, Any]:
         """Return residual + y, both `wide`, and its norm, `narrow`, in one pass over memory; no sum after the `last` norm."""
-        weight, epsilon = self.norm_weight(module, where), float(self.config.rms_norm_eps)
         outputs = [self.ir.Value(name=where)]
         if not last:  # the second and third, mean and inverse variance, are for training
             outputs += [self.ir.Value(name=""), self.ir.Value(name=""), self.ir.Value(name=f"{where}.sum")]
-        operator = "SkipSimplifiedLayerNormalization"
-        self.node(operator, [residual, y, weight], where, domain=MICROSOFT, outputs=outputs, epsilon=epsilon)
+        operator = "SkipLayerNormalization" if isinstance(module, nn.LayerNorm) else "SkipSimplifiedLayerNormalization"
+        inputs = [residual, y, *self.norm_weights(module, where)]
+        self.node(operator, inputs, where, domain=MICROSOFT, outputs=outputs, epsilon=self.epsilon(module))
         return None if last else outputs[3], self.narrow(outputs[0], where)
 
-    def head_norm(self, x: Any, module: Any, where: str) -> Any:
-        """Norm of every head on its own: (B, S, heads D) -> the same shape."""
+    def before(self, residual: Any, y: Any, layer: Any, name: str | None, where: str, part: str) -> tuple[Any, Any]:
+        """Return the residual stream with y added, if there is one yet, and what a part of the layer reads: the norm, if any."""
+        module = layer.get_submodule(name) if name else None
+        if module is not None and y is not None:
+            return self.add_norm(residual, y, module, f"{where}.{name}")
+        if y is not None:
+            residual = self.node("Add", [residual, y], f"{where}.{part}.residual")
+        x = residual if module is None else self.norm(residual, module, f"{where}.{name}")
+        return residual, self.narrow(x, f"{where}.{name or part}")
+
+    def after(self, y: Any, layer: Any, name: str | None, where: str, part: str) -> Any:
+        """Return what is added to the residual stream, `wide`, given a part's output."""
+        y = self.wide(y, f"{where}.{part}")
+        if name:
+            y = self.norm(y, layer.get_submodule(name), f"{where}.{name}")
+        if self.family.multipliers:
+            y = self.node("Mul", [y, self.number("residual_multiplier", layer.residual_multiplier)], f"{where}.{part}.scaled")
+        return y
+
+    def side_norm(self, x: Any, module: Any, where: str) -> Any:
+        """Norm of queries or keys (B, S, heads D), of every head on its own if the norm is as wide as one head."""
+        width = int(module.weight.shape[0])
+        if width != self.head_dim:
+            return self.narrow(self.norm(self.wide(x, where), module, where), where)
         heads = self.constant("shape.heads", [0, 0, -1, self.head_dim], np.int64)
         flat = self.constant("shape.flat", [0, 0, -1], np.int64)
         split = self.wide(self.node("Reshape", [x, heads], f"{where}.split"), where)
         normed = self.narrow(self.norm(split, module, where), where)
         return self.node("Reshape", [normed, flat], f"{where}.join")
 
+    def split(self, x: Any, widths: Sequence[int], where: str) -> list[Any]:
+        """Split x (B, S, n) into neighbouring parts."""
+        sizes = self.constant(f"split.{'.'.join(map(str, widths))}", widths, np.int64)
+        outputs = [self.ir.Value(name=f"{where}.{part}") for part in range(len(widths))]
+        self.node("Split", [x, sizes], f"{where}.Split", outputs=outputs, axis=-1)
+        return outputs
+
     def rotary_caches(self, layer_type: str) -> list[Any]:
-        """Cosines and sines, (P, D / 2) each, of every position that the model was made for."""
+        """Cosines and sines, (P, d / 2) each, of every position that the model was made for; d dimensions of a head are turned."""
         prefix = f"rotary.{layer_type}." if layer_type else "rotary."
-        frequencies, factor = _rotary_frequencies(self.model, layer_type)
-        if len(frequencies) * 2 != self.head_dim:
-            raise UnsupportedModelError(
-                f"RoPE turns {len(frequencies) * 2} of the {self.head_dim} dimensions of a head (partial rotation); "
-                "the ONNX graph turns all of them. Export this model for vLLM only"
-            )
+        frequencies, factor = rotary_frequencies(self.model, layer_type)
         length = int(self.config.max_position_embeddings)
 
         def table(function: Transform) -> Callable[[], torch.Tensor]:
@@ -227,9 +155,10 @@ class _Builder(Nodes):
         )
         self.inputs += past
         self.presents += present
-        caches = self.rotary_caches(self.config.layer_types[index] if self.family.gemma else "")
+        turned = getattr(attention, "use_rope", True)  # a layer of SmolLM3 may turn nothing
+        caches = self.rotary_caches(self.config.layer_types[index] if self.family.gemma else "") if turned else []
         name = f"{where}.GroupQueryAttention"
-        told = positions.attention(q, k, caches, _window(self.model, attention), where)
+        told = positions.attention(q, k, caches, window(self.model, attention), where)
         y = self.node(
             "GroupQueryAttention",
             [told.q, told.k, v, *past, *told.inputs],
@@ -245,22 +174,33 @@ class _Builder(Nodes):
 
     def queries_keys_values(self, x: Any, attention: Any, packed: bool, where: str) -> tuple[Any, Any, Any]:
         """Return q, k and v or, where they may be `packed` and can be, all three as one and no others."""
-        modules = {name: getattr(attention, f"{name}_proj") for name in ("q", "k", "v")}
+        modules = {name.rpartition(".")[2]: attention.get_submodule(name.rpartition(".")[2]) for name in self.groups["qkv"].members}
         normed = hasattr(attention, "q_norm")
         if packed and not normed and side_by_side(list(modules.values())):
             return self.linears(x, list(modules.values()), f"{where}.qkv_proj"), None, None
-        q, k, v = (self.linear(x, module, f"{where}.{name}_proj") for name, module in modules.items())
+        parts = [self.linear(x, module, f"{where}.{name}") for name, module in modules.items()]
+        if len(parts) == 1:
+            queries, keys = (int(self.config.num_attention_heads), int(self.config.num_key_value_heads))
+            parts = self.split(parts[0], [heads * self.head_dim for heads in (queries, keys, keys)], f"{where}.qkv_proj")
+        q, k, v = parts
         if normed:
-            q = self.head_norm(q, attention.q_norm, f"{where}.q_norm")
-            k = self.head_norm(k, attention.k_norm, f"{where}.k_norm")
+            q = self.side_norm(q, attention.q_norm, f"{where}.q_norm")
+            k = self.side_norm(k, attention.k_norm, f"{where}.k_norm")
         return q, k, v
 
-    def mlp(self, x: Any, mlp: Any, where: str) -> Any:
-        gate = self.linear(x, mlp.gate_proj, f"{where}.gate_proj")
-        up = self.linear(x, mlp.up_proj, f"{where}.up_proj")
-        operator, domain, attributes = _ACTIVATIONS[getattr(self.config, self.family.activation)]
-        gate = self.node(operator, [gate], f"{where}.act", domain=domain, **attributes)
-        return self.linear(self.node("Mul", [gate, up], f"{where}.Mul"), mlp.down_proj, f"{where}.down_proj")
+    def mlp(self, x: Any, layer: Any, where: str) -> Any:
+        """Return down(act(gate x) * up x), or down(act(up x)) of a plain MLP."""
+        names = self.groups["gate_up"]
+        parts = [self.linear(x, layer.get_submodule(name), f"{where}.{name}") for name in names.members]
+        if names.stacked > 1:
+            rows = layer.get_submodule(names.members[0]).out_features // names.stacked
+            parts = self.split(parts[0], [rows] * names.stacked, f"{where}.{names.fused}")
+        operator, domain, attributes = ACTIVATIONS[getattr(self.config, self.family.activation)]
+        y = self.node(operator, [parts[0]], f"{where}.mlp.act", domain=domain, **attributes)
+        if len(parts) > 1:
+            y = self.node("Mul", [y, parts[1]], f"{where}.mlp.Mul")
+        [down] = self.groups["down"].members
+        return self.linear(y, layer.get_submodule(down), f"{where}.{down}")
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
@@ -271,6 +211,8 @@ class _Builder(Nodes):
             x = self.rows(ids, embedding, where)
         else:
             x = self.node("Gather", [self.weight(embedding.weight, where), ids], where)
+        if self.family.multipliers:
+            return self.node("Mul", [x, self.number("embedding_multiplier", self.config.embedding_multiplier)], f"{where}.scaled")
         if not self.family.gemma:
             return x
         scale = embedding.scale if rounded else float(embedding.embed_scale)
@@ -294,6 +236,8 @@ class _Builder(Nodes):
         else:
             x = self.linear(x, head, "lm_head")
         x = self.cast(x, "lm_head.Cast", "FLOAT")
+        if self.family.multipliers:
+            x = self.node("Div", [x, self.constant("logits_scaling", self.config.logits_scaling, np.float32)], "lm_head.scaled")
         cap = getattr(self.config, "final_logit_softcapping", None) if self.family.gemma else None
         if cap is not None:
             limit = self.constant("final_logit_softcapping", cap, np.float32)
@@ -305,26 +249,16 @@ class _Builder(Nodes):
         ids = self.value("input_ids", ["batch_size", "sequence_length"], "INT64")
         mask = self.value("attention_mask", ["batch_size", "total_sequence_length"], "INT64")
         heads = (int(self.config.num_attention_heads), int(self.config.num_key_value_heads))
-        told = positions(profile, self, ids, mask, heads)
+        told = positions(profile, self, ids, mask, heads, self.head_dim)
         self.inputs += [ids, mask, *told.inputs]
-        residual, y = self.wide(self.embed(ids), "model.embed_tokens"), None
+        residual, y, norms = self.wide(self.embed(ids), "model.embed_tokens"), None, self.family.norms
         for index, layer in enumerate(self.model.model.layers):
             where = f"model.layers.{index}"
-            before_mlp = "pre_feedforward_layernorm" if self.family.gemma else "post_attention_layernorm"
-            if y is None:
-                x = self.norm(residual, layer.input_layernorm, f"{where}.input_layernorm")
-                x = self.narrow(x, f"{where}.input_layernorm")
-            else:
-                residual, x = self.add_norm(residual, y, layer.input_layernorm, f"{where}.input_layernorm")
+            residual, x = self.before(residual, y, layer, norms.before_attention, where, "self_attn")
             y = self.attention(x, index, told, f"{where}.self_attn")
-            if self.family.gemma:
-                y = self.wide(y, f"{where}.self_attn")
-                y = self.norm(y, layer.post_attention_layernorm, f"{where}.post_attention_layernorm")
-            residual, x = self.add_norm(residual, y, getattr(layer, before_mlp), f"{where}.{before_mlp}")
-            y = self.mlp(x, layer.mlp, f"{where}.mlp")
-            if self.family.gemma:
-                y = self.wide(y, f"{where}.mlp")
-                y = self.norm(y, layer.post_feedforward_layernorm, f"{where}.post_feedforward_layernorm")
+            y = self.after(y, layer, norms.after_attention, where, "self_attn")
+            residual, x = self.before(residual, y, layer, norms.before_mlp, where, "mlp")
+            y = self.after(self.mlp(x, layer, where), layer, norms.after_mlp, where, "mlp")
         _, x = self.add_norm(residual, y, self.model.model.norm, "model.norm", last=True)
         logits = self.head(self.last_tokens(x, ids, mask) if last_logits else x)
         logits.name, logits.type = "logits", self.ir.TensorType(self.ir.DataType.FLOAT)

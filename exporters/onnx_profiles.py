@@ -54,13 +54,13 @@ class Positions(Protocol):
         Args:
             q: queries (B, S, heads D), not turned yet.
             k: keys (B, S, K D), not turned yet.
-            rotary: cosines and sines of every position.
+            rotary: cosines and sines of every position; empty where queries and keys are not turned.
             window: tokens, itself included, that a query sees; -1 for all of them.
             where: the layer's name.
         """
 
 
-def positions(profile: Profile, nodes: Any, ids: Any, mask: Any, heads: tuple[int, int]) -> Positions:
+def positions(profile: Profile, nodes: Any, ids: Any, mask: Any, heads: tuple[int, int], width: int) -> Positions:
     """Append a profile's shared nodes to `nodes` (onnx_linear's `Nodes`).
 
     Args:
@@ -69,8 +69,9 @@ def positions(profile: Profile, nodes: Any, ids: Any, mask: Any, heads: tuple[in
         ids: the input input_ids.
         mask: the input attention_mask.
         heads: number of heads of queries, and of keys.
+        width: of a head.
     """
-    return ByLengths(nodes, mask) if profile == "genai" else ByIds(nodes, ids, mask, heads)
+    return ByLengths(nodes, mask) if profile == "genai" else ByIds(nodes, ids, mask, heads, width)
 
 
 class ByLengths:
@@ -94,7 +95,7 @@ class ByLengths:
 
     def attention(self, q: Any, k: Any, rotary: Sequence[Any], window: int, where: str) -> Attention:
         """Leave all to GroupQueryAttention."""
-        attributes = {"local_window_size": window, "do_rotary": 1, "rotary_interleaved": 0}
+        attributes = {"local_window_size": window, "do_rotary": int(bool(rotary)), "rotary_interleaved": 0}
         return Attention(q, k, [*self._lengths, *rotary], attributes)
 
 
@@ -103,8 +104,8 @@ class ByIds:
 
     packed = False
 
-    def __init__(self, nodes: Any, ids: Any, mask: Any, heads: tuple[int, int]) -> None:
-        self._nodes, self._heads = nodes, heads
+    def __init__(self, nodes: Any, ids: Any, mask: Any, heads: tuple[int, int], width: int) -> None:
+        self._nodes, self._heads, self._width = nodes, heads, width
         int32, boolean = int(nodes.ir.DataType.INT32), int(nodes.ir.DataType.BOOL)
         self._ids = nodes.value("position_ids", ["batch_size", "sequence_length"], "INT64")
         self.inputs: Sequence[Any] = [self._ids]
@@ -150,10 +151,15 @@ class ByIds:
         The window counts positions, as the mask does, and not columns, as GroupQueryAttention would: onnxruntime-genai goes on
         behind a padded prompt, so that columns of padding lie between two tokens.
         """
-        q, k = (
-            self._nodes.node("RotaryEmbedding", [x, *rotary, self._ids], f"{where}.{name}.rotary", num_heads=heads, interleaved=0)
-            for x, name, heads in ((q, "q", self._heads[0]), (k, "k", self._heads[1]))
-        )
+        if rotary:
+            turned = 2 * int(rotary[0].shape[1])
+            part = {} if turned == self._width else {"rotary_embedding_dim": turned}
+            q, k = (
+                self._nodes.node(
+                    "RotaryEmbedding", [x, *rotary, self._ids], f"{where}.{name}.rotary", num_heads=heads, interleaved=0, **part
+                )
+                for x, name, heads in ((q, "q", self._heads[0]), (k, "k", self._heads[1]))
+            )
         inputs = [*self._lengths, None, None, None, self.bias(window)]
         return Attention(q, k, inputs, {"local_window_size": -1, "do_rotary": 0})
 

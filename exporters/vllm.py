@@ -19,7 +19,7 @@ from lrserve.compression.groups import ORDERED, family_of
 from lrserve.compression.layers import LowRankLinear, RoundedLinear, exact_names
 from lrserve.compression.spec import NEEDS_LRSERVE, WEIGHTS_ENTRY, GroupSpec, leaves, quantization_config
 from lrserve.errors import ArtifactError
-from lrserve.inputs.checkpoint import INDEX
+from lrserve.inputs.checkpoint import INDEX, as_stored
 from lrserve.plugins.versions import require_vllm
 
 _MAX_SHARD_SIZE: Final = "2GB"
@@ -74,9 +74,9 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
     family = family_of(model.config)
     layers: nn.Module = model.get_submodule(family.layers)
     groups: dict[str, GroupSpec] = {}
-    for index in range(sum(1 for _ in layers.children())):
+    for index, layer in enumerate(layers.children()):
         prefix = f"{family.layers}.{index}."
-        for kind, names in family.groups.items():
+        for kind, names in family.groups_in(layer).items():
             modules = {member: model.get_submodule(prefix + member) for member in names.members}
             compressed = {name: own for name, own in modules.items() if isinstance(own, (LowRankLinear, RoundedLinear))}
             if len(modules) > 1 and all(isinstance(own, LowRankLinear) and not own.shares for own in compressed.values()):
@@ -96,11 +96,13 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
             if spec.structure == "narrow_in":
                 fused = family.groups[ORDERED[kind]]
                 feeding = groups.get(prefix + fused.fused, GroupSpec(0, leaves(fused.members), "dense"))
-                if feeding.structure != "dense" or any(prefix + member in groups for member in fused.members):
+                alone = set(fused.members) - {fused.fused}
+                if feeding.structure != "dense" or any(prefix + member in groups for member in alone):
                     raise ArtifactError(
                         f"{prefix}{fused.fused}: has factors, and {names.fused} fewer neurons; one of the two must go"
                     )
-                groups[prefix + fused.fused] = replace(feeding, rank=spec.rank, structure="narrow_out")
+                narrowed = replace(feeding, rank=spec.rank, structure="narrow_out", stacked=fused.stacked)
+                groups[prefix + fused.fused] = narrowed
     return groups
 
 
@@ -130,7 +132,7 @@ def _save_weights(model: Any, out: Path, dtype: torch.dtype) -> None:
     Only a shard's tensors that have to be converted are in memory twice.
     """
     exact, tied = exact_names(model), set(getattr(model, "all_tied_weights_keys", None) or ())
-    state, places, dtypes = model.state_dict(), set[int](), {}
+    state, places, dtypes = as_stored(model, model.state_dict()), set[int](), {}
     for name in sorted(state, key=lambda name: name in tied):  # the originals first
         tensor = state[name]
         if name in tied and tensor.data_ptr() in places:

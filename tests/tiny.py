@@ -11,8 +11,9 @@ from typing import Any, Final, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from exporters.onnx_families import FAMILIES as ONNX_FAMILIES
 from exporters.vllm import low_rank_groups
-from lrserve.compression.groups import FAMILIES, KINDS, STRUCTURES, Group, Stored, Structure, allocated, find_groups
+from lrserve.compression.groups import FAMILIES, KINDS, STRUCTURES, Group, GroupNames, Stored, Structure, allocated, find_groups
 from lrserve.compression.layers import IdentityBlock
 from lrserve.compression.level import SCHEMES, Level, Precision
 from lrserve.compression.lowrank import install_low_rank, keep_outputs, load_residual, load_rounded
@@ -28,6 +29,18 @@ APART: Final[dict[str, tuple[int, Stored]]] = {
 }
 """Linears with factors of their own beside dense ones that the engine multiplies together with them."""
 FAMILIES_TESTED = sorted(FAMILIES)
+WITH_MLPS = [name for name in FAMILIES_TESTED if FAMILIES[name].experts is None]
+"""The others have mixtures of experts in the place of their MLPs."""
+RENDERED = sorted(ONNX_FAMILIES)
+"""Families that the ONNX graph knows."""
+SERVED_IN_TESTS: Final = (
+    "Gemma3ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+"""Families on real vLLM engines in `make test`. The others are in `make soak`: every start takes half a minute."""
 VOCABULARY = 256
 _MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
@@ -35,7 +48,24 @@ _MODEL_TYPES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Gemma3ForCausalLM": "gemma3_text",
+    "SmolLM3ForCausalLM": "smollm3",
+    "GraniteForCausalLM": "granite",
+    "Olmo2ForCausalLM": "olmo2",
+    "Phi3ForCausalLM": "phi3",
+    "Starcoder2ForCausalLM": "starcoder2",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
+_WIDE = (
+    "Qwen2ForCausalLM",
+    "SmolLM3ForCausalLM",
+    "GraniteForCausalLM",
+    "Olmo2ForCausalLM",
+    "Phi3ForCausalLM",
+    "Starcoder2ForCausalLM",
+)
+"""Whose heads are as wide as hidden_size / heads."""
+_TIED = ("Qwen2ForCausalLM", "Gemma3ForCausalLM", "SmolLM3ForCausalLM", "Starcoder2ForCausalLM")
 
 
 def _windows(layers: int) -> dict[str, Any]:
@@ -43,11 +73,28 @@ def _windows(layers: int) -> dict[str, Any]:
     return {"sliding_window": 24, "layer_types": [*["full_attention"] * 3, *["sliding_attention"] * (layers - 3)][:layers]}
 
 
+def _special(architecture: str, layers: int) -> dict[str, Any]:
+    """What only this family has, with values that matter."""
+    return {
+        "Gemma3ForCausalLM": _windows(layers),
+        "SmolLM3ForCausalLM": {"no_rope_layer_interval": 2},
+        "GraniteForCausalLM": {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 2.0,
+        },
+        "Phi3ForCausalLM": {"sliding_window": 24, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "Starcoder2ForCausalLM": {"sliding_window": 24},
+        "MixtralForCausalLM": {"num_local_experts": 4},
+        "Qwen3MoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    }.get(architecture, {})
+
+
 def dense_model(architecture: str, *, layers: int = 2) -> Any:
     """A random model whose outputs depend visibly on every weight and bias."""
-    # vLLM's CPU attention wants a head_dim of at least 32, which in its Qwen2 is hidden_size / heads.
-    qwen2 = architecture == "Qwen2ForCausalLM"
-    sizes = {"hidden_size": 128} if qwen2 else {"hidden_size": 64, "head_dim": 32}
+    # vLLM's CPU attention wants a head_dim of at least 32.
+    sizes = {"hidden_size": 128} if architecture in _WIDE else {"hidden_size": 64, "head_dim": 32}
     config = AutoConfig.for_model(
         _MODEL_TYPES[architecture],
         **sizes,
@@ -57,19 +104,19 @@ def dense_model(architecture: str, *, layers: int = 2) -> Any:
         num_key_value_heads=2,
         vocab_size=VOCABULARY,
         max_position_embeddings=256,
-        tie_word_embeddings=architecture in ("Qwen2ForCausalLM", "Gemma3ForCausalLM"),
+        tie_word_embeddings=architecture in _TIED,
         architectures=[architecture],
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **(_windows(layers) if architecture == "Gemma3ForCausalLM" else {}),
+        **_special(architecture, layers),
     )
     config.dtype = "float32"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
-            std = 0.2 if "embed" in name else parameter.shape[1] ** -0.5
+        if parameter.ndim > 1:
+            std = 0.2 if "embed" in name else parameter.shape[-1] ** -0.5
         else:
             std = 0.3
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=std)
@@ -85,7 +132,8 @@ def factorized_model(architecture: str, *, layers: int = 2, structure: Structure
     """In all layers but the second every group compressed (each to its own rank), in the second only some.
 
     In one structure, or by turns: identity blocks in the first layer, two factors in the second, fewer neurons in the third.
-    With `apart` the second layer's linears q, v and gate have factors of their own, and k and up are dense.
+    With `apart` the second layer's linears q, v and gate have factors of their own, and k and up are dense; where each of them is a
+    part of one tensor there is nothing to take apart.
     """
     model = dense_model(architecture, layers=layers)
     groups = find_groups(model)
@@ -96,9 +144,9 @@ def factorized_model(architecture: str, *, layers: int = 2, structure: Structure
         unit = units[own].get(group.name)
         if unit is not None and (group.layer != 1 or group.kind in ("qkv", "down")):
             specs |= specs_of([(unit, Level(16 + 8 * (index % 4) + 4 * group.layer))], own)
-    if apart:
+    if apart and (alone := apart_specs(1, architecture)):
         del specs["model.layers.1.self_attn.qkv_proj"]
-        specs |= apart_specs(layer=1)
+        specs |= alone
     install(model, specs)
     randomise_factors(model)
     model.config.quantization_config = quantization_config(specs)
@@ -175,9 +223,21 @@ def random_residual(m: int, n: int, rank: int) -> Residual:
     return Residual(A, B, torch.rand(rank) * 0.3 / (127**2 * n**0.5))
 
 
-def apart_specs(layer: int) -> dict[str, GroupSpec]:
-    """`APART` in one layer."""
-    return {f"model.layers.{layer}.{name}": GroupSpec(rank, leaves([name]), stored) for name, (rank, stored) in APART.items()}
+def groups_in(architecture: str) -> dict[str, GroupNames]:
+    """The groups of each layer of a tiny model, by kind."""
+    return {
+        kind: names for kind, names in FAMILIES[architecture].groups.items() if architecture in WITH_MLPS or kind in ("qkv", "o")
+    }
+
+
+def apart_specs(layer: int, architecture: str = "LlamaForCausalLM") -> dict[str, GroupSpec]:
+    """`APART` in one layer, of the linears that the architecture has."""
+    fused = {member for names in groups_in(architecture).values() if len(names.members) > 1 for member in names.members}
+    return {
+        f"model.layers.{layer}.{name}": GroupSpec(rank, leaves([name]), stored)
+        for name, (rank, stored) in APART.items()
+        if name in fused
+    }
 
 
 def install(model: Any, specs: dict[str, GroupSpec]) -> None:

@@ -143,6 +143,7 @@ class Divergence:
     @torch.inference_mode()
     def __init__(self, model: Any, windows: torch.Tensor) -> None:
         self._layers = model.get_submodule(family_of(model.config).layers)
+        self._windows = windows
         self._before: list[torch.Tensor] = []
         hooks = [layer.register_forward_pre_hook(lambda _, inputs: self._before.append(inputs[0])) for layer in self._layers]
         try:
@@ -157,10 +158,14 @@ class Divergence:
     @torch.inference_mode()
     def __call__(self, model: Any, first_changed: int = 0) -> float:
         """Return KL(dense || model); no block before `first_changed` may differ from the dense model's."""
-        with replaced(self._layers, [PassThrough(layer) for layer in self._layers[:first_changed]]):
-            states = model.base_model(inputs_embeds=self._before[first_changed], use_cache=False).last_hidden_state
+        states = self._before[first_changed]
+        hook = self._layers[first_changed].register_forward_pre_hook(lambda _, inputs: (states, *inputs[1:]))
+        try:  # not by inputs_embeds: Granite multiplies those
+            with replaced(self._layers, [PassThrough(layer) for layer in self._layers[:first_changed]]):
+                hidden = _hidden(model, self._windows).flatten(0, 1)
+        finally:
+            hook.remove()
         total = self._negative_entropy
-        hidden = states.flatten(0, 1)
         for p, h in zip(self._probabilities, torch.split(hidden, self._rows), strict=True):
             logits = logits_of(model, h)
             total += float(logits.logsumexp(-1).double().sum() - (p * logits).sum(-1).double().sum())

@@ -59,7 +59,7 @@ def shapes_of(group: Group, level: Level, offers: Offers) -> list[Shape]:
     rank, shape = level.rank, partial(Shape, weights=level.weights, residual=level.residual)
     if group.fed_by:
         kept = group.n if rank is None else rank
-        return [shape(kept, group.m, None), shape(group.fed_by.n, len(group.fed_by.members) * kept, None)]
+        return [shape(kept, group.m, None), shape(group.fed_by.n, group.fed_by.rows_per_neuron * kept, None)]
     if rank is None:
         return [shape(group.n, group.m, None)]
     return [shape(group.n, group.m, rank, group.stored_as(offers.structure), group.ordered)]

@@ -337,8 +337,8 @@ def parts(unit: Group) -> list[Group]:
 
 
 def rows_of(group: Group, kept: torch.Tensor) -> torch.Tensor:
-    """Return the rows of a stacked weight that give the outputs `kept` (k,) of every member."""
-    starts = torch.tensor(group.out_features).cumsum(0) - group.out_features[0]
+    """Return the rows of a stacked weight that give the neurons `kept` (k,), linear after linear."""
+    starts = torch.arange(group.rows_per_neuron) * group.neurons
     return (starts[:, None] + kept.long()).flatten()
 
 

@@ -32,29 +32,51 @@ Structure = Literal["identity_block", "low_rank", "narrow"]
 STRUCTURES: Final = get_args(Structure)
 
 ORDERED: Final[Mapping[str, str]] = {"down": "gate_up"}
-"""Kinds whose inputs may come in any order, and the kind that they come from: each of its members gives all of them, and only
-pointwise functions stand between. True of gated MLPs, and so of every family below. Those inputs are the MLP's *neurons*."""
+"""Kinds whose inputs may come in any order, and the kind that they come from: each of its linears gives all of them, and only
+pointwise functions stand between. True of MLPs, gated or plain. Those inputs are the MLP's *neurons*."""
 
 
 @dataclass(frozen=True)
 class GroupNames:
-    """Names of one fused group inside a decoder layer: its own, and those of the linears it is made of."""
+    """Names of one fused group inside a decoder layer: its own, and those of the linears that the checkpoint has of it.
+
+    `stacked`, of the group that gives an MLP's neurons: how many linears lie one after the other in each member, each with a row
+    for every neuron. 2 where gate and up are one tensor.
+    """
 
     fused: str
     members: tuple[str, ...]
+    stacked: int = 1
 
 
 @dataclass(frozen=True)
 class Family:
     """Where an architecture keeps its decoder layers, and the fused groups inside one layer, by kind.
 
-    `scaled_by`, by kind: the norm or linear inside the layer to whose parameters the group's inputs are proportional, one by one. A
-    kind without one is left out: the norms of Gemma multiply by 1 + w.
+    `scaled_by`, by kind: the norm or linear inside the layer to whose parameters the group's inputs are proportional, one by one:
+    to its last rows, if it has more of them than the group has inputs. A kind without one is left out: the norms of Gemma multiply
+    by 1 + w, and OLMo 2 has none before its linears.
+
+    `experts`: where a layer keeps a mixture of experts, if it has one in the MLP's place. Experts stay as they are.
     """
 
     layers: str
     groups: Mapping[str, GroupNames]
     scaled_by: Mapping[str, str]
+    experts: str | None = None
+
+    def experts_in(self, layer: nn.Module) -> nn.Module | None:
+        """Return the experts of a decoder layer, None if it has none."""
+        try:
+            return None if self.experts is None else layer.get_submodule(self.experts)
+        except AttributeError:
+            return None
+
+    def groups_in(self, layer: nn.Module) -> Mapping[str, GroupNames]:
+        """Return the groups of a decoder layer by kind: attention's alone where it has experts."""
+        if self.experts_in(layer) is None:
+            return self.groups
+        return {kind: names for kind, names in self.groups.items() if kind not in {*ORDERED, *ORDERED.values()}}
 
 
 _LLAMA_LIKE: Final = Family(
@@ -72,14 +94,38 @@ _LLAMA_LIKE: Final = Family(
         "down": "mlp.up_proj",
     },
 )
-_GEMMA: Final = replace(_LLAMA_LIKE, scaled_by={kind: _LLAMA_LIKE.scaled_by[kind] for kind in ("o", "down")})
+_SCALED_BY_LINEARS: Final = replace(_LLAMA_LIKE, scaled_by={kind: _LLAMA_LIKE.scaled_by[kind] for kind in ("o", "down")})
 
 FAMILIES: Final[Mapping[str, Family]] = {
     "LlamaForCausalLM": _LLAMA_LIKE,
     "MistralForCausalLM": _LLAMA_LIKE,
     "Qwen2ForCausalLM": _LLAMA_LIKE,
     "Qwen3ForCausalLM": _LLAMA_LIKE,
-    "Gemma3ForCausalLM": _GEMMA,
+    "Gemma3ForCausalLM": _SCALED_BY_LINEARS,
+    "SmolLM3ForCausalLM": _LLAMA_LIKE,
+    "GraniteForCausalLM": _LLAMA_LIKE,
+    "Olmo2ForCausalLM": _SCALED_BY_LINEARS,
+    "Phi3ForCausalLM": Family(
+        layers="model.layers",
+        groups={
+            **_LLAMA_LIKE.groups,
+            "qkv": GroupNames("self_attn.qkv_proj", ("self_attn.qkv_proj",)),
+            "gate_up": GroupNames("mlp.gate_up_proj", ("mlp.gate_up_proj",), stacked=2),
+        },
+        scaled_by={**_LLAMA_LIKE.scaled_by, "o": "self_attn.qkv_proj", "down": "mlp.gate_up_proj"},
+    ),
+    "Starcoder2ForCausalLM": Family(
+        layers="model.layers",
+        groups={
+            **_LLAMA_LIKE.groups,
+            "gate_up": GroupNames("mlp.c_fc", ("mlp.c_fc",)),
+            "down": GroupNames("mlp.c_proj", ("mlp.c_proj",)),
+        },
+        # Not down: the activation stands between.
+        scaled_by={kind: _LLAMA_LIKE.scaled_by[kind] for kind in ("qkv", "o", "gate_up")},
+    ),
+    "MixtralForCausalLM": replace(_LLAMA_LIKE, experts="mlp.experts"),
+    "Qwen3MoeForCausalLM": replace(_LLAMA_LIKE, experts="mlp.experts"),
 }
 
 
@@ -99,6 +145,8 @@ class Group:
     linears in stacking order, `out_features` their row counts; `biases` counts the biases that the dense linears
     already have (m or less).
 
+    `stacked`: linears that lie one after the other in each member, where they give an MLP's neurons (`GroupNames.stacked`).
+
     `fed_by` is the group that gives its inputs where the two are allocated as one: an MLP whose neurons can be removed
     (`allocated`). Its parameters then count here.
     """
@@ -110,6 +158,7 @@ class Group:
     out_features: tuple[int, ...]
     in_features: int
     biases: int = 0
+    stacked: int = 1
     fed_by: Group | None = None
 
     @property
@@ -121,6 +170,16 @@ class Group:
     def n(self) -> int:
         """Columns of the stacked weight: the width of the shared input."""
         return self.in_features
+
+    @property
+    def neurons(self) -> int:
+        """Neurons of the MLP, of a group that gives them."""
+        return self.out_features[0] // self.stacked
+
+    @property
+    def rows_per_neuron(self) -> int:
+        """Rows of the stacked weight for each of them: 2 of gate and up, 1 of a plain MLP."""
+        return self.m // self.neurons
 
     @property
     def dense_parameters(self) -> int:
@@ -142,7 +201,7 @@ class Group:
         if rank is None or stored == "dense":
             return self.dense_parameters
         if stored == "narrow_out":
-            return self.dense_parameters // self.out_features[0] * rank
+            return self.dense_parameters // self.neurons * rank
         if stored == "narrow_in":
             return self.m * rank + self.m + (self.fed_by.parameters(rank, "narrow_out") if self.fed_by else 0)
         return factor_entries(self.m, self.n, rank, stored) + self.m
@@ -152,14 +211,14 @@ class Group:
         if rank is None or stored == "dense":
             return self.biases + (self.fed_by.biases if self.fed_by else 0)
         if stored == "narrow_out":
-            return self.biases // self.out_features[0] * rank
+            return self.biases // self.neurons * rank
         return self.m + (self.fed_by.bias_entries(rank, "narrow_out") if self.fed_by else 0)
 
     def matrices(self, rank: int | None, stored: Stored) -> list[tuple[int, int]]:
         """List the shapes of the weight matrices that are stored for this group, those of `fed_by` last."""
         kept, feeding = (self.n if rank is None else rank), []
         if self.fed_by:
-            feeding = [(len(self.fed_by.members) * kept, self.fed_by.n)]
+            feeding = [(self.fed_by.rows_per_neuron * kept, self.fed_by.n)]
         if stored == "narrow_in" or rank is None:
             return [(self.m, kept), *feeding]
         return [(rank, self.n - (rank if stored == "identity_block" else 0)), (self.m, rank)]
@@ -276,7 +335,7 @@ def find_groups(model: nn.Module) -> list[Group]:
         raise UnsupportedModelError(f"{family.layers} is a {type(layers).__name__}, not a list of decoder layers")
     for index in range(len(layers)):
         prefix = f"{family.layers}.{index}."
-        for kind, names in family.groups.items():
+        for kind, names in family.groups_in(layers[index]).items():
             linears = []
             for member in names.members:
                 try:
@@ -299,6 +358,7 @@ def find_groups(model: nn.Module) -> list[Group]:
                     out_features=tuple(linear.out_features for linear in linears),
                     in_features=linears[0].in_features,
                     biases=sum(linear.out_features for linear in linears if linear.bias is not None),
+                    stacked=names.stacked,
                 )
             )
     return groups

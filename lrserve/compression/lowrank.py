@@ -61,7 +61,7 @@ def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: s
             parent.add_module(leaf, A)
         for member, linear in zip(spec.members, linears, strict=True):
             narrow_out = spec.structure == "narrow_out"
-            if narrow_out and spec.rank > linear.out_features:
+            if narrow_out and spec.rows > linear.out_features:
                 raise ArtifactError(f"{name}: {spec.rank} of {linear.out_features} neurons cannot be kept")
             if narrow_out and not weight.is_meta:
                 continue
@@ -69,10 +69,10 @@ def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: s
             if spec.structure not in ("dense", "narrow_out"):
                 layer = LowRankLinear(linear.out_features, spec.rank, A, weight.dtype, weight.device, spec.weights)
             elif spec.weights is not None:
-                layer = RoundedLinear.of(linear, spec.weights, spec.rank or None)
+                layer = RoundedLinear.of(linear, spec.weights, spec.rows if narrow_out else None)
             else:
                 biased = linear.bias is not None
-                layer = nn.Linear(n, spec.rank, biased, dtype=weight.dtype, device=weight.device)
+                layer = nn.Linear(n, spec.rows, biased, dtype=weight.dtype, device=weight.device)
             setattr(parent, member, layer)
         if spec.residual and (spec.structure != "narrow_out" or weight.is_meta):
             _add_residual(parent, leaf, spec.members, spec.residual)
@@ -189,13 +189,13 @@ def load_feeding(model: Any, group: Group, feeding: torch.Tensor, dtype: torch.d
 
 @torch.no_grad()
 def keep_outputs(model: Any, group: Group, kept: torch.Tensor) -> None:
-    """Let each dense linear of a group give only the outputs `kept` (k,), in that order."""
+    """Let a group of dense linears give only the neurons `kept` (k,), in that order."""
     for member in group.members:
         linear = model.get_submodule(member)
         if not is_dense(linear):
             raise TypeError(f"{member} is a {type(linear).__name__}; outputs are removed before weights are rounded")
-        rows = kept.long().to(linear.weight.device)
-        smaller = nn.Linear(linear.in_features, len(kept), linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+        rows = _each(kept.to(linear.weight.device), linear.out_features, group.stacked)
+        smaller = nn.Linear(linear.in_features, len(rows), linear.bias is not None, device="meta", dtype=linear.weight.dtype)
         for name, parameter in linear.named_parameters():
             setattr(smaller, name, nn.Parameter(parameter[rows], requires_grad=parameter.requires_grad))
         model.set_submodule(member, smaller)
@@ -208,14 +208,21 @@ def reorder_outputs(model: Any, group: Group, order: torch.Tensor) -> None:
     Exact, and costs nothing when the model runs. Adapters that were trained on the rows in their old places no longer fit.
     """
     family = family_of(model.config)
-    for member in family.groups[ORDERED[group.kind]].members:
+    feeding = family.groups[ORDERED[group.kind]]
+    for member in feeding.members:
         layer = model.get_submodule(f"{family.layers}.{group.layer}.{member}")
         rows = layer.B if isinstance(layer, LowRankLinear) else layer
         tensors = rows.row_tensors() if isinstance(rows, Matrix) else [parameter.data for parameter in rows.parameters()]
         if getattr(layer, "residual", 0):
             tensors.append(layer.residual_B.weight)
         for tensor in tensors:
-            tensor.copy_(tensor[order.to(tensor.device)])
+            tensor.copy_(tensor[_each(order.to(tensor.device), len(tensor), feeding.stacked)])
+
+
+def _each(neurons: torch.Tensor, rows: int, stacked: int) -> torch.Tensor:
+    """Return the rows of some neurons in each of `stacked` linears that lie one after the other in so many rows."""
+    starts = torch.arange(0, rows, rows // stacked, device=neurons.device)
+    return (starts[:, None] + neurons.long()).flatten()
 
 
 def is_rounded(model: nn.Module) -> bool:

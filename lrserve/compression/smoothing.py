@@ -90,9 +90,9 @@ def fold(model: Any, group: Group, s: torch.Tensor) -> None:
     before = model.get_submodule(f"{family.layers}.{group.layer}.{family.scaled_by[group.kind]}")
     for parameter in (
         before.B if isinstance(before, LowRankLinear) else before
-    ).parameters():  # a norm's weight; a linear's rows and its bias
+    ).parameters():  # a norm's weight and bias; a linear's rows and its bias
         scales = s.to(parameter)
-        parameter.div_(scales if parameter.ndim == 1 else scales[:, None])
+        parameter[-len(s) :].div_(scales if parameter.ndim == 1 else scales[:, None])
 
 
 def _reader(module: Any) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from lrserve.compression.groups import STORED, Group, Stored, Structure
+from lrserve.compression.groups import FAMILIES, ORDERED, STORED, Group, Stored, Structure
 from lrserve.compression.level import PRECISIONS, SCHEMES, Level, Precision
 from lrserve.errors import ArtifactError
 
@@ -21,6 +21,13 @@ WEIGHTS_ENTRY: Final = "transformers_weights"
 NEEDS_LRSERVE: Final = "lrserve has compressed this model: run 'pip install lrserve' once, and 'import lrserve' before it is loaded"
 """... and what an artifact has there: no such name, so that transformers stops with these words unless lrserve takes it away."""
 _LONGEST: Final = 200  # characters of a group's name
+_GIVE_NEURONS: Final = {
+    (names.fused.rpartition(".")[2], tuple(name.rpartition(".")[2] for name in names.members), names.stacked)
+    for family in FAMILIES.values()
+    for kind, names in family.groups.items()
+    if kind in ORDERED.values()
+}
+"""Groups that give all the neurons of an MLP, by their own name, those of their members, and `stacked`."""
 REPAIRED: Final = ("dense", "narrow_out", "narrow_in")
 """Structures that may have a residual."""
 
@@ -33,7 +40,8 @@ class GroupSpec:
     only rounded. `members` are the names of the linears relative to the group's parent module (`q_proj`, ...); a group of one
     linear carries that linear's own name, whether or not the engine multiplies it together with others. `ordered`: an identity
     block whose inputs arrive as J and then Jc, so that it has no `order`. `weights`: what the stored weights are rounded to, if
-    they are. `residual`: rank of B A beside the rounded weights.
+    they are. `residual`: rank of B A beside the rounded weights. `stacked`, where the structure is `narrow_out`: how many linears
+    lie one after the other in each member, as gate and up do where they are one tensor.
     """
 
     rank: int
@@ -42,6 +50,12 @@ class GroupSpec:
     ordered: bool = False
     weights: Precision | None = None
     residual: int = 0
+    stacked: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of each member of a `narrow_out` group."""
+        return self.rank * self.stacked
 
     @property
     def gathers(self) -> bool:
@@ -52,6 +66,7 @@ class GroupSpec:
         """Return the JSON form."""
         rest = {"rank": self.rank, "members": list(self.members), "ordered": self.ordered}
         rest |= {"weights": self.weights, "residual": self.residual}
+        rest |= {"stacked": self.stacked if self.stacked > 1 else 0}
         return {"structure": self.structure, **{name: value for name, value in rest.items() if value}}
 
 
@@ -108,6 +123,7 @@ def _parse(name: str, entry: Mapping[str, Any]) -> GroupSpec:
     structure: Any = entry.get("structure")
     rank, members = entry.get("rank"), entry.get("members")
     ordered, weights, residual = entry.get("ordered", False), entry.get("weights"), entry.get("residual", 0)
+    stacked = entry.get("stacked", 1)
     if structure not in STORED:
         raise ArtifactError(
             f"{name}: unknown structure {reprlib.repr(structure)} in config.json; this lrserve reads {', '.join(STORED)}"
@@ -121,8 +137,10 @@ def _parse(name: str, entry: Mapping[str, Any]) -> GroupSpec:
         raise ArtifactError(f"{name}: members {reprlib.repr(members)} in config.json is not a list of layer names")
     if not isinstance(ordered, bool) or (ordered and structure != "identity_block"):
         raise ArtifactError(f"{name}: ordered {reprlib.repr(ordered)} in config.json does not fit the structure {structure}")
-    if structure == "narrow_out" and tuple(members) == (name.rpartition(".")[2],):
-        raise ArtifactError(f"{name}: config.json removes neurons from one linear of an MLP only. Export the artifact again")
+    if type(stacked) is not int or stacked < 1 or (stacked > 1 and structure != "narrow_out"):
+        raise ArtifactError(f"{name}: stacked {reprlib.repr(stacked)} in config.json does not fit the structure {structure}")
+    if structure == "narrow_out" and (name.rpartition(".")[2], tuple(members), stacked) not in _GIVE_NEURONS:
+        raise ArtifactError(f"{name}: config.json removes neurons from a part of an MLP only. Export the artifact again")
     if weights not in (None, *PRECISIONS):
         raise ArtifactError(
             f"{name}: unknown weights {reprlib.repr(weights)} in config.json; this lrserve reads {', '.join(PRECISIONS)}"
@@ -131,7 +149,7 @@ def _parse(name: str, entry: Mapping[str, Any]) -> GroupSpec:
         raise ArtifactError(f"{name}: residual {reprlib.repr(residual)} in config.json is not a positive integer")
     if residual and (weights is None or structure not in REPAIRED):
         raise ArtifactError(f"{name}: a residual in config.json needs weights, and one of the structures {', '.join(REPAIRED)}")
-    return GroupSpec(rank or 0, tuple(members), structure, ordered, weights, residual)
+    return GroupSpec(rank or 0, tuple(members), structure, ordered, weights, residual, stacked)
 
 
 def _check_apart(specs: Mapping[str, GroupSpec]) -> None:
@@ -167,8 +185,8 @@ def specs_of(changed: Iterable[tuple[Group, Level]], structure: Structure) -> di
         specs[unit.name] = GroupSpec(level.rank or 0, leaves(unit.members), stored, ordered, level.weights, level.residual)
         if unit.fed_by:
             stored = "dense" if whole else "narrow_out"
-            members = leaves(unit.fed_by.members)
-            specs[unit.fed_by.name] = GroupSpec(level.rank or 0, members, stored, False, level.weights, level.residual)
+            members, stacked = leaves(unit.fed_by.members), 1 if whole else unit.fed_by.stacked
+            specs[unit.fed_by.name] = GroupSpec(level.rank or 0, members, stored, False, level.weights, level.residual, stacked)
     return specs
 
 
@@ -214,7 +232,7 @@ def matrices(group: Group, spec: GroupSpec) -> dict[str, tuple[int, int]]:
     if spec.structure == "dense":
         return {member: (m, group.n) for member, m in outputs.items()}
     if spec.structure == "narrow_out":
-        return dict.fromkeys(outputs, (rank, group.n))
+        return dict.fromkeys(outputs, (spec.rows, group.n))
     first = {"low_rank": (rank, group.n), "identity_block": (rank, group.n - rank)}.get(spec.structure)
     return ({f"{group.name}.A": first} if first else {}) | {f"{member}.B": (m, rank) for member, m in outputs.items()}
 
@@ -231,7 +249,7 @@ def tensors_of(group: Group, spec: GroupSpec) -> dict[str, Tensor]:
     if spec.residual:
         n = spec.rank if spec.structure == "narrow_in" else group.n
         for member, m in zip(group.members, group.out_features, strict=True):
-            rows = spec.rank if spec.structure == "narrow_out" else m
+            rows = spec.rows if spec.structure == "narrow_out" else m
             for tensor, found in residual_tensors(rows, n, spec.residual).items():
                 wanted[f"{member if tensor.startswith('residual_B') else group.name}.{tensor}"] = found
     return wanted

@@ -17,6 +17,7 @@ from lrserve.compression.groups import FAMILIES
 from lrserve.compression.layers import exact_names
 from lrserve.compression.spec import is_permutation
 from lrserve.errors import ArtifactError, listed, one_line
+from lrserve.inputs.checkpoint import as_stored
 
 _DTYPES: Final = {
     "BF16": torch.bfloat16,
@@ -91,7 +92,7 @@ def tensor_faults(model: Any, stored: Headers, *, dtype: torch.dtype | None = No
     is_base = not hasattr(model, model.base_model_prefix)
     whole = type(model).__name__ in FAMILIES
     exact, tied = exact_names(model), set(getattr(model, "all_tied_weights_keys", None) or ())
-    own = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    own = {name: tensor for name, tensor in as_stored(model, model.state_dict()).items() if name not in tied}
     wanted = {base + name if is_base else name: (tensor, name in exact) for name, tensor in own.items()}
     prefixed = any(name.startswith(base) for name in stored.tensors)
     names = {name if prefixed else base + name: name for name in stored.tensors}

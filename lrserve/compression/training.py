@@ -111,7 +111,8 @@ def install_trainable(model: Any, ranks: Iterable[tuple[Group, int]], source: Fa
         layer = TrainableGroup(factors, device)
         for index, member in enumerate(group.fed_by.members if group.fed_by else ()):
             bias = model.get_submodule(member).bias
-            model.set_submodule(member, _Feeding(layer, index * rank, (index + 1) * rank, bias))
+            rows = group.fed_by.stacked * rank
+            model.set_submodule(member, _Feeding(layer, index * rows, (index + 1) * rows, bias))
         start = 0
         for member, rows in zip(group.members, group.out_features, strict=True):
             parent, _, leaf = member.rpartition(".")

@@ -30,6 +30,7 @@ _LEFTOVERS: Final = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_ca
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 _SCALES: Final = re.compile(r".*(scale|scale_inv|scales|zero_point|zeros|qweight|g_idx|absmax|quant_map|quant_state.*|SCB|packed)")
 """Names of what quantized weights have besides."""
+_EXPERTS: Final = ".experts."
 _POINTER: Final = b"version https://git-lfs"
 _DOWNLOAD: Final = "download it again"
 _ROWS: Final = 4096
@@ -74,6 +75,15 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
     kinds = {own.dtype for name, own in _headers(folder).items() if not _LEFTOVERS.fullmatch(name)}
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def as_stored(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's tensors as checkpoints have them, for vLLM as well: each expert's alone, where transformers stacks them."""
+    if not any(_EXPERTS in name for name in state):
+        return dict(state)
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(state)))
 
 
 def instead_of_weights(folder: Path) -> str | None:
@@ -157,7 +167,7 @@ def _header(path: Path) -> dict[str, Stored]:
 
 def _fault(folder: Path, skeleton: Any, stored: Mapping[str, Stored]) -> str | None:
     """Return what is wrong with a folder's tensors, as one line; None if they are the model's."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in as_stored(skeleton, skeleton.state_dict()).items()}
     tied = skeleton.all_tied_weights_keys
     missing = [name for name in wanted if name not in stored and name not in tied]
     unexpected = [name for name in stored if name not in wanted and not _LEFTOVERS.fullmatch(name)]

@@ -11,12 +11,13 @@ from typing import Any, Final
 from lrserve.allocation.plan import Plan
 from lrserve.compression.groups import allocated, as_listed, family_of, find_groups
 from lrserve.compression.spec import QUANT_METHOD, GroupSpec, parse_groups, specs_of
-from lrserve.errors import ArtifactError, InputError, listed
+from lrserve.errors import ArtifactError, InputError, UnsupportedModelError, listed
 from lrserve.inputs.source import Source, model_folder, open_source
+from lrserve.pipeline.unknown import describe_unknown, in_words
 from lrserve.plugins.checkpoint import AGAIN, CONFIG, open_checkpoint
 from lrserve.plugins.versions import require_sound_torchvision
 from lrserve.report.card import table
-from lrserve.report.sizes import linear_parameters, sizes
+from lrserve.report.sizes import experts, linear_parameters, sizes
 from lrserve.storage.json_files import read_object
 from lrserve.storage.store import MANIFEST, check_files, read_manifest, verify_files
 
@@ -38,10 +39,14 @@ def _quantization(folder: Path) -> dict[str, Any] | None:
 def inspect(model: str) -> str:
     """Describe a dense model or an artifact as text: one row per group kind, then the sizes in four units.
 
+    Of an architecture that lrserve does not know: what it would take.
+
     Raises:
         LrserveError: as `describe`.
     """
     found = describe(model)
+    if not found["supported"]:
+        return in_words(found)
     rows = []
     for kind, group in found["groups"].items():
         low, high = group["ranks"] or (None, None)
@@ -53,23 +58,25 @@ def inspect(model: str) -> str:
     header = ["group", "layers", "outputs x inputs", "compressed", "structure", "ranks", "weights", "residuals", "parameters"]
     units = found["sizes"].items()
     sized = [[name.replace("_", " "), f"{u['dense']:,}", f"{u['compressed']:,}", f"{u['ratio']:.3f}"] for name, u in units]
-    return "\n\n".join(
-        [
-            f"{found['path']}: {found['architecture']}",
-            table(header, rows),
-            table(["", "dense", "as stored", "ratio"], sized),
-        ]
-    )
+    parts = [f"{found['path']}: {found['architecture']}", table(header, rows)]
+    if own := found["experts"]:
+        parts.append(
+            f"mixtures of experts in {own['layers']} layers, of {own['experts']} experts with {own['active']} for a token: "
+            f"{own['parameters'] / 1e6:.1f} M parameters, which stay dense"
+        )
+    return "\n\n".join([*parts, table(["", "dense", "as stored", "ratio"], sized)])
 
 
 def describe(model: str) -> dict[str, Any]:
     """Return what a dense model or an artifact consists of; JSON.
 
     Under `groups`, for each kind, the number of its layers, how many are compressed, their structures, lowest and highest rank,
-    precisions, ranks of residuals, and parameters as stored; under `sizes`, the four units of `sizes.sizes`.
+    precisions, ranks of residuals, and parameters as stored; under `experts` what `sizes.experts` counts; under `sizes`, the four
+    units of `sizes.sizes`. Where `supported` is false, the architecture is not one of lrserve's, and the rest is what
+    `unknown.describe_unknown` returns.
 
     Raises:
-        LrserveError: neither of the two, or an architecture that lrserve does not know.
+        LrserveError: neither of the two.
     """
     folder = Path(os.path.expanduser(model))
     if (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
@@ -82,7 +89,13 @@ def describe(model: str) -> dict[str, Any]:
     if entry is not None:
         check_files(folder)
     specs = parse_groups(entry) if entry is not None else {}
-    source = Source(name=model, path=folder) if entry is not None else open_source(model, accept=family_of)
+    source = Source(name=model, path=folder)
+    if entry is None:
+        try:
+            family_of(source.config())
+        except UnsupportedModelError:
+            return describe_unknown(source)
+        source = open_source(model, accept=family_of)
     skeleton = source.skeleton()
     groups = as_listed(find_groups(skeleton), specs)
     kinds = {}
@@ -105,7 +118,9 @@ def describe(model: str) -> dict[str, Any]:
     return {
         "path": str(folder),
         "architecture": type(skeleton).__name__,
+        "supported": True,
         "groups": kinds,
+        "experts": experts(skeleton),
         "sizes": sizes(skeleton, specs, dtype.itemsize if dtype is not None else 4),
     }
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Final
 
-from exporters import companions, onnx, onnx_companions, onnx_graph, onnx_linear, onnx_profiles
+from exporters import companions, onnx, onnx_companions, onnx_families, onnx_graph, onnx_linear, onnx_profiles
 from exporters import vllm as vllm_exporter
 from lrserve.allocation import goal, losses, plan, quality, space, speed, study
 from lrserve.compression import (
@@ -45,7 +45,7 @@ from lrserve.storage.work import settings_of
 _FORWARD = (matmul, logits, quality)
 _CUT = (spectra, factorize, structure, assemble, rounding, quantize, residual, smoothing)
 _WALK = (sequential, calibrate, training, structure, matmul)
-_GRAPH = (onnx, onnx_graph, onnx_linear, onnx_profiles)
+_GRAPH = (onnx, onnx_families, onnx_graph, onnx_linear, onnx_profiles)
 
 MODULES: Final[Mapping[str, tuple[ModuleType, ...]]] = {
     "calibration": (calibrate, covariance, matmul),

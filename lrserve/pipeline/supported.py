@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 
 from exporters.base import Exporter, SelfProving
+from lrserve.compression.groups import family_of
 from lrserve.engines.runtimes import Runtime, loader_of, runtime_of
 from lrserve.engines.timing import random_prompts
 from lrserve.engines.transcripts import transcribe_checkpoint, transcribe_model
@@ -70,7 +71,9 @@ def require_engines(job: Job, exporters: Sequence[Exporter]) -> None:
 def _temporary_place(job: Job) -> Place:
     with reading("TMPDIR", "set it to a folder that you may write to", ArtifactError):
         folder = Path(tempfile.gettempdir()).absolute()
-    entries = _LAYERS * sum(group.dense_parameters for group in job.groups if group.layer == 0)
+    skeleton = job.source.skeleton()
+    layers = list(skeleton.get_submodule(family_of(skeleton.config).layers))
+    entries = _LAYERS * max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
     entries += 2 * _VOCABULARY * job.output_layer[1]
     return Place("temporary files (TMPDIR)", folder, entries * (4 + job.dtype.itemsize))
 
@@ -78,8 +81,9 @@ def _temporary_place(job: Job) -> Place:
 def _two_layers(job: Job) -> Any:
     """Return the model's config with two layers, of both kinds where there are two, and few tokens."""
     config = copy.deepcopy(job.source.config())
-    if kinds := list(dict.fromkeys(getattr(config, "layer_types", None) or ())):
-        config.layer_types = (kinds * _LAYERS)[:_LAYERS] if len(kinds) == 1 else kinds[:_LAYERS]
+    for name in ("layer_types", "no_rope_layers"):
+        if kinds := list(dict.fromkeys(getattr(config, name, None) or ())):
+            setattr(config, name, (kinds * _LAYERS)[:_LAYERS] if len(kinds) == 1 else kinds[:_LAYERS])
     if (last := getattr(config, "max_window_layers", None)) is not None:
         config.max_window_layers = min(last, 1) if last < config.num_hidden_layers else _LAYERS
     config.num_hidden_layers = _LAYERS
@@ -104,8 +108,8 @@ def _random_model(config: Any, dtype: torch.dtype) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
             else:
                 parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.3, generator=generator)
             parameter.copy_(parameter.to(dtype))

@@ -10,7 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lrserve.compression.groups import Group, as_listed, find_groups
+from torch import nn
+
+from lrserve.compression.groups import Group, as_listed, family_of, find_groups
 from lrserve.compression.spec import GroupSpec, tensors_of
 
 
@@ -28,7 +30,7 @@ def linear_parameters(groups: Sequence[Group], specs: Mapping[str, GroupSpec]) -
 
 
 def _residual_entries(group: Group, spec: GroupSpec) -> int:
-    outputs = len(group.members) * spec.rank if spec.structure == "narrow_out" else group.m
+    outputs = group.rows_per_neuron * spec.rank if spec.structure == "narrow_out" else group.m
     return spec.residual * (outputs + (spec.rank if spec.structure == "narrow_in" else group.n))
 
 
@@ -40,14 +42,41 @@ def stored_bytes(group: Group, spec: GroupSpec, dtype_bytes: int) -> int:
     return own + (group.bias_entries(spec.rank, spec.structure) * dtype_bytes if plain else 0)
 
 
+def experts(skeleton: Any) -> dict[str, int] | None:
+    """Count a model's mixtures of experts, which are not compressed; None if it has none.
+
+    Returns:
+        The `layers` that have one, its `experts` and how many of them are `active` for a token; all their `parameters`, and the
+        `weights` that a token is multiplied by, of the router too.
+    """
+    family = family_of(skeleton.config)
+    layers = [layer for layer in skeleton.get_submodule(family.layers) if family.experts_in(layer) is not None]
+    if not layers or family.experts is None:
+        return None
+    routed = [_parameters(layer.get_submodule(family.experts)) for layer in layers]
+    mixtures = [_parameters(layer.get_submodule(family.experts.rpartition(".")[0])) for layer in layers]
+    count, active = int(layers[0].get_submodule(family.experts).num_experts), int(skeleton.config.num_experts_per_tok)
+    return {
+        "layers": len(layers),
+        "experts": count,
+        "active": active,
+        "parameters": sum(routed),
+        "weights": sum(mixtures) - sum(routed) * (count - active) // count,
+    }
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def sizes(skeleton: Any, specs: Mapping[str, GroupSpec], dtype_bytes: int) -> dict[str, dict[str, Any]]:
     """Return `dense`, `compressed` and `ratio`, the share that is removed, of four counts.
 
     linear_parameters: of the decoder's factorizable linears, biases included.
     model_parameters: of the whole model; tied weights count once.
     bytes: of the tensors on disk: the parameters in what they are stored in, their scales, and the orders of identity blocks.
-    flops_per_token: 2 for each weight that a token is multiplied by, in the linears and the output layer. Biases are added, not
-        multiplied by. Left out: attention scores, which grow with the context, and norms.
+    flops_per_token: 2 for each weight that a token is multiplied by, in the linears, its experts and the output layer. Biases are
+        added, not multiplied by. Left out: attention scores, which grow with the context, and norms.
 
     Args:
         skeleton: the dense model; may live on the meta device.
@@ -60,8 +89,9 @@ def sizes(skeleton: Any, specs: Mapping[str, GroupSpec], dtype_bytes: int) -> di
         sum(group.biases for group in groups),
         sum(group.bias_entries(spec.rank, spec.structure) if (spec := specs.get(group.name)) else group.biases for group in groups),
     )
-    rest = sum(parameter.numel() for parameter in skeleton.parameters()) - linears[0]
-    head = skeleton.get_output_embeddings().weight.numel()
+    rest = _parameters(skeleton) - linears[0]
+    routed = experts(skeleton)
+    others = skeleton.get_output_embeddings().weight.numel() + (routed["weights"] if routed else 0)
     counts = {
         "linear_parameters": linears,
         "model_parameters": tuple(rest + own for own in linears),
@@ -73,6 +103,6 @@ def sizes(skeleton: Any, specs: Mapping[str, GroupSpec], dtype_bytes: int) -> di
                 for group in groups
             ),
         ),
-        "flops_per_token": tuple(2 * (own - added + head) for own, added in zip(linears, biases, strict=True)),
+        "flops_per_token": tuple(2 * (own - added + others) for own, added in zip(linears, biases, strict=True)),
     }
     return {name: {"dense": d, "compressed": c, "ratio": 1 - c / d} for name, (d, c) in counts.items()}

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FACTORED, FAMILIES_TESTED, VOCABULARY, dense_model, factorized_model, levels_of
+from tiny import FACTORED, FAMILIES_TESTED, VOCABULARY, WITH_MLPS, dense_model, factorized_model, groups_in, levels_of
 
 from lrserve.allocation.plan import Plan
 from lrserve.compression.assemble import MergedLevels, compress_model
 from lrserve.compression.calibrate import calibrate
 from lrserve.compression.factorize import Factors, factorize
-from lrserve.compression.groups import KINDS, STRUCTURES, Group, Structure, allocated, family_of, find_groups
+from lrserve.compression.groups import STRUCTURES, Group, Structure, allocated, family_of, find_groups
 from lrserve.compression.layers import IdentityBlock, LowRankLinear, first_factor
 from lrserve.compression.level import DENSE, Level
 from lrserve.compression.lowrank import install_low_rank, load_factors
@@ -43,7 +43,7 @@ def make_store(architecture: str, folder: Path, structure: Structure = "low_rank
 def test_groups_count_the_linears_parameters(architecture: str) -> None:
     model = dense_model(architecture)
     groups = find_groups(model)
-    assert [group.kind for group in groups] == list(KINDS) * 2
+    assert [group.kind for group in groups] == [*groups_in(architecture)] * 2
     layers = model.get_submodule("model.layers")
     linears = [module for module in layers.modules() if isinstance(module, torch.nn.Linear)]
     assert sum(group.dense_parameters for group in groups) == sum(p.numel() for linear in linears for p in linear.parameters())
@@ -118,21 +118,26 @@ def test_the_shared_factor_is_stored_once_in_the_promised_number_of_parameters(s
     assert isinstance(attention.q_proj, LowRankLinear)
 
 
+@pytest.mark.parametrize("architecture", WITH_MLPS)
 def test_an_mlp_with_fewer_neurons_is_smaller_dense_layers(architecture: str, tmp_path: Path) -> None:
     store = make_store(architecture, tmp_path, "narrow")
     units = list(store.groups.values())
     ranks = [(unit, 24) for unit in units if unit.kind == "down" and unit.layer == 1]
     dense = dense_model(architecture)
     compressed = compress_model(dense_model(architecture), levels_of(ranks), "narrow", store, torch.float32)
-    mlp, before = compressed.model.layers[1].mlp, dense.model.layers[1].mlp
-    assert {name: tuple(tensor.shape) for name, tensor in mlp.named_parameters()} == {
-        "gate_proj.weight": (24, before.gate_proj.in_features),
-        "up_proj.weight": (24, before.up_proj.in_features),
-        "down_proj.B.weight": (before.down_proj.out_features, 24),
-        "down_proj.B.bias": (before.down_proj.out_features,),
+    feeding, down = ranks[0][0].fed_by, compressed.get_submodule(ranks[0][0].name)
+    assert feeding is not None
+    assert {name: tuple(tensor.shape) for name, tensor in down.named_parameters()} == {
+        "B.weight": (down.out_features, 24),
+        "B.bias": (down.out_features,),
     }
-    rows = {tuple(row.tolist()) for row in before.gate_proj.weight}
-    assert all(tuple(row.tolist()) in rows for row in mlp.gate_proj.weight)
+    kept = [compressed.get_submodule(member) for member in feeding.members]
+    assert [tuple(linear.weight.shape) for linear in kept] == [(24 * feeding.stacked, feeding.n)] * len(kept)
+    whole, left = (
+        W.view(feeding.rows_per_neuron, -1, feeding.n) for W in (stacked_weight(m, feeding)[0] for m in (dense, compressed))
+    )
+    neurons = [int((whole[0] == row).all(-1).nonzero()) for row in left[0]]
+    assert torch.equal(left, whole[:, neurons]), "the same neurons of each linear"
     plan = Plan.of_ranks({unit.name: 24 if unit.name == ranks[0][0].name else None for unit in units}, "narrow")
     change = plan.parameters(units) - sum(unit.dense_parameters for unit in units)
     assert sum(p.numel() for p in compressed.parameters()) - sum(p.numel() for p in dense.parameters()) == change
@@ -155,7 +160,7 @@ def test_an_identity_block_is_its_merged_weight(ordered: bool) -> None:
     assert stored == {"weight": torch.bfloat16} | ({} if ordered else {"order": torch.int32})
 
 
-@pytest.mark.parametrize("architecture", FAMILIES_TESTED)
+@pytest.mark.parametrize("architecture", WITH_MLPS)
 @pytest.mark.parametrize("kinds", [("down",), ("gate_up", "down")])
 def test_reordered_neurons_compute_what_the_dense_ones_do(architecture: str, kinds: tuple[str, ...]) -> None:
     """`down` first, so that it is loaded before the layer whose outputs it wants reordered."""
@@ -172,13 +177,16 @@ def test_reordered_neurons_compute_what_the_dense_ones_do(architecture: str, kin
     logits, models = [], []
     for structure in FACTORED:
         models.append(compress_model(dense_model(architecture).double(), levels_of(ranks), structure, source, torch.float64))
-        assert [layer.mlp.down_proj.ordered for layer in models[-1].model.layers] == [structure == "identity_block"] * 2
+        down = [models[-1].get_submodule(group.name) for group in groups if group.kind == "down"]
+        assert [layer.ordered for layer in down] == [structure == "identity_block"] * 2
         with torch.inference_mode():
             logits.append(models[-1](inputs).logits)
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)  # rotary embeddings stay float32
-    for parameter in ("gate_proj.B.bias", "up_proj.B.weight") if "gate_up" in kinds else ("gate_proj.weight", "up_proj.weight"):
-        reordered, rows = (model.get_parameter(f"model.layers.1.mlp.{parameter}") for model in models)
-        assert not torch.equal(reordered, rows)
+    feeding = next(group for group in find_groups(dense_model(architecture)) if group.kind == "gate_up" and group.layer == 1)
+    for member in feeding.members:
+        for parameter in ("B.bias", "B.weight") if "gate_up" in kinds else ("weight",):
+            reordered, rows = (model.get_parameter(f"{member}.{parameter}") for model in models)
+            assert not torch.equal(reordered, rows)
 
 
 def test_what_a_permutation_is() -> None:
@@ -237,7 +245,7 @@ def test_config_round_trip_and_what_is_refused() -> None:
         ):
             parse_groups(quantization_config({name: spec}))
     alone = {f"model.layers.0.mlp.{name}": GroupSpec(8, (name,), "narrow_out") for name in ("gate_proj", "up_proj")}
-    with pytest.raises(ArtifactError, match=r"gate_proj: config.json removes neurons from one linear of an MLP only"):
+    with pytest.raises(ArtifactError, match=r"gate_proj: config.json removes neurons from a part of an MLP only"):
         parse_groups(quantization_config({**halves, **alone}))
     twice = specs_of([(groups[0], Level(8))], "low_rank") | {groups[0].members[1]: GroupSpec(8, ("k_proj",))}
     with pytest.raises(ArtifactError, match=r"qkv_proj: config.json lists its member k_proj alone as well"):

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from tiny import FAMILIES_TESTED, VOCABULARY, dense_model
+from tiny import FAMILIES_TESTED, VOCABULARY, WITH_MLPS, dense_model
 
-from lrserve.compression.groups import find_groups
+from lrserve.compression.groups import FAMILIES, find_groups
 from lrserve.compression.smoothing import fold, foldable, smoothed_moment, smoothing, value_heads
 
 
@@ -35,7 +35,7 @@ def test_folding_changes_no_output(architecture: str, dtype: torch.dtype) -> Non
             W = torch.cat([model.get_submodule(member).weight for member in group.members])
             scales[group.name] = smoothing(10 ** torch.randn(group.n, generator=generator), W, value_heads(model, group))
             fold(model, group, scales[group.name])
-    assert len(scales) == (4 if architecture == "Gemma3ForCausalLM" else 8)
+    assert len(scales) == 2 * (len(FAMILIES[architecture].scaled_by) if architecture in WITH_MLPS else 2)
     expected, found = before(input_ids=tokens).logits, model(input_ids=tokens).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for parameter in model.parameters():

@@ -17,6 +17,10 @@ ROUNDED = {
     "h.0.o_proj": GroupSpec(64, ("o_proj",), "low_rank", weights="int4_g32"),
     "h.0.mlp.gate_up_proj": GroupSpec(96, ("gate_proj", "up_proj"), "narrow_out", weights="fp8", residual=16),
     "h.0.mlp.down_proj": GroupSpec(96, ("down_proj",), "narrow_in"),
+    "h.1.mlp.gate_up_proj": GroupSpec(96, ("gate_up_proj",), "narrow_out", stacked=2),
+    "h.1.mlp.down_proj": GroupSpec(96, ("down_proj",), "narrow_in"),
+    "h.2.mlp.c_fc": GroupSpec(96, ("c_fc",), "narrow_out"),
+    "h.2.mlp.c_proj": GroupSpec(96, ("c_proj",), "narrow_in"),
 }
 
 
@@ -30,6 +34,12 @@ def test_what_is_written_is_read() -> None:
     assert config["format_version"] == 2
     assert config["groups"]["h.0.qkv_proj"] == {"structure": "dense", "members": list(QKV), "weights": "int8", "residual": 8}
     assert config["groups"]["h.0.mlp.down_proj"] == {"structure": "narrow_in", "rank": 96, "members": ["down_proj"]}
+    assert config["groups"]["h.1.mlp.gate_up_proj"] == {
+        "structure": "narrow_out",
+        "rank": 96,
+        "members": ["gate_up_proj"],
+        "stacked": 2,
+    }
     assert parse_groups(config) == ROUNDED
     plain = {"h.0.o_proj": GroupSpec(64, ("o_proj",))}
     assert quantization_config(plain)["format_version"] == 1
@@ -59,6 +69,9 @@ def test_every_precision_is_read(weights: str) -> None:
         ),
         ({"structure": "low_rank", "weights": "int8"}, "rank None in config.json is not a positive integer"),
         ({"weights": "int8", "ordered": True}, "ordered True in config.json does not fit the structure dense"),
+        ({"weights": "int8", "stacked": 2}, "stacked 2 in config.json does not fit the structure dense"),
+        ({"structure": "narrow_out", "rank": 8, "stacked": 0}, "stacked 0 in config.json"),
+        ({"structure": "narrow_out", "rank": 8}, "removes neurons from a part of an MLP only"),
         ({"weights": "int8", "version": 1}, "rounded weights need format_version 2, config.json says 1"),
         ({"weights": "int8", "version": 3}, "format_version is 3; this lrserve reads 1 and 2"),
     ],
@@ -74,3 +87,10 @@ def test_a_weight_takes_the_bytes_that_its_scheme_counts(weights: Any) -> None:
     found = tensors_of(group, GroupSpec(0, ("o",), "dense", weights=weights))
     size = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) * (dtype.itemsize if dtype else 2) for shape, dtype in found.values())
     assert size - (16 if "o.weight_shape" in found else 0) == SCHEMES[weights].stored_bytes(48, 256)
+
+
+@pytest.mark.parametrize(("name", "stacked"), [("gate_up_proj", 1), ("gate_up_proj", 3), ("gate_proj", 1), ("c_fc", 2)])
+def test_only_all_linears_that_give_the_neurons_lose_some(name: str, stacked: int) -> None:
+    entry = {"structure": "narrow_out", "rank": 8, "members": [name], **({"stacked": stacked} if stacked > 1 else {})}
+    with pytest.raises(ArtifactError, match="removes neurons from a part of an MLP only"):
+        parse_groups({"format_version": 1, "groups": {f"h.0.mlp.{name}": entry}})

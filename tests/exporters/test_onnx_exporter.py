@@ -20,14 +20,24 @@ from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 from exporters.onnx import OnnxExporter
@@ -66,6 +76,8 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
@@ -100,6 +112,27 @@ def gemma3(**changes: Any) -> Any:
     return Gemma3ForCausalLM(Gemma3TextConfig(**{**settings, **changes}))
 
 
+def smollm3(**changes: Any) -> Any:
+    return SmolLM3ForCausalLM(SmolLM3Config(**{**SHAPE, "no_rope_layer_interval": 2, **changes}))
+
+
+def granite(**changes: Any) -> Any:
+    multipliers = {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.1, "logits_scaling": 2.0}
+    return GraniteForCausalLM(GraniteConfig(**{**SHAPE, **multipliers, **changes}))
+
+
+def olmo2(**changes: Any) -> Any:
+    return Olmo2ForCausalLM(Olmo2Config(**{**SHAPE, **changes}))
+
+
+def phi3(**changes: Any) -> Any:
+    return Phi3ForCausalLM(Phi3Config(**{**SHAPE, **changes}))
+
+
+def starcoder2(**changes: Any) -> Any:
+    return Starcoder2ForCausalLM(Starcoder2Config(**{**SHAPE, **changes}))
+
+
 SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama,
@@ -116,6 +149,13 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3-sliding": lambda: qwen3(**SLIDING),
     "gemma3": gemma3,
     "gemma3-untied-softcap": lambda: gemma3(tie_word_embeddings=False, final_logit_softcapping=5.0),
+    "smollm3-sliding": lambda: smollm3(use_sliding_window=True, sliding_window=WINDOW),
+    "granite": granite,
+    "olmo2": olmo2,
+    "starcoder2-sliding": lambda: starcoder2(sliding_window=WINDOW),
+    "starcoder2-no-biases": lambda: starcoder2(use_bias=False, tie_word_embeddings=False),
+    "phi3-sliding": lambda: phi3(sliding_window=WINDOW),
+    "phi3-partial-rope": lambda: phi3(num_attention_heads=2, rope_parameters=PARTIAL_ROPE),
 }
 
 
@@ -355,6 +395,11 @@ def test_folder_holds_what_loaders_want(source: Path, out: Path) -> None:
     assert genai["model"]["decoder"]["head_size"] == 16
 
 
+def test_onnxruntime_genai_is_told_a_type_that_it_knows(source: Path, out: Path) -> None:
+    OnnxExporter().export(make("olmo2"), source, out, torch.float32)
+    assert json.loads((out / "onnx" / "genai_config.json").read_text())["model"]["type"] == "decoder"
+
+
 def test_source_without_config_gets_the_models_own(tmp_path: Path, out: Path) -> None:
     model = make("qwen3")
     model.config.quantization_config = {"quant_method": "lrserve"}
@@ -375,6 +420,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "attention-softcap": (lambda: gemma3(attn_logit_softcapping=50.0), "attn_logit_softcapping"),
     "bidirectional": (lambda: gemma3(use_bidirectional_attention=True), "not causal"),
     "head-dim": (lambda: llama(head_dim=24), "head_dim 24"),
+    "partial-rope": (lambda: phi3(rope_parameters=PARTIAL_ROPE), "RoPE of 8 dimensions"),
+    "longrope": (lambda: phi3(original_max_position_embeddings=32, rope_parameters=LONGROPE), "rope_type 'longrope'"),
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from half import runnable
 from test_onnx_exporter import MODELS, gemma3, make, prompts, reference
 from test_onnx_genai import NEW_TOKENS, PAD
-from tiny import FAMILIES_TESTED, Rounding, rounded_model
+from tiny import RENDERED, Rounding, rounded_model
 
 from exporters import onnx_graph
 from exporters.onnx import OnnxExporter, genai_config
@@ -82,7 +82,7 @@ def test_graphs_are_transformers_within_their_rounding(
 
 @pytest.mark.usefixtures("gemma_too")
 @pytest.mark.parametrize("roundings", ROUNDINGS, ids=lambda roundings: "+".join(map(str, roundings)))
-@pytest.mark.parametrize("architecture", FAMILIES_TESTED)
+@pytest.mark.parametrize("architecture", RENDERED)
 def test_rounded_weights_within_the_rounding_of_the_format(
     architecture: str, roundings: tuple[Rounding, ...], tmp_path: Path
 ) -> None:

@@ -24,7 +24,16 @@ from lrserve.recipe import EngineSettings
 LENGTHS = (3 * WINDOW, 2 * WINDOW + 1, 5)  # of the prompts: longer than a window, and shorter
 STEPS = WINDOW + 4  # so that padding leaves the window
 TOLERANCE = 1e-3
-FAMILIES = ("llama", "llama-yarn-rope", "mistral", "qwen2-sliding-tied", "qwen3-sliding", "gemma3")
+FAMILIES = (
+    "llama",
+    "llama-yarn-rope",
+    "mistral",
+    "qwen2-sliding-tied",
+    "qwen3-sliding",
+    "gemma3",
+    "smollm3-sliding",
+    "phi3-partial-rope",
+)
 PADDED: list[tuple[Profile, str, int]] = [
     ("genai", "right", 0),
     ("portable", "right", 0),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES_TESTED, VOCABULARY, Rounding, dense_model, rounded_model
+from tiny import RENDERED, VOCABULARY, Rounding, dense_model, rounded_model
 
 from exporters.onnx import OnnxExporter
 from exporters.onnx_linear import rounding_inputs
@@ -43,7 +43,7 @@ def differences(expected: list[Transcript], found: list[Transcript]) -> list[flo
 
 
 @pytest.mark.parametrize("roundings", ROUNDINGS, ids=lambda roundings: "+".join(map(str, roundings)))
-@pytest.mark.parametrize("architecture", FAMILIES_TESTED)
+@pytest.mark.parametrize("architecture", RENDERED)
 def test_rounded_weights_are_rendered_as_they_are(architecture: str, roundings: tuple[Rounding, ...], tmp_path: Path) -> None:
     model = rounded_model(architecture, *roundings)
     path = export(model, tmp_path)

@@ -16,7 +16,8 @@ from faults.refusing import Fault, refused
 from safetensors.torch import load_file, save_file
 from tiny import dense_model, write_dense, write_text
 
-from lrserve.errors import InputError
+from lrserve.compression.groups import family_of
+from lrserve.errors import InputError, UnsupportedModelError
 from lrserve.inputs.source import open_source
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -332,20 +333,27 @@ def test_what_is_harmless_is_opened(change: Callable[[Path], object], folder: Pa
 def test_a_model_of_another_family_is_refused_for_that(folder: Path, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    mixtral = AutoConfig.for_model(
-        "mixtral",
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=64,
-        num_local_experts=2,
+    stablelm = AutoConfig.for_model(
+        "stablelm", hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
     )
-    other = tmp_path / "mixtral"
-    AutoModelForCausalLM.from_config(mixtral).save_pretrained(other)
-    names = load_file(other / WEIGHTS)
-    assert any("experts.0" in name for name in names)  # as the Hub has it, where transformers fuses the experts
-    refused(Fault("", lambda _: None, ("unsupported architecture: MixtralForCausalLM",)), "inspect", other)
+    other = tmp_path / "stablelm"
+    AutoModelForCausalLM.from_config(stablelm).save_pretrained(other)
+    with pytest.raises(UnsupportedModelError, match="unsupported architecture: StableLmForCausalLM"):
+        open_source(str(other), accept=family_of)
+
+
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def test_experts_are_compared_one_by_one(architecture: str, tmp_path: Path) -> None:
+    """As the Hub has them, where transformers stacks them in one tensor."""
+    model = dense_model(architecture)
+    folder = write_dense(model, tmp_path / "model")
+    own = load_file(folder / WEIGHTS)
+    loaded = open_source(str(folder), accept=family_of).load(torch.float32)
+    tokens = torch.arange(3, 9)[None]
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    name = next(name for name in own if ".experts.3." in name)
+    save_file({key: tensor for key, tensor in own.items() if key != name}, folder / WEIGHTS, metadata={"format": "pt"})
+    refused(Fault("", lambda _: None, ("lack 1 tensor", name)), "inspect", folder)
 
 
 def test_headers_are_enough(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

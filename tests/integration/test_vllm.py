@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES_TESTED, VOCABULARY, factorized_model, write_artifact
+from tiny import SERVED_IN_TESTS, VOCABULARY, factorized_model, write_artifact
 from transformers import AutoModelForCausalLM
 
 import lrserve  # noqa: F401 - registers the quantizer
@@ -43,7 +43,7 @@ def assert_agree(reference: Transcript, other: Transcript) -> None:
         assert token == expected
 
 
-@pytest.mark.parametrize("architecture", FAMILIES_TESTED)
+@pytest.mark.parametrize("architecture", SERVED_IN_TESTS)
 def test_vllm_computes_what_transformers_does(architecture: str, tmp_path: Path) -> None:
     # five layers: every kind of group in every structure, linears apart from their group, and some that are dense
     folder = write_artifact(factorized_model(architecture, layers=5, apart=True), tmp_path / "model")

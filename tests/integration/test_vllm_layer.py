@@ -95,12 +95,14 @@ def checkpoint(structure: Stored, sizes: list[int], *, ordered: bool = False) ->
     )
 
 
-def qkv_layer(structure: Stored, tp_size: int, tp_rank: int, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def qkv_layer(
+    structure: Stored, tp_size: int, tp_rank: int, dtype: torch.dtype = torch.float32, spec: GroupSpec = QKV
+) -> tuple[Any, Any]:
     from lrserve.plugins.vllm.layers import LowRankLinearMethod
 
     replicas = max(1, tp_size // KV_HEADS)
     layer = bare("QKVParallelLinear", tp_size=tp_size, tp_rank=tp_rank, num_kv_head_replicas=replicas)
-    method = LowRankLinearMethod("layers.0.qkv_proj", replace(QKV, structure=structure))
+    method = LowRankLinearMethod("layers.0.qkv_proj", replace(spec, structure=structure))
     sizes = [HEADS // tp_size * HEAD, *([max(1, KV_HEADS // tp_size) * HEAD] * 2)]
     method.create_weights(layer, N, sizes, N, sum(sizes) * tp_size, dtype)
     return layer, method
@@ -201,6 +203,24 @@ def test_column_parallel_ranks_hold_their_heads(tp_size: int, attention: Checkpo
             *(part[:, kv_rank * kv_heads * HEAD :][:, : kv_heads * HEAD] for part in whole[1:]),
         ]
         assert torch.allclose(method.apply(layer, x), torch.cat(expected, dim=1), atol=1e-4)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_one_tensor_of_q_k_and_v_is_taken_apart(tp_size: int, qkv: Checkpoint) -> None:
+    """As in Phi-3's checkpoints: each rank loads what it loads of three tensors."""
+    for rank in range(tp_size):
+        apart, _ = qkv_layer(qkv.structure, tp_size, rank)
+        qkv.load(apart)
+        whole, method = qkv_layer(qkv.structure, tp_size, rank, spec=GroupSpec(RANK, ("qkv_proj",)))
+        qkv.load_first(whole)
+        whole.B.weight.weight_loader(whole.B.weight, torch.cat(qkv.b))
+        with pytest.raises(ArtifactError, match=r"missing from the checkpoint: layers\.0\.qkv_proj\.B\.bias\."):
+            method.process_weights_after_loading(whole)
+        whole.B.bias.weight_loader(whole.B.bias, torch.cat(qkv.bias))
+        for name, parameter in apart.named_parameters():
+            assert torch.equal(whole.get_parameter(name), parameter)
+        with pytest.raises(ArtifactError, match=r"qkv_proj\.B\.weight is \(32, 8\) in the checkpoint; .* \(192, 8\)"):
+            whole.B.weight.weight_loader(whole.B.weight, qkv.b[1])
 
 
 INPUTS_OF_DOWN = [("low_rank", False), ("identity_block", False), ("identity_block", True)]

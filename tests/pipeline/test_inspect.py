@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import factorized_model, write_artifact
+from tiny import dense_model, factorized_model, write_artifact, write_dense
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrserve.errors import ArtifactError
-from lrserve.pipeline.inspect import inspect, verify
+from lrserve.pipeline.inspect import describe, inspect, verify
 from lrserve.storage.store import write_manifest
 
 QKV = "model.layers.0.self_attn.qkv_proj"
@@ -101,3 +102,74 @@ def test_verify_names_what_is_wrong_with_an_order(artifact: Path, change: dict[s
     rewrite(artifact, **change)
     with pytest.raises(ArtifactError, match=message):
         verify(artifact)
+
+
+@pytest.mark.parametrize(("architecture", "inner"), [("MixtralForCausalLM", 96), ("Qwen3MoeForCausalLM", 32)])
+def test_experts_are_counted_and_stay_dense(architecture: str, inner: int, tmp_path: Path) -> None:
+    model = dense_model(architecture)
+    found = describe(str(write_dense(model, tmp_path / "model")))
+    assert list(found["groups"]) == ["qkv", "o"]
+    width, expert = 64, 3 * 64 * inner
+    counts = {"layers": 2, "experts": 4, "active": 2, "parameters": 2 * 4 * expert, "weights": 2 * (2 * expert + 4 * width)}
+    assert found["experts"] == counts
+    attention = sum(group["parameters"] for group in found["groups"].values())
+    assert found["sizes"]["flops_per_token"]["dense"] == 2 * (attention + counts["weights"] + 256 * width)
+    assert found["sizes"]["model_parameters"]["dense"] == sum(parameter.numel() for parameter in model.parameters())
+    assert "in 2 layers, of 4 experts with 2 for a token" in inspect(str(tmp_path / "model"))
+    assert describe(str(write_artifact(factorized_model("LlamaForCausalLM"), tmp_path / "llama")))["experts"] is None
+
+
+def unknown(folder: Path, kind: str, **entries: object) -> Path:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128, "max_position_embeddings": 64}
+    config = AutoConfig.for_model(kind, **{**sizes, **entries})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_an_unknown_architecture_that_is_like_a_known_one(tmp_path: Path) -> None:
+    folder = unknown(tmp_path / "model", "stablelm", intermediate_size=96, num_key_value_heads=2)
+    found = describe(str(folder))
+    assert not found["supported"]
+    assert (found["decoder"], found["layers"], found["alike"]) == ("model.layers", 2, "LlamaForCausalLM")
+    assert [(group["kind"], group["outputs"], group["inputs"]) for group in found["groups"]] == [
+        ("qkv", 128, 64),
+        ("o", 64, 64),
+        ("gate_up", 192, 64),
+        ("down", 64, 96),
+    ]
+    text = inspect(str(folder))
+    assert (
+        "an entry for StableLmForCausalLM in FAMILIES (lrserve/compression/groups.py): it may be that of LlamaForCausalLM" in text
+    )
+    assert "mlp.gate_proj, mlp.up_proj" in text
+
+
+def test_an_unknown_architecture_with_names_of_its_own(tmp_path: Path) -> None:
+    folder = unknown(tmp_path / "model", "opt", ffn_dim=96, word_embed_proj_dim=64)
+    found = describe(str(folder))
+    assert [group["members"] for group in found["groups"]] == [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.out_proj"],
+        ["fc1"],
+        ["fc2"],
+    ]
+    assert found["alike"] is None
+    text = inspect(str(folder))
+    assert "with layers='model.decoder.layers'; it says which of self_attn.out_proj; fc1; fc2 is o, gate_up, down, if any" in text
+
+
+def test_an_unknown_architecture_with_experts(tmp_path: Path) -> None:
+    text = inspect(str(unknown(tmp_path / "model", "olmoe", intermediate_size=32, num_experts=4, num_experts_per_tok=2)))
+    assert "no linear layers, and would stay as they are: mlp.gate.weight (4, 64), mlp.experts.gate_up_proj (4, 64, 64)" in text
+
+
+def test_an_unknown_architecture_without_linear_layers(tmp_path: Path) -> None:
+    text = inspect(str(unknown(tmp_path / "model", "gpt2")))
+    assert "its decoder layers must be made of torch.nn.Linear; there is nothing here that lrserve could compress" in text
+    assert "attn.c_attn.weight (64, 192)" in text
+
+
+def test_inputs_are_not_guessed_where_a_layer_is_not_called(tmp_path: Path) -> None:
+    found = describe(str(unknown(tmp_path / "model", "mamba")))
+    assert found["shared_inputs_unknown"]
+    assert [len(group["members"]) for group in found["groups"]] == [1, 1, 1, 1]

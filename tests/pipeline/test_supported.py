@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import FAMILIES_TESTED, dense_model, write_dense, write_text
+from tiny import RENDERED, dense_model, write_dense, write_text
 from transformers import AutoModelForCausalLM
 
 from lrserve.engines.onnx import OnnxEngine
@@ -50,7 +50,7 @@ def check(job: Job) -> None:
     require_engines(job, load_exporters(job.recipe.export, job.recipe.engine))
 
 
-@pytest.mark.parametrize("architecture", FAMILIES_TESTED)
+@pytest.mark.parametrize("architecture", RENDERED)
 def test_onnx_runtime_can_run_every_family(
     architecture: str, opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +64,7 @@ def test_onnx_runtime_can_run_every_family(
     other = replace(job, source=replace(job.source, path=tmp_path / "other"))
     (tmp_path / "other").mkdir()
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 3e-5}))
     with pytest.raises(pytest.fail.Exception, match="started again"):
         check(other)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FACTORED, FAMILIES_TESTED, VOCABULARY, apart_specs, dense_model, factorized_model, write_artifact
+from tiny import FACTORED, FAMILIES_TESTED, VOCABULARY, apart_specs, dense_model, factorized_model, groups_in, write_artifact
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import lrserve
@@ -54,11 +54,14 @@ def test_loaded_model_computes_what_the_written_one_did(architecture: str, apart
     assert low_rank_groups(loaded) == low_rank_groups(model)
     specs = low_rank_groups(loaded)
     structures = [spec.structure for spec in specs.values()]
-    if apart:
-        assert list(specs)[4:] == [*apart_specs(layer=1), "model.layers.1.mlp.down_proj"]
-        assert specs.items() >= apart_specs(layer=1).items()
-    else:
-        assert structures == ["identity_block"] * 4 + ["low_rank"] * 2  # all of the first layer, two of the second
+    groups = groups_in(architecture)
+    alone = apart_specs(1, architecture) if apart else {}
+    if alone:
+        down = [f"model.layers.1.{groups['down'].fused}"] if "down" in groups else []
+        assert list(specs)[len(groups) :] == [*alone, *down]
+        assert specs.items() >= alone.items()
+    else:  # all of the first layer, two of the second
+        assert structures == ["identity_block"] * len(groups) + ["low_rank"] * len(groups.keys() & {"qkv", "down"})
 
 
 @pytest.mark.parametrize("architecture", FAMILIES_TESTED)

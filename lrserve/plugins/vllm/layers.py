@@ -50,7 +50,7 @@ from lrserve.plugins.vllm.loading import (
     columns_of,
     is_dummy,
     require_complete,
-    rows_of,
+    rows_of_members,
     share_of_neurons,
 )
 from lrserve.plugins.vllm.schemes import create_weights, linear_method, scheme_for
@@ -113,7 +113,7 @@ class LowRankLinearMethod(LinearMethodBase):
         width = input_size_per_partition if layer.A is None else rank
         m = sum(output_partition_sizes)
         layer.B = Factor(width, m, bias=True, dtype=params_dtype, weights=self.spec.weights, prefix=f"{self.prefix}.B")
-        rows = [rows_of(layer, index, size) for index, size in enumerate(output_partition_sizes)]
+        rows = rows_of_members(layer, self.spec, output_partition_sizes)
         loading = Loading(
             prefix=self.prefix,
             spec=self.spec,
@@ -210,15 +210,15 @@ class StockMethod(LinearMethodBase):
         """Give the layer its real sizes, which its loaders go by, and then its weights."""
         check_members(self.prefix, self.spec, len(output_partition_sizes))
         if self.spec.structure == "narrow_out":
-            members, width = len(output_partition_sizes), share_of_neurons(self.prefix, self.spec.rank, layer.tp_size)
-            layer.output_sizes = [self.spec.rank] * members
-            layer.output_partition_sizes = output_partition_sizes = [width] * members
-            layer.output_size = output_size = members * self.spec.rank
-            layer.output_size_per_partition = members * width
+            linears, width = len(output_partition_sizes), share_of_neurons(self.prefix, self.spec.rank, layer.tp_size)
+            layer.output_sizes = [self.spec.rank] * linears
+            layer.output_partition_sizes = output_partition_sizes = [width] * linears
+            layer.output_size = output_size = linears * self.spec.rank
+            layer.output_size_per_partition = linears * width
         columns = columns_of(layer, input_size, input_size_per_partition)
         check_groups(self.prefix, self.spec, input_size)
         check_columns(self.prefix, self.spec, columns)
-        rows = [rows_of(layer, index, size) for index, size in enumerate(output_partition_sizes)]
+        rows = rows_of_members(layer, self.spec, output_partition_sizes)
         load = extra_weight_attrs["weight_loader"]
         sizes: dict[str, Any] = {
             "input_size_per_partition": input_size_per_partition,

@@ -43,6 +43,37 @@ class Slice:
         return tensor.narrow(1, self.start // unit, self.length // unit)
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """As `Slice`, of linears that lie one after the other in a tensor: q, k and v, or gate and up, where they are one."""
+
+    parts: Sequence[Slice]
+    shards: Sequence[str | int]
+    """What vLLM calls each of them."""
+
+    @property
+    def full(self) -> int:
+        """Length in the checkpoint."""
+        return sum(part.full for part in self.parts)
+
+    @property
+    def length(self) -> int:
+        """Length of this rank's parts."""
+        return sum(part.length for part in self.parts)
+
+    def of(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return this rank's parts of a checkpoint tensor along `dim`."""
+        return torch.cat([part.of(piece, dim) for part, piece in zip(self.parts, self.pieces(tensor, dim), strict=True)], dim)
+
+    def pieces(self, tensor: torch.Tensor, dim: int) -> Sequence[torch.Tensor]:
+        """Return each linear's part of a checkpoint tensor along `dim`."""
+        return tensor.split([part.full for part in self.parts], dim)
+
+
+Rows = Sequence[Slice | Stacked]
+"""Of each member."""
+
+
 @dataclass
 class Loading:
     """Puts checkpoint tensors into one group's factors, checks their shapes, and remembers which have come."""
@@ -54,8 +85,8 @@ class Loading:
     second: Factor
     columns: Slice
     """Of A; of B where there is no A."""
-    rows: list[Slice]
-    """Of each member's B and b."""
+    rows: Rows
+    """Of B and b."""
     first_row: int = 0
     materialise: bool = False
     """Whether an identity block's T becomes (a part of) an A."""
@@ -154,7 +185,7 @@ class LoadingResidual:
     spec: GroupSpec
     residual: Residual
     columns: Slice
-    rows: list[Slice]
+    rows: Rows
     seen: set[str] = field(default_factory=set)
 
     def hook(self) -> None:
@@ -192,7 +223,7 @@ class LoadingStock:
     prefix: str
     spec: GroupSpec
     n: int
-    rows: list[Slice]
+    rows: Rows
     seen: set[str] = field(default_factory=set)
 
     def checked(self, kind: str, load: Callable[..., None]) -> Callable[..., None]:
@@ -200,10 +231,15 @@ class LoadingStock:
 
         def loader(parameter: torch.Tensor, tensor: torch.Tensor, *shard: Any) -> None:
             index = _index(*shard)
-            name, m = f"{self._member(index)}.{kind}", self.rows[index].full
-            wanted = weight_tensors(m, self.n, self.spec.weights) | {"bias": Tensor((m,), None)}
+            name, rows = f"{self._member(index)}.{kind}", self.rows[index]
+            wanted = weight_tensors(rows.full, self.n, self.spec.weights) | {"bias": Tensor((rows.full,), None)}
             _check(name, tensor, wanted[kind])
-            load(parameter, tensor, *shard)
+            if isinstance(rows, Stacked) and (dim := getattr(parameter, "output_dim", None)) is not None:
+                # vLLM takes such a tensor apart too, but by the layer's loader, in whose place this one is.
+                for own, piece in zip(rows.shards, rows.pieces(tensor, dim), strict=True):
+                    load(parameter, piece, own)
+            else:
+                load(parameter, tensor, *shard)
             self.seen.add(name)
 
         return loader
@@ -296,7 +332,7 @@ def sibling(prefix: str, member: str) -> str:
     return f"{parent}.{member}" if parent else member
 
 
-def _offset(rows: Sequence[Slice], index: int) -> int:
+def _offset(rows: Rows, index: int) -> int:
     return sum(earlier.length for earlier in rows[:index])
 
 
@@ -331,8 +367,8 @@ def check_identity_block(prefix: str, spec: GroupSpec, n: int) -> None:
 
 
 def check_members(prefix: str, spec: GroupSpec, linears: int) -> None:
-    """Refuse a group of another number of linears than vLLM's layer is made of."""
-    if linears != len(spec.members):
+    """Refuse a group of another number of linears than vLLM's layer is made of; they may be one tensor in the checkpoint."""
+    if len(spec.members) not in (1, linears):
         raise ArtifactError(
             f"{prefix}: config.json has {len(spec.members)} members ({', '.join(spec.members)}), "
             f"vLLM's layer is made of {linears} linears. Export the artifact again"
@@ -388,3 +424,11 @@ def rows_of(layer: Any, index: int, size: int) -> Slice:
         return Slice(size, 0, size)
     replicas = layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and index > 0 else 1
     return Slice(size * layer.tp_size // replicas, (layer.tp_rank // replicas) * size, size)
+
+
+def rows_of_members(layer: Any, spec: GroupSpec, sizes: Sequence[int]) -> Rows:
+    """Rows of each of a group's members that this rank holds: `sizes` of the linears of vLLM's layer."""
+    rows = [rows_of(layer, index, size) for index, size in enumerate(sizes)]
+    if len(rows) == len(spec.members):
+        return rows
+    return [Stacked(rows, tuple("qkv") if isinstance(layer, QKVParallelLinear) else range(len(rows)))]

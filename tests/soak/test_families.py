@@ -1,0 +1,81 @@
+"""Real vLLM engines on tiny random artifacts of the families that `make test` does not serve, held against transformers in float32.
+
+What ONNX Runtime computes of them is in tests/exporters.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integration.test_vllm_features import kernels, serving  # noqa: F401 - fixtures
+from tiny import FAMILIES_TESTED, SERVED_IN_TESTS, VOCABULARY, Rounding, factorized_model, rounded_model, write_artifact
+from transformers import AutoModelForCausalLM
+
+import lrserve  # noqa: F401 - registers the quantizer
+from lrserve.engines.transcripts import Transcript, transcribe_model
+from lrserve.engines.vllm import Engine
+from lrserve.errors import AgreementError
+from lrserve.pipeline.agreement import agree
+
+pytestmark = pytest.mark.soak
+
+TOLERANCE = 1e-3
+NEW_TOKENS = 12
+_RANDOM = random.Random(0)
+PROMPTS = [[_RANDOM.randrange(VOCABULARY) for _ in range(length)] for length in (40, 1, 17)]
+ROUNDINGS = (
+    Rounding("int8"),
+    Rounding("int8", "narrow", 8),
+    Rounding("int4_g32", None, 8),
+    Rounding("int8", "low_rank"),
+    Rounding("int4_g32", "narrow", 8),
+)
+SERVED_HERE = [name for name in FAMILIES_TESTED if name not in SERVED_IN_TESTS]
+
+Serving = Callable[..., AbstractContextManager[Engine]]
+
+
+def check(row: Callable[..., None], kind: str, model: Any, place: Path, engine_for: Callable[[Path], Any]) -> None:
+    """Write an artifact, serve it, and record a row: its cases are the prompts, and all of them fail together."""
+    started = time.perf_counter()
+    folder = write_artifact(model, place / "model")
+    reference = transcribe_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), PROMPTS, NEW_TOKENS)
+    with engine_for(folder) as engine:
+        found: Sequence[Transcript] = engine.transcribe(PROMPTS, NEW_TOKENS)
+    failed, note = 0, ""
+    try:
+        agreed = agree("vLLM", reference, found, TOLERANCE)
+        note = f"largest difference {agreed['max_logprob_difference']:.1g} nats"
+    except AgreementError as error:
+        failed, note = len(PROMPTS), str(error)
+    row(kind, len(PROMPTS), failed, time.perf_counter() - started, note)
+
+
+def one_rank(folder: Path) -> Engine:
+    return Engine(folder, dtype="float32", max_model_len=64, max_num_seqs=4, threads=1, kv_cache_gib=0.05)
+
+
+@pytest.mark.parametrize("architecture", SERVED_HERE)
+def test_vllm_computes_what_transformers_does(architecture: str, tmp_path: Path, soak_row: Callable[..., None]) -> None:
+    # five layers: every kind of group in every structure, linears apart from their group, and some that are dense
+    model = factorized_model(architecture, layers=5, apart=True)
+    check(soak_row, f"{architecture} in vLLM", model, tmp_path, one_rank)
+
+
+@pytest.mark.parametrize("architecture", ["Phi3ForCausalLM", "Starcoder2ForCausalLM"])  # one tensor for q, k, v; plain MLPs
+def test_rounded(architecture: str, tmp_path: Path, soak_row: Callable[..., None]) -> None:
+    model = rounded_model(architecture, *ROUNDINGS, layers=len(ROUNDINGS))
+    check(soak_row, f"{architecture} in vLLM, rounded", model, tmp_path, one_rank)
+
+
+@pytest.mark.parametrize("architecture", ["Phi3ForCausalLM", "Starcoder2ForCausalLM", "MixtralForCausalLM"])
+def test_two_ranks(architecture: str, tmp_path: Path, serving: Serving, soak_row: Callable[..., None]) -> None:  # noqa: F811
+    model = factorized_model(architecture, layers=5, apart=True)
+    check(soak_row, f"{architecture} in vLLM, 2 ranks", model, tmp_path, lambda folder: serving(folder, tensor_parallel_size=2))
