@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES_TESTED, Rounding, dense_model, rounded_model, write_dense
+from tiny import FAMILIES_TESTED, RENDERED, Rounding, dense_model, rounded_model, write_dense
 
 from exporters.onnx import FOLDER, LAST_FILE, MODEL_FILE, OnnxExporter
 from exporters.vllm import VllmExporter
@@ -80,6 +80,7 @@ def test_a_rounded_embedding_keeps_its_scale(tmp_path: Path) -> None:
         assert torch.equal(logits(held), logits(wide))
 
 
+@pytest.mark.parametrize("source", RENDERED, indirect=True)
 def test_both_give_the_same_graph_byte_for_byte(source: Source, tmp_path: Path) -> None:
     for name, dtype in (("held", None), ("wide", torch.float32)):
         OnnxExporter().export(source.load(dtype), source.path, tmp_path / name, torch.bfloat16)
