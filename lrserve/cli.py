@@ -114,6 +114,9 @@ def compress_and_export(
     recover: Annotated[
         str | None, typer.Option(metavar="MINUTES", help="Train the result against the dense model for so long [default: 0].")
     ] = None,
+    recover_tokens: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="The same, on so many tokens in place of minutes [default: 0].")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(metavar="ENGINE", help="Engine that measures the plans: vllm or onnx [default: vllm].")
     ] = None,
@@ -151,6 +154,7 @@ def compress_and_export(
         "--export": ("export", export or None),
         "--onnx-profile": ("engine.onnx_profile", onnx_profile),
         "--recover": ("factorization.recover_minutes", recover),
+        "--recover-tokens": ("factorization.recover_tokens", recover_tokens),
         "--target": ("engine.runtime", target),
         "--trials": ("search.trials", trials),
         "--choose": ("search.choose", choose),

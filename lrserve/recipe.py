@@ -197,11 +197,32 @@ class Factorization(_Frozen):
     """Calibration tokens that `propagate` and `refine` see; null is a quarter of them."""
     recover_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False), "minutes"] = 0.0
     """Time to distil the dense model into the compressed one, at the same ranks, size and speed; `--recover`. 0 is none."""
+    recover_tokens: Annotated[int, Field(ge=0), "tokens"] = 0
+    """The same by tokens of text, in place of minutes; `--recover-tokens`. The learning rate falls with the tokens that are left.
+    0 is none.
+    """
+    recover_batch_tokens: Annotated[int, Field(ge=1), "tokens"] = 2048
+    """Tokens of one step of a recovery. A pass of the model takes `calibration.batch_tokens` of them at most."""
+    recover_recompute: bool = False
+    """Keep only the states between blocks for the backward passes of a recovery, and compute the others again: less memory, more
+    time (gradient checkpointing).
+    """
+
+    @property
+    def recovers(self) -> bool:
+        """Whether there is a recovery."""
+        return bool(self.recover_minutes or self.recover_tokens)
 
     @property
     def refinement(self) -> Literal["none", "adam"]:
         """`refine`, with null resolved."""
-        return self.refine or ("none" if self.recover_minutes else "adam")
+        return self.refine or ("none" if self.recovers else "adam")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Factorization:
+        if self.recover_minutes and self.recover_tokens:
+            raise ValueError("give recover_minutes or recover_tokens, not both")
+        return self
 
     @model_validator(mode="after")
     def _steps_are_adams(self) -> Factorization:

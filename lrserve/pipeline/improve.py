@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lrserve.allocation.plan import Plan
 from lrserve.compression.factorize import FactorSource, GradientOf
 from lrserve.compression.propagate import propagation
-from lrserve.compression.recover import Distilled, Recovered, recover
+from lrserve.compression.recover import Distilled, Recovered, Schedule, recover
 from lrserve.compression.refine import adam
 from lrserve.compression.repair import Repairs, recover_rounded, repair, worth_repairing
 from lrserve.compression.rounding import Rounding
@@ -59,9 +59,9 @@ def improve_factors(
     done: dict[str, Any] = {}
     propagate = settings.propagate
     if propagate is None:
-        propagate = plan.structure != "narrow" and plan.ratio(job.units) >= _PROPAGATED_RATIO and not settings.recover_minutes
+        propagate = plan.structure != "narrow" and plan.ratio(job.units) >= _PROPAGATED_RATIO and not settings.recovers
     refine, steps = settings.refinement != "none", settings.refine_steps
-    if not (ranks or rounds) or not ((propagate and ranks) or refine or settings.recover_minutes):
+    if not (ranks or rounds) or not ((propagate and ranks) or refine or settings.recovers):
         return Improved(factors, repairs, done)
     calibration, seed = job.windows["calibration"], job.recipe.seed
     windows = first_tokens(calibration, settings.refine_tokens or calibration.numel() // 4)
@@ -87,7 +87,7 @@ def improve_factors(
             job.say(f"5/6 refine: factors of {len(ranks)} groups, {steps} steps of Adam in each block")
             done["refine"] = {"method": settings.refinement, "tokens": windows.numel(), "steps": steps}
     repairs_blocks = refine and worth_repairing(changed)
-    student = job.served_model(plan, factors, rounding) if rounds and (repairs_blocks or settings.recover_minutes) else None
+    student = job.served_model(plan, factors, rounding) if rounds and (repairs_blocks or settings.recovers) else None
     if student is not None and repairs_blocks:
         inputs = {"windows": tensor_sha256(windows), "steps": steps, "batch_tokens": batch}
         stage = folder.stage("repair", {**identity, **inputs})
@@ -98,12 +98,13 @@ def improve_factors(
             identity["factors"] = stage.name
             job.say(f"5/6 repair: what rounding left of {len(changed)} groups, {steps} steps of Adam in each block")
             done["repair"] = {"tokens": windows.numel(), "steps": steps}
-    if settings.recover_minutes:
-        seconds, texts = 60 * settings.recover_minutes, job.recovery_windows()
-        inputs = {**identity, "windows": tensor_sha256(texts), "seconds": seconds}
+    if settings.recovers:
+        texts, schedule = job.recovery_windows(), _schedule(job)
+        spending = {"tokens": schedule.tokens} if schedule.tokens else {"seconds": schedule.seconds}
+        inputs = {**identity, "windows": tensor_sha256(texts), **spending, "batch_tokens": schedule.batch_tokens}
         with _if_finite("recover", job.say):
-            with progress_bar(round(seconds), "5/6 recover") as progress:
-                how = {"seconds": seconds, "seed": seed, "progress": progress}
+            with progress_bar(round(schedule.budget), "5/6 recover") as progress:
+                how = {"schedule": schedule, "seed": seed, "progress": progress}
                 outcome: Recovered | Distilled
                 if student is not None:
                     repairs, outcome = recover_rounded(model, student, changed, texts, folder.stage("distil", inputs), **how)
@@ -112,15 +113,28 @@ def improve_factors(
                     outcome = recover(model, student, ranks, factors, texts, folder.stage("recover", inputs), **how)
                     factors = outcome.factors
             job.say(
-                f"5/6 recover: {outcome.steps} steps, KL divergence {outcome.first_divergence:.3f} to "
-                f"{outcome.last_divergence:.3f} nats on calibration text{reused(int(outcome.reused), 1)}"
+                f"5/6 recover: {outcome.steps} steps of {outcome.tokens} tokens, {outcome.tokens / texts.numel():.2g} times the "
+                f"text; KL divergence {outcome.first_divergence:.3f} to {outcome.last_divergence:.3f} nats on calibration text"
+                f"{reused(int(outcome.reused), 1)}"
             )
             done["recover"] = {
-                "minutes": settings.recover_minutes,
+                **({"minutes": settings.recover_minutes} if settings.recover_minutes else {}),
+                "tokens": outcome.tokens,
                 "steps": outcome.steps,
                 "divergence": [outcome.first_divergence, outcome.last_divergence],
             }
     return Improved(factors, repairs, done)
+
+
+def _schedule(job: Job) -> Schedule:
+    settings = job.recipe.factorization
+    return Schedule(
+        seconds=60 * settings.recover_minutes,
+        tokens=settings.recover_tokens,
+        batch_tokens=settings.recover_batch_tokens,
+        pass_tokens=job.recipe.calibration.batch_tokens,
+        recompute=settings.recover_recompute,
+    )
 
 
 @contextmanager

@@ -205,6 +205,7 @@ def _say_intent(job: Job, costs: Sequence[StageCost], say: Say) -> None:
     may = {None: ["perhaps propagate errors"] * (recipe.structure != "narrow"), True: ["propagate errors"], False: []}
     after = may[settings.propagate] + ["refine the blocks by Adam"] * (settings.refinement != "none")
     after += [f"recover for {settings.recover_minutes:g} minutes"] * bool(settings.recover_minutes)
+    after += [f"recover on {settings.recover_tokens} tokens"] * bool(settings.recover_tokens)
     then = "".join(f"{step}, " for step in after)
     sequences, length = job.windows["calibration"].shape
     say(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Final
 
 from lrserve.errors import InputError, shown
 
@@ -12,7 +13,8 @@ _TEXT: Final = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)
 _FOLDER: Final = re.compile(r"shard-(\d{1,6})-of-(\d{1,6})", re.ASCII)
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """The `index`-th of `count` parts, from 1."""
 
     index: int
