@@ -208,6 +208,11 @@ class Factorization(_Frozen):
     time (gradient checkpointing).
     """
 
+    recover_processes: Annotated[int, Field(ge=1), "processes"] | None = None
+    """Processes of this machine that recover together, each on its part of the windows of a step; null is one for each GPU, and one
+    on a machine without.
+    """
+
     @property
     def recovers(self) -> bool:
         """Whether there is a recovery."""

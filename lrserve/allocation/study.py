@@ -74,8 +74,9 @@ def run_study(
         seed: of the samplers.
         progress: called after each trial with the number of finished ones.
     """
+    others: Callable[[], list[Evaluated]] = list
     if isinstance(storage, Path):
-        study, salt, others = open_study(STUDY, storage, goal.metrics), 0, list
+        study, salt = open_study(STUDY, storage, goal.metrics), 0
     else:
         backend = connect(storage.url)
         study, salt = open_study(storage.name, backend, goal.metrics), worker_salt()

@@ -49,6 +49,7 @@ _FLOOR: Final = 0.02  # of the learning rate
 _ROWS: Final = 256  # tokens whose logits, of both models, are in memory at once
 _CACHED_ROWS: Final = 16  # tokens whose probabilities are formed at once
 _SAVE_SECONDS: Final = 120.0
+_FINISHED: Final = "factors.safetensors"
 _AVERAGED: Final = 20  # steps whose divergence is averaged for the outcome
 
 
@@ -212,8 +213,8 @@ def distil(
         NotFiniteError: the divergence is no longer finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done = folder / "factors.safetensors"
-    if done.is_file():
+    done = folder / _FINISHED
+    if is_finished(folder):
         with safe_open(done, framework="pt") as file:
             outcome = json.loads(file.metadata()["outcome"])
         progress(round(schedule.budget))
@@ -274,6 +275,11 @@ def distil(
         checkpoint.unlink(missing_ok=True)
     team.wait()
     return Distilled(tensors, reused=False, **outcome)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether `distil` has finished in a folder: it then needs neither the teacher nor the student."""
+    return (folder / _FINISHED).is_file()
 
 
 def _recompute_blocks(model: Any) -> None:

@@ -181,8 +181,9 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
         seconds = walks * (_REFINE * settings.refine_steps * batch + 3 * refined) * forward.decoder
         disk, memory = trained, 2 * weights + activations * 4
     if settings.recovers:
-        seconds += 60 * settings.recover_minutes + _RECOVER * settings.recover_tokens * forward.total
-        disk, memory = 3 * trained, 2 * weights + 4 * trained
+        processes = job.recovery_processes
+        seconds += 60 * settings.recover_minutes + _RECOVER * settings.recover_tokens * forward.total / processes
+        disk, memory = 3 * trained, processes * (2 * weights + 4 * trained)
     if seconds:
         costs.append(StageCost("5 improve", seconds, disk, memory))
     proof = 2 * job.windows["report"].numel() * forward.total

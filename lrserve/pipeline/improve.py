@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from lrserve.allocation.plan import Plan
 from lrserve.compression.factorize import FactorSource, GradientOf
 from lrserve.compression.propagate import propagation
-from lrserve.compression.recover import Distilled, Recovered, Schedule, recover
+from lrserve.compression.recover import Distilled, Recovered, Schedule, is_finished, recover
 from lrserve.compression.refine import adam
 from lrserve.compression.repair import Repairs, recover_rounded, repair, worth_repairing
 from lrserve.compression.rounding import Rounding
 from lrserve.compression.sequential import Step, walk
 from lrserve.compression.spectra import SpectrumStore
+from lrserve.compression.team import ALONE, Team
 from lrserve.compression.training import TrainedFactors
 from lrserve.errors import NotFiniteError
 from lrserve.pipeline.job import Job, first_tokens, tensor_sha256
 from lrserve.pipeline.search import Tuned
+from lrserve.pipeline.together import recover_together
 from lrserve.report.console import Say, progress_bar, reused
 from lrserve.storage.store import fingerprint
 from lrserve.storage.work import WorkFolder
@@ -41,7 +43,13 @@ class Improved(NamedTuple):
 
 
 def improve_factors(
-    job: Job, plan: Plan, store: SpectrumStore, gradient: GradientOf, folder: WorkFolder, rounding: Rounding | None = None
+    job: Job,
+    plan: Plan,
+    store: SpectrumStore,
+    gradient: GradientOf,
+    folder: WorkFolder,
+    rounding: Rounding | None = None,
+    team: Team | None = None,
 ) -> Improved:
     """Stage 5, first half: do what the recipe asks to the chosen plan; its levels stay.
 
@@ -49,7 +57,8 @@ def improve_factors(
     2. where the plan rounds weights to fewer than 8 bits: round, and repair the rounded model block by block
     3. recover: distil the dense model into the factors or, where the plan rounds weights, into the rounded model
 
-    A step in which a number is not finite is left out.
+    A step in which a number is not finite is left out. `team` is that of a process that recovers with others; None starts such
+    processes if the job has several.
     """
     settings, changed = job.recipe.factorization, plan.changed(job.units)
     ranks = [(unit, level.rank) for unit, level in changed if level.rank is not None]
@@ -102,15 +111,22 @@ def improve_factors(
         texts, schedule = job.recovery_windows(), _schedule(job)
         spending = {"tokens": schedule.tokens} if schedule.tokens else {"seconds": schedule.seconds}
         inputs = {**identity, "windows": tensor_sha256(texts), **spending, "batch_tokens": schedule.batch_tokens}
+        stage = folder.stage("distil" if student is not None else "recover", inputs)
         with _if_finite("recover", job.say):
-            with progress_bar(round(schedule.budget), "5/6 recover") as progress:
-                how = {"schedule": schedule, "seed": seed, "progress": progress}
+            if team is None and job.recovery_processes > 1 and not is_finished(stage):
+                model = student = None  # the processes have their own
+                weighed = rounding is not None and rounding.weighed
+                recover_together(job, plan, folder, weighed=weighed, processes=job.recovery_processes)
+                if not is_finished(stage):
+                    raise NotFiniteError("a number in the recovery is not finite (recovery.log in the work folder)")
+            with _shown_by_the_first(team, round(schedule.budget)) as progress:
+                how = {"schedule": schedule, "seed": seed, "team": team or ALONE, "progress": progress}
                 outcome: Recovered | Distilled
-                if student is not None:
-                    repairs, outcome = recover_rounded(model, student, changed, texts, folder.stage("distil", inputs), **how)
+                if stage.name.startswith("distil"):
+                    repairs, outcome = recover_rounded(model, student, changed, texts, stage, **how)
                 else:
-                    student = job.source.load(job.dtype)
-                    outcome = recover(model, student, ranks, factors, texts, folder.stage("recover", inputs), **how)
+                    student = None if is_finished(stage) else job.source.load(job.dtype)
+                    outcome = recover(model, student, ranks, factors, texts, stage, **how)
                     factors = outcome.factors
             job.say(
                 f"5/6 recover: {outcome.steps} steps of {outcome.tokens} tokens, {outcome.tokens / texts.numel():.2g} times the "
@@ -124,6 +140,10 @@ def improve_factors(
                 "divergence": [outcome.first_divergence, outcome.last_divergence],
             }
     return Improved(factors, repairs, done)
+
+
+def _shown_by_the_first(team: Team | None, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda done: None) if team is not None and team.index else progress_bar(total, "5/6 recover")
 
 
 def _schedule(job: Job) -> Schedule:

@@ -101,6 +101,11 @@ class Job:
         """Identify the model and the dtype that it is used in; JSON."""
         return {"version": WORK_VERSION, "model": self.fingerprints["model"], "dtype": self.recipe.engine.dtype}
 
+    @property
+    def recovery_processes(self) -> int:
+        """How many processes recover together."""
+        return self.recipe.factorization.recover_processes or max(1, torch.cuda.device_count())
+
     def recovery_windows(self) -> torch.Tensor:
         """Cut all of the calibration text into windows: training goes through more of it than the covariances need."""
         return token_windows(self.source.tokenizer(), self.calibration_text, self.recipe.calibration.length)

@@ -31,7 +31,7 @@ class Run:
     """A job, what its first stages left, and a plan of it."""
 
     def __init__(self, place: Path, folder: WorkFolder, levels: dict[str, Level], **factorization: Any) -> None:
-        trains = not {"refine", "recover_minutes"} & factorization.keys()
+        trains = not {"refine", "recover_minutes", "recover_tokens"} & factorization.keys()
         settings: dict[str, Any] = {
             "model": str(place / "model"),
             "text.calibration": str(place / "text.jsonl"),

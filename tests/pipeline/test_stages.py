@@ -107,6 +107,7 @@ def improved(tmp_path: Path) -> list[str]:
         windows={"calibration": torch.zeros(2, 8, dtype=torch.int64)},
         recovery_windows=lambda: torch.zeros(1, 8, dtype=torch.int64),
         source=SimpleNamespace(load=lambda dtype: None),
+        recovery_processes=1,
         say=lambda line: None,
     )
     plan: Any = SimpleNamespace(
