@@ -131,6 +131,10 @@ class Text(_Frozen):
     """Text on which the search judges plans; null cuts a tenth off the calibration text."""
     report: Annotated[str, "file or dataset"] | None = None
     """Text of the final perplexity, which neither calibration nor search sees; null cuts a tenth off the calibration text."""
+    recovery: Annotated[str, "file or dataset"] | None = None
+    """Text to recover on, for `factorization.recover_tokens`; a dataset is streamed, however many documents it has. null is all of
+    the calibration text.
+    """
 
     @model_validator(mode="after")
     def _all_shares_or_none(self) -> Text:
@@ -356,6 +360,12 @@ class Recipe(_Frozen):
     """Renderings to write: `vllm` (a checkpoint, which transformers loads too), `onnx`, or those of other packages; `--export`."""
     seed: Annotated[int, Field(ge=0), "seed"] = 0
     """Seed of the calibration windows, the search and the prompts; `--seed`."""
+
+    @model_validator(mode="after")
+    def _recovery_has_a_size(self) -> Recipe:
+        if self.text.recovery is not None and not self.factorization.recover_tokens:
+            raise ValueError("text.recovery needs factorization.recover_tokens, which says how much of it to read")
+        return self
 
     @property
     def structure(self) -> Structure:

@@ -53,6 +53,7 @@ def test_a_structure_is_one_that_plans_know() -> None:
             {"factorization.recover_minutes": 1.0, "factorization.recover_tokens": 8},
             "give recover_minutes or recover_tokens, not both",
         ),
+        ({"text.recovery": "owner/name"}, "the recipe: text.recovery needs factorization.recover_tokens"),
         ({"factorization.recover_minutes": float("inf")}, "factorization.recover_minutes: must be a finite number; got inf"),
         ({"target.ratio": 1.5}, "target.ratio: must be below 1; got 1.5"),
         ({"target.ratio": 0}, "target.ratio: must be above 0; got 0"),

@@ -3,7 +3,7 @@
 The student is the dense model with trainable factors (training.py) or, where weights are rounded, the compressed model with what
 can be trained of it (repair.py). The loss is KL(teacher || student) per token, on calibration text that neither the search's
 validation nor the report sees. Three economies make minutes count:
-- Windows are short (`_LENGTH`): attention and its backward pass are a third of the cost at 512 tokens, and little of what
+- Windows are short (`LENGTH`): attention and its backward pass are a third of the cost at 512 tokens, and little of what
   compression broke is far away.
 - The output layer, a fifth of a small model, runs on every second token only: its gradient is formed in closed form from
   both models' probabilities, row block by row block, so the vocabulary is never in memory for a whole batch.
@@ -23,7 +23,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -40,7 +40,8 @@ from lrserve.compression.training import TrainedFactors, install_trainable
 from lrserve.errors import NotFiniteError
 from lrserve.storage.store import atomic_path, write_tensors
 
-_LENGTH: Final = 256  # tokens per window
+LENGTH: Final = 256
+"""Tokens per window."""
 _TOKEN_SHARE: Final = 0.5  # of the tokens whose loss is formed
 _LEARNING_RATE: Final = 1.5e-4
 _BETAS: Final = (0.9, 0.95)
@@ -295,20 +296,25 @@ def _mean(values: Sequence[float]) -> float:
 
 def _texts(windows: torch.Tensor) -> torch.Tensor:
     """Cut windows (sequences, length) into shorter ones; a token that all of them begin with (BOS) begins every piece."""
+    if windows.shape[1] <= LENGTH:  # perhaps a map of a file, which is larger than memory
+        return windows
     begins = windows[:, :1]
     head = begins[:1] if len(windows) > 1 and bool((begins == begins[0]).all()) else begins[:1, :0]
     body = windows[:, head.shape[1] :]
-    length = min(_LENGTH - head.shape[1], body.shape[1])
+    length = min(LENGTH - head.shape[1], body.shape[1])
     pieces = body[:, : body.shape[1] // length * length].reshape(-1, length)
     return torch.cat([head.expand(len(pieces), -1), pieces], dim=1)
 
 
 def _batch(texts: torch.Tensor, step: int, batch: int, seed: int) -> torch.Tensor:
     """Return a step's windows: every text once before any comes again, in another order each time."""
-    per_epoch = len(texts) // batch
-    epoch, index = divmod(step, per_epoch)
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return texts[order[index * batch : (index + 1) * batch]]
+    epoch, index = divmod(step, len(texts) // batch)
+    return texts[_order(len(texts), seed * 1_000_003 + epoch)[index * batch : (index + 1) * batch]].long()
+
+
+@lru_cache(maxsize=1)  # of an epoch
+def _order(count: int, seed: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def last_hidden_states(model: Any, windows: torch.Tensor) -> torch.Tensor:

@@ -183,7 +183,8 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     if settings.recovers:
         processes = job.recovery_processes
         seconds += 60 * settings.recover_minutes + _RECOVER * settings.recover_tokens * forward.total / processes
-        disk, memory = 3 * trained, processes * (2 * weights + 4 * trained)
+        disk = 3 * trained + (4 * settings.recover_tokens if recipe.text.recovery else 0)
+        memory = processes * (2 * weights + 4 * trained)
     if seconds:
         costs.append(StageCost("5 improve", seconds, disk, memory))
     proof = 2 * job.windows["report"].numel() * forward.total

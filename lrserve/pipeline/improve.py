@@ -21,6 +21,7 @@ from lrserve.errors import NotFiniteError
 from lrserve.pipeline.job import Job, first_tokens, tensor_sha256
 from lrserve.pipeline.search import Tuned
 from lrserve.pipeline.together import recover_together
+from lrserve.pipeline.training_text import recovery_windows
 from lrserve.report.console import Say, progress_bar, reused
 from lrserve.storage.store import fingerprint
 from lrserve.storage.work import WorkFolder
@@ -108,10 +109,10 @@ def improve_factors(
             job.say(f"5/6 repair: what rounding left of {len(changed)} groups, {steps} steps of Adam in each block")
             done["repair"] = {"tokens": windows.numel(), "steps": steps}
     if settings.recovers:
-        texts, schedule = job.recovery_windows(), _schedule(job)
+        (texts, content), schedule = recovery_windows(job, folder), _schedule(job)
         spending = {"tokens": schedule.tokens} if schedule.tokens else {"seconds": schedule.seconds}
-        inputs = {**identity, "windows": tensor_sha256(texts), **spending, "batch_tokens": schedule.batch_tokens}
-        stage = folder.stage("distil" if student is not None else "recover", inputs)
+        inputs = {**identity, "windows": content, **spending, "batch_tokens": schedule.batch_tokens}
+        stage = folder.stage("recover", inputs) if student is None else folder.stage("distil", inputs)
         with _if_finite("recover", job.say):
             if team is None and job.recovery_processes > 1 and not is_finished(stage):
                 model = student = None  # the processes have their own

@@ -172,7 +172,7 @@ def test_the_gradient_is_that_of_the_divergence(plan: Any) -> None:
 
 
 def test_short_windows_keep_the_token_that_all_begin_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lrserve.compression.recover._LENGTH", 5)
+    monkeypatch.setattr("lrserve.compression.recover.LENGTH", 5)
     windows = torch.arange(2 * 9).reshape(2, 9)
     assert _texts(windows).tolist() == [[0, 1, 2, 3, 4], [9, 10, 11, 12, 13]]
     windows[:, 0] = 1

@@ -100,7 +100,9 @@ def improved(tmp_path: Path) -> list[str]:
     """The stages of a run that propagates, refines and recovers; nothing is computed."""
     settings = SimpleNamespace(propagate=True, refinement="adam", refine_steps=3, refine_tokens=8, **RECOVERY)
     job: Any = SimpleNamespace(
-        recipe=SimpleNamespace(factorization=settings, calibration=SimpleNamespace(batch_tokens=8), seed=0),
+        recipe=SimpleNamespace(
+            factorization=settings, text=SimpleNamespace(recovery=None), calibration=SimpleNamespace(batch_tokens=8), seed=0
+        ),
         units=[],
         layers=1,
         dtype=torch.float32,
