@@ -131,7 +131,7 @@ def improve_factors(
                     factors = outcome.factors
             job.say(
                 f"5/6 recover: {outcome.steps} steps of {outcome.tokens} tokens, {outcome.tokens / texts.numel():.2g} times the "
-                f"text; KL divergence {outcome.first_divergence:.3f} to {outcome.last_divergence:.3f} nats on calibration text"
+                f"text; KL divergence {outcome.first_divergence:.3f} to {outcome.last_divergence:.3f} nats on it"
                 f"{reused(int(outcome.reused), 1)}"
             )
             done["recover"] = {
