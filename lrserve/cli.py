@@ -177,6 +177,7 @@ def calibrate(
     shard: Annotated[str, typer.Option(metavar="I/N", help="Which part: 2/8 is the second of eight.")] = ...,  # type: ignore[assignment]
     work: Annotated[Path, typer.Option(metavar="FOLDER", help="Work folder of the run that merges the shards.")] = ...,  # type: ignore[assignment]
     calibration: Annotated[str | None, typer.Option(metavar="TEXT", help="As of compress-and-export.")] = None,
+    export: Annotated[list[str] | None, typer.Option(metavar="NAME", help="As of compress-and-export.")] = None,
     target: Annotated[str | None, typer.Option(metavar="ENGINE", help="As of compress-and-export.")] = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="As of compress-and-export.")] = None,
     seed: Annotated[str | None, typer.Option(metavar="NUMBER", help="As of compress-and-export.")] = None,
@@ -196,6 +197,7 @@ def calibrate(
         {
             "MODEL": ("model", model),
             "--calibration": ("text.calibration", calibration),
+            "--export": ("export", export or None),
             "--target": ("engine.runtime", target),
             "--seed": ("seed", seed),
         },

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -22,6 +22,8 @@ from lrserve.pipeline.run import factorize_groups
 from lrserve.pipeline.stages import MODULES
 from lrserve.recipe import Recipe
 from lrserve.storage.work import WorkFolder
+
+_ENDINGS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def recover_in(task: dict[str, Any], team: Team) -> None:
@@ -41,12 +43,16 @@ def recover_in(task: dict[str, Any], team: Team) -> None:
 
 
 def _end(number: int, frame: object) -> None:
+    """End the process so that what was learnt is saved, which a second signal is not to interrupt."""
+    for each in _ENDINGS:
+        signal.signal(each, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
 def main(task: Path, index: int) -> None:
     """Join the others, by a file beside the task, and train."""
-    signal.signal(signal.SIGTERM, _end)
+    for number in _ENDINGS:
+        signal.signal(number, _end)
     found = json.loads(task.read_text(encoding="utf-8"))
     if torch.cuda.is_available():
         torch.cuda.set_device(index % torch.cuda.device_count())
@@ -57,8 +63,6 @@ def main(task: Path, index: int) -> None:
     except LrserveError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
     torch.distributed.destroy_process_group()
 
 

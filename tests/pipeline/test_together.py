@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,11 @@ def test_a_process_that_fails_ends_the_others_and_is_named(
     monkeypatch.setattr(together, "_WORKER", "lrserve.pipeline.nowhere")
     with pytest.raises(EngineError, match=r"process 0 of 2 of the recovery ended with code 1; the same command goes on from"):
         Run(place, folder, {"down": Level(64)}, recover_processes=2, **TOKENS).improved()
+
+
+def test_a_failure_is_noticed_while_others_run_and_ends_them() -> None:
+    workers = [subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sh", "-c", "exit 3"])]
+    assert together._first_failure(workers) == 1
+    together._end(workers)
+    assert [worker.returncode for worker in workers] == [-signal.SIGTERM, 3]
+    assert together._first_failure([subprocess.Popen(["true"])]) is None
