@@ -62,7 +62,7 @@ from lrserve.pipeline.job import Job, open_job
 from lrserve.pipeline.measure import DenseEngine, measure_layers, speed_model
 from lrserve.pipeline.probe import probe_units, ranks_probed
 from lrserve.pipeline.run import backpropagate, calibrate_blocks, factorize_groups
-from lrserve.pipeline.search import choose_windows, judge
+from lrserve.pipeline.search import choose_windows, judge, validation_on
 from lrserve.pipeline.stages import MODULES
 from lrserve.recipe import Recipe, Target, Workload
 from lrserve.report.card import table
@@ -205,7 +205,7 @@ class Bench:
     @cached_property
     def validation(self) -> Any:
         """The windows that trials are judged on."""
-        return choose_windows(self.job, self.merged, self.store, self.folder)[0]
+        return validation_on(self.job, choose_windows(self.job, self.merged, self.store, self.folder)[0])
 
     @cached_property
     def goal(self) -> Goal:

@@ -12,7 +12,8 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,6 +114,9 @@ def compress_and_export(
     recover: Annotated[
         str | None, typer.Option(metavar="MINUTES", help="Train the result against the dense model for so long [default: 0].")
     ] = None,
+    recover_tokens: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="The same, on so many tokens in place of minutes [default: 0].")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(metavar="ENGINE", help="Engine that measures the plans: vllm or onnx [default: vllm].")
     ] = None,
@@ -150,6 +154,7 @@ def compress_and_export(
         "--export": ("export", export or None),
         "--onnx-profile": ("engine.onnx_profile", onnx_profile),
         "--recover": ("factorization.recover_minutes", recover),
+        "--recover-tokens": ("factorization.recover_tokens", recover_tokens),
         "--target": ("engine.runtime", target),
         "--trials": ("search.trials", trials),
         "--choose": ("search.choose", choose),
@@ -162,11 +167,47 @@ def compress_and_export(
 
     from lrserve.pipeline.run import compress_and_export as run
 
-    try:
+    with _interruptible():
         run(settings, out, work=work, storage=storage, overwrite=overwrite, dry_run=dry_run)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from where it stopped", file=sys.stderr)
-        raise typer.Exit(130) from None
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str | None, typer.Argument(help=f"{_MODEL}; may stand in the recipe instead.")] = None,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Which part: 2/8 is the second of eight.")] = ...,  # type: ignore[assignment]
+    work: Annotated[Path, typer.Option(metavar="FOLDER", help="Work folder of the run that merges the shards.")] = ...,  # type: ignore[assignment]
+    calibration: Annotated[str | None, typer.Option(metavar="TEXT", help="As of compress-and-export.")] = None,
+    export: Annotated[list[str] | None, typer.Option(metavar="NAME", help="As of compress-and-export.")] = None,
+    target: Annotated[str | None, typer.Option(metavar="ENGINE", help="As of compress-and-export.")] = None,
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="As of compress-and-export.")] = None,
+    seed: Annotated[str | None, typer.Option(metavar="NUMBER", help="As of compress-and-export.")] = None,
+) -> None:
+    """Collect one shard of the calibration, to share it among machines.
+
+    Give the model, the text and the settings of the compress-and-export that will use it. Run all N shards, anywhere and in any
+    order. Each writes the folder shard-I-of-N below --work; copy those of other machines there. compress-and-export with that
+    --work merges them. If a shard is interrupted, repeat its command: it continues.
+    """
+    from lrserve.pipeline.shard import Shard
+    from lrserve.plugins.versions import require_compress
+
+    part = Shard.parse(shard)
+    settings = _recipe(
+        recipe,
+        {
+            "MODEL": ("model", model),
+            "--calibration": ("text.calibration", calibration),
+            "--export": ("export", export or None),
+            "--target": ("engine.runtime", target),
+            "--seed": ("seed", seed),
+        },
+    )
+    require_compress("calibrate")
+
+    from lrserve.pipeline.collect import calibrate_shard
+
+    with _interruptible():
+        calibrate_shard(settings, part, work)
 
 
 class _Engine(str, Enum):
@@ -379,6 +420,16 @@ def verify(out: Annotated[Path, typer.Argument(help="An artifact of lrserve.")],
     _print_json(found)
     if found["faults"]:
         raise typer.Exit(2)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turn Ctrl-C into one line and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from where it stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _recipe(path: Path | None, given: Mapping[str, tuple[str, Any]]) -> Recipe:

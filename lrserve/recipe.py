@@ -131,6 +131,10 @@ class Text(_Frozen):
     """Text on which the search judges plans; null cuts a tenth off the calibration text."""
     report: Annotated[str, "file or dataset"] | None = None
     """Text of the final perplexity, which neither calibration nor search sees; null cuts a tenth off the calibration text."""
+    recovery: Annotated[str, "file or dataset"] | None = None
+    """Text to recover on, for `factorization.recover_tokens`; a dataset is streamed, however many documents it has. null is all of
+    the calibration text.
+    """
 
     @model_validator(mode="after")
     def _all_shares_or_none(self) -> Text:
@@ -197,11 +201,37 @@ class Factorization(_Frozen):
     """Calibration tokens that `propagate` and `refine` see; null is a quarter of them."""
     recover_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False), "minutes"] = 0.0
     """Time to distil the dense model into the compressed one, at the same ranks, size and speed; `--recover`. 0 is none."""
+    recover_tokens: Annotated[int, Field(ge=0), "tokens"] = 0
+    """The same by tokens of text, in place of minutes; `--recover-tokens`. The learning rate falls with the tokens that are left.
+    0 is none.
+    """
+    recover_batch_tokens: Annotated[int, Field(ge=1), "tokens"] = 2048
+    """Tokens of one step of a recovery. A pass of the model takes `calibration.batch_tokens` of them at most."""
+    recover_recompute: bool = False
+    """Keep only the states between blocks for the backward passes of a recovery, and compute the others again: less memory, more
+    time (gradient checkpointing).
+    """
+
+    recover_processes: Annotated[int, Field(ge=1), "processes"] | None = None
+    """Processes of this machine that recover together, each on its part of the windows of a step; null is one for each GPU, and one
+    on a machine without.
+    """
+
+    @property
+    def recovers(self) -> bool:
+        """Whether there is a recovery."""
+        return bool(self.recover_minutes or self.recover_tokens)
 
     @property
     def refinement(self) -> Literal["none", "adam"]:
         """`refine`, with null resolved."""
-        return self.refine or ("none" if self.recover_minutes else "adam")
+        return self.refine or ("none" if self.recovers else "adam")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Factorization:
+        if self.recover_minutes and self.recover_tokens:
+            raise ValueError("give recover_minutes or recover_tokens, not both")
+        return self
 
     @model_validator(mode="after")
     def _steps_are_adams(self) -> Factorization:
@@ -338,6 +368,12 @@ class Recipe(_Frozen):
     """Renderings to write: `vllm` (a checkpoint, which transformers loads too), `onnx`, or those of other packages; `--export`."""
     seed: Annotated[int, Field(ge=0), "seed"] = 0
     """Seed of the calibration windows, the search and the prompts; `--seed`."""
+
+    @model_validator(mode="after")
+    def _recovery_has_a_size(self) -> Recipe:
+        if self.text.recovery is not None and not self.factorization.recover_tokens:
+            raise ValueError("text.recovery needs factorization.recover_tokens, which says how much of it to read")
+        return self
 
     @property
     def structure(self) -> Structure:

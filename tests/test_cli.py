@@ -50,7 +50,7 @@ def without_torch(*arguments: str, cwd: Path | None = None) -> subprocess.Comple
 
 
 ONNX = ("--target", "onnx", "--export", "onnx")  # whose engine starts in a second
-VERBS = ("compress-and-export", "generate", "serve", "bench", "eval", "inspect", "verify")
+VERBS = ("compress-and-export", "calibrate", "generate", "serve", "bench", "eval", "inspect", "verify")
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
@@ -149,6 +149,13 @@ def test_a_wrong_flag_or_setting_is_answered_before_torch_is_imported(arguments:
     assert shown.returncode == 2
     assert message in shown.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["3/2", "0/2", "2", "a/b", "1/2/3", "-1/2"])
+def test_a_wrong_shard_is_answered_before_torch_is_imported(part: str) -> None:
+    shown = without_torch("calibrate", "MODEL", "--work", "work", f"--shard={part}")
+    assert shown.returncode == 2
+    assert f"error: --shard: must be I/N with I from 1 to N, such as 2/8; got '{part}'" in shown.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

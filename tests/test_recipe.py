@@ -49,6 +49,11 @@ def test_a_structure_is_one_that_plans_know() -> None:
     [
         ({"factorization.refine": "none", "factorization.refine_steps": 3}, "factorization: refine_steps counts steps of Adam"),
         ({"factorization.recover_minutes": 1.0, "factorization.refine_steps": 3}, "refine is none"),
+        (
+            {"factorization.recover_minutes": 1.0, "factorization.recover_tokens": 8},
+            "give recover_minutes or recover_tokens, not both",
+        ),
+        ({"text.recovery": "owner/name"}, "the recipe: text.recovery needs factorization.recover_tokens"),
         ({"factorization.recover_minutes": float("inf")}, "factorization.recover_minutes: must be a finite number; got inf"),
         ({"target.ratio": 1.5}, "target.ratio: must be below 1; got 1.5"),
         ({"target.ratio": 0}, "target.ratio: must be above 0; got 0"),

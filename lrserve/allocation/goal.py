@@ -39,8 +39,9 @@ class Evaluated:
         only where the trial was stopped early, and `perplexity` is an estimate then.
     tokens_per_second: as the table of single layers predicts it.
     origin: the name of a base plan, `trial N`, or of a plan that stands for what users would serve instead.
-    trial: its number in the study; None for a plan that is no trial.
+    trial: its number in the study; None for a plan that is no trial of it.
     fits: whether its size is what was asked for.
+    usual: whether it is no trial of any study, but stands for what users would serve instead.
 
     A perplexity that is no number counts as infinite. Such a plan is `finite` no more: it is infeasible, and no rival of others.
     """
@@ -53,6 +54,7 @@ class Evaluated:
     nll: tuple[float, ...] = ()
     complete: bool = True
     fits: bool = True
+    usual: bool = False
 
     @property
     def finite(self) -> bool:

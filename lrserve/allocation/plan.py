@@ -171,7 +171,7 @@ class BudgetFit:
     """Fits plans of a fixed set of units into budgets, under one cost (None: parameters)."""
 
     def __init__(self, groups: Sequence[Group], offers: Offers, cost: Cost | None = None) -> None:
-        self.groups, self.structure, self._embedding = list(groups), offers.structure, offers.embedding
+        self.groups, self.structure, self.embedding = list(groups), offers.structure, offers.embedding
         cost = cost or parameter_cost(offers.structure)
         self._levels: dict[str, list[tuple[float, Level]]] = {}
         self._by_rank: dict[str, dict[Precision | None, list[tuple[float, Level]]]] = {}
@@ -210,7 +210,7 @@ class BudgetFit:
         return self._plan({name: min(levels, key=lambda found: found[0])[1] for name, levels in self._levels.items()})
 
     def _plan(self, levels: Mapping[str, Level]) -> Plan:
-        return Plan(dict(levels), self.structure, self._embedding)
+        return Plan(dict(levels), self.structure, self.embedding)
 
     def fit(self, shares: Mapping[str, float], budget: float, weights: Mapping[str, Precision | None] | None = None) -> Plan:
         """Return the plan that divides `budget` in proportion to shares of each unit's dense cost.

@@ -138,6 +138,11 @@ class SearchSpace:
         pairs = [(self.bases[0], speedup) for speedup in speedups] + [(base, speedups[0]) for base in self.bases[1:]]
         return {f"{base} {speedup:.3f}x": {**rows[base], "speedup": speedup} for base, speedup in pairs}
 
+    def holds(self, plan: Plan) -> bool:
+        """Whether a plan of another space with these inputs is made of what this one offers."""
+        offered = {name: {level for _, level in self.fit.levels(name)} for name in self._cell_of}
+        return plan.embedding == self.fit.embedding and all(plan.levels[name] in levels for name, levels in offered.items())
+
     def budget(self) -> float:
         """Parameters or bytes that a plan may have, under a target that counts them."""
         kept = 1 - self._target.ratio if self._target.ratio else (self._target.max_bytes or 1.0)

@@ -20,6 +20,8 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,12 +33,14 @@ from lrserve.allocation.database import connect, in_file, quietly
 from lrserve.allocation.goal import Evaluated, Goal
 from lrserve.allocation.plan import Plan
 from lrserve.allocation.quality import Judgement
+from lrserve.allocation.shared import Shared
 from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.speed import SpeedModel
 from lrserve.recipe import Search
 
 _LIVE: Final = (TrialState.COMPLETE, TrialState.RUNNING)
 _FEWEST_TRIALS = 8  # for importances
+_SHORT = 6  # characters of the name of a machine, for people
 _BEST = 0.25  # quantile of the trials that are told from the others: a tenth, as is usual, would be two of 24
 
 STUDY = "lrserve"
@@ -52,7 +56,7 @@ def run_study(
     speed: SpeedModel,
     evaluate: Evaluate,
     search: Search,
-    storage: Path | tuple[str, str],
+    storage: Path | Shared,
     *,
     seed: int,
     progress: Callable[[int, Evaluated | None], None] = lambda done, last: None,
@@ -60,32 +64,57 @@ def run_study(
     """Run or resume the study until it has `search.trials` finished trials, and return them in order.
 
     A trial that an earlier process died in is marked as failed; the finished ones are kept. A plan that was judged before is not
-    judged again.
+    judged again. Of a shared search, what was judged on other kinds of machines follows (`judged_elsewhere`).
 
     Args:
         space, goal, speed: where plans come from, what is optimised, and how fast plans are predicted to be.
         evaluate: judges a plan.
         search: number of trials and sampler.
-        storage: a SQLite file, private to these inputs; or the URL of a database and the study's name in it, which several
-            workers with these inputs share.
+        storage: a SQLite file, private to these inputs; or where workers with these inputs share a search.
         seed: of the samplers.
         progress: called after each trial with the number of finished ones.
     """
-    shared = not isinstance(storage, Path)
-    name, place = (STUDY, storage) if isinstance(storage, Path) else (storage[1], storage[0])
-    study = open_study(name, place, goal.metrics)
+    others: Callable[[], list[Evaluated]] = list
+    if isinstance(storage, Path):
+        study, salt = open_study(STUDY, storage, goal.metrics), 0
+    else:
+        backend = connect(storage.url)
+        study, salt = open_study(storage.name, backend, goal.metrics), worker_salt()
+        others = partial(judged_elsewhere, storage, backend, space, speed)
     first = list(space.first_trials().items())
-    salt = worker_salt() if shared else 0
-    done = finished(study)
+    done, elsewhere = finished(study), others()
     progress(len(done), None)
     while len(done) < search.trials:
         index = live(study)
         sampler = _sampler(search.sampler, seed * 1_000_003 + salt + index, len(space.bases))
         origin, parameters = first[index] if index < len(first) else ("", None)
-        run_trial(study, sampler, parameters, _objective(space, goal, speed, evaluate, done), origin)
-        done = finished(study)
+        run_trial(study, sampler, parameters, _objective(space, goal, speed, evaluate, [*elsewhere, *done]), origin)
+        done, elsewhere = finished(study), others()
         progress(len(done), done[-1])
-    return done[: search.trials]
+    return [*done[: search.trials], *elsewhere]
+
+
+def judged_elsewhere(place: Shared, backend: Any, space: SearchSpace, speed: SpeedModel) -> list[Evaluated]:
+    """Return what workers on other kinds of machines found of plans that can be used here.
+
+    Their speeds are predicted anew, for this machine. Trials that were stopped early are left out: what was faster than them there
+    may be slower here.
+
+    Args:
+        place: where they share the search.
+        backend: the database there, opened (`connect`).
+        space, speed: of this machine.
+    """
+    found = []
+    for name in optuna.get_all_study_names(backend):
+        if name == place.name or not name.startswith(place.studies):
+            continue
+        machine = name.removeprefix(place.studies)[:_SHORT]
+        for trial in finished(optuna.load_study(study_name=name, storage=backend)):
+            if trial.complete and trial.finite and space.holds(trial.plan):
+                here, origin = speed.tokens_per_second(trial.plan), f"{trial.origin} on machine {machine}"
+                found.append(replace(trial, tokens_per_second=here, origin=origin, trial=None))
+    return found
 
 
 def _objective(
@@ -152,18 +181,15 @@ def finished(study: optuna.Study) -> list[Evaluated]:
     ]
 
 
-def study_of(storage: Path | tuple[str, str]) -> optuna.Study:
+def study_of(storage: Path | Shared) -> optuna.Study:
     """Load a study from where `run_study` keeps it."""
-    name, place = (STUDY, in_file(storage)) if isinstance(storage, Path) else (storage[1], storage[0])
+    name, place = (STUDY, in_file(storage)) if isinstance(storage, Path) else (storage.name, storage.url)
     return optuna.load_study(study_name=name, storage=place)
 
 
-def copy_study(storage: Path | tuple[str, str], path: Path) -> None:
-    """Copy a study into a SQLite file of its own, named `STUDY`."""
-    if isinstance(storage, Path):
-        path.write_bytes(storage.read_bytes())
-    else:
-        optuna.copy_study(from_study_name=storage[1], from_storage=storage[0], to_storage=in_file(path), to_study_name=STUDY)
+def copy_study(shared: Shared, path: Path) -> None:
+    """Copy a shared study into a SQLite file of its own, named `STUDY`."""
+    optuna.copy_study(from_study_name=shared.name, from_storage=shared.url, to_storage=in_file(path), to_study_name=STUDY)
 
 
 def time_spent(study: optuna.Study) -> dict[str, float]:
@@ -196,26 +222,28 @@ def importances(study: optuna.Study, goal: Goal) -> dict[str, dict[str, float]]:
     return result
 
 
-def open_study(name: str, storage: Path | str, metrics: Mapping[str, str] | None = None) -> optuna.Study:
+def open_study(name: str, storage: Any, metrics: Mapping[str, str] | None = None) -> optuna.Study:
     """Make or load a study.
 
     Args:
         name: of the study.
-        storage: a SQLite file that this process alone uses; trials that an earlier one died in are marked as failed. Or the URL of
-            a database whose study several processes share; trials there fail when their worker's heartbeat stops for four minutes.
+        storage: a SQLite file that this process alone uses; trials that an earlier one died in are marked as failed. Or a database
+            whose study several processes share, by its URL or opened (`connect`); trials there fail when their worker's heartbeat
+            stops for four minutes.
         metrics: names and directions of the objectives; one value to minimise when None.
 
     Raises:
         InputError: no database at the URL, or no driver for it.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns, with a trace, of every trial that Ctrl-C or an error ends
+    private = isinstance(storage, Path)
     directions: list[Any] = list(metrics.values()) if metrics else ["minimize"]
     with quietly():
-        backend = connect(storage) if isinstance(storage, str) else in_file(storage)
+        backend = connect(storage) if isinstance(storage, str) else in_file(storage) if private else storage
         study = optuna.create_study(study_name=name, storage=backend, directions=directions, load_if_exists=True)
         if metrics:
             study.set_metric_names(list(metrics))
-    if not isinstance(storage, str):
+    if private:
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
     return study

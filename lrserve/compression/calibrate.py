@@ -10,6 +10,9 @@
 
 Memory: the model, one block's accumulators and one batch, whatever the depth. A block is also refused to run on statistics that
 are not finite.
+
+Pools are independent, and statistics are sums over them: several passes, each over some of the pools, give with `partial` the sums
+of theirs, and `merge_statistics` the statistics of all.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from lrserve.errors import CalibrationError
 from lrserve.storage.store import publish, write_tensors
 
 _FIELDS = ("C", "mu", "pool_means", "pool_tokens")
+_SUMS = ("scatter", "sums", "sizes")  # of `CovarianceAccumulator.state`
 
 
 class PassThrough(nn.Module):
@@ -173,6 +178,7 @@ def calibrate(
     *,
     pool_sequences: int,
     batch_tokens: int,
+    partial: bool = False,
     collect: bool = True,
     token_weights: Callable[[Group], torch.Tensor] | None = None,
     progress: Callable[[int], None] = lambda done: None,
@@ -186,6 +192,7 @@ def calibrate(
         folder: private to this pass; what is found there must come from the same model and windows.
         pool_sequences: sequences in one pool.
         batch_tokens: tokens in one forward pass, rounded down to whole sequences within a pool.
+        partial: publish what `merge_statistics` merges, in place of statistics.
         token_weights: weights (sequences, length) of each token in the statistics of a group; None weighs all alike.
         collect: False runs the same forward passes without collecting, for measuring what collecting costs.
         progress: called with the number of blocks that are done.
@@ -216,13 +223,13 @@ def calibrate(
                 yield first, last, last == end
 
     if start == 0:
-        partial = folder / "hidden.partial"
-        states = memory_map(partial, shape, dtype)
+        unfinished = folder / "hidden.partial"
+        states = memory_map(unfinished, shape, dtype)
         receiver = Receiver()
         for first, last, _ in pooled_batches():
             receiver.put(states[first:last], embed(model, layers, windows[first:last].to(device)))
         receiver.finish()
-        publish(partial, states_path(folder, 0))
+        publish(unfinished, states_path(folder, 0))
     progress(start)
     for index in range(start, len(layers)):
         block = layers[index]
@@ -234,8 +241,8 @@ def calibrate(
                 feeds.append(_Feed(accumulators[group.name], token_weights and token_weights(group)))
                 hooks.append(model.get_submodule(group.members[0]).register_forward_pre_hook(feeds[-1]))
         before = memory_map(states_path(folder, index), shape, dtype)
-        partial = folder / "hidden.partial"
-        after = memory_map(partial, shape, dtype)
+        unfinished = folder / "hidden.partial"
+        after = memory_map(unfinished, shape, dtype)
         receiver, inputs = Receiver(), sent((before[first:last] for first, last, _ in pooled_batches()), device)
         try:
             for (first, last, pool_ends), x in zip(pooled_batches(), inputs, strict=True):
@@ -249,9 +256,14 @@ def calibrate(
         finally:
             for handle in hooks:
                 handle.remove()
-        publish(partial, states_path(folder, index + 1))
+        publish(unfinished, states_path(folder, index + 1))
         if collect:
-            _publish(statistics_path(folder, index), {name: a.finish() for name, a in accumulators.items()})
+            statistics = {name: accumulator.finish() for name, accumulator in accumulators.items()}  # which are finite
+            if partial:
+                sums = {f"{name}.{field}": s for name, a in accumulators.items() for field, s in a.state().items()}
+                write_tensors(statistics_path(folder, index), sums)
+            else:
+                _publish(statistics_path(folder, index), statistics)
         states_path(folder, index).unlink()
         progress(index + 1)
     states_path(folder, len(layers)).unlink()
@@ -265,6 +277,42 @@ def _publish(path: Path, statistics: dict[str, Covariance]) -> None:
             value = getattr(covariance, field).cpu()
             tensors[f"{name}.{field}"] = value.float() if value.is_floating_point() else value
     write_tensors(path, tensors)
+
+
+def merge_statistics(
+    parts: Sequence[Path], groups: Sequence[Group], folder: Path, *, progress: Callable[[int], None] = lambda done: None
+) -> int:
+    """Merge what passes with `partial` over disjoint pools left, one file per block; blocks that are already there are kept.
+
+    The statistics are those of one pass over all the pools, but for the order in which float64 numbers are added. Memory: two
+    accumulators of one group.
+
+    Args:
+        parts: the folders of these passes, in the order of their pools.
+        groups: the model's groups.
+        folder: where the statistics go; private to these inputs.
+        progress: called with the number of blocks that are done.
+
+    Returns:
+        The number of blocks that were there.
+    """
+    reused = 0
+    for done, (layer, members) in enumerate(groupby(groups, key=lambda group: group.layer), 1):
+        path = statistics_path(folder, layer)
+        if path.is_file():
+            reused += 1
+        else:
+            _publish(path, {group.name: _merged([statistics_path(part, layer) for part in parts], group) for group in members})
+        progress(done)
+    return reused
+
+
+def _merged(paths: Sequence[Path], group: Group) -> Covariance:
+    whole = CovarianceAccumulator(group.n)
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            whole.merge(CovarianceAccumulator.from_state({field: file.get_tensor(f"{group.name}.{field}") for field in _SUMS}))
+    return whole.finish()
 
 
 def read_statistics(folder: Path, group: Group) -> Covariance:

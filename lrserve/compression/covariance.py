@@ -17,7 +17,7 @@ wider inputs in float64; across pools everything is float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -148,6 +148,23 @@ class CovarianceAccumulator:
             return
         self._sizes.append(self._pool.tokens)
         self._sums.append(self._pool.take(self._M2))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Close the open pool and return what `from_state` needs, on the CPU.
+
+        `scatter` (n, n), the upper triangle of M2, and `sums` (pools, n) in float64, and `sizes` (pools,) int64.
+        """
+        self.close_pool()
+        sums = torch.stack(self._sums) if self._sums else self._M2.new_zeros(0, self.n)
+        return {"scatter": self._M2.cpu(), "sums": sums.cpu(), "sizes": torch.tensor(self._sizes, dtype=torch.int64)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, torch.Tensor]) -> CovarianceAccumulator:
+        """Return an accumulator of the closed pools that gave a `state`, on the CPU."""
+        found = cls(state["scatter"].shape[0])
+        found._M2 = state["scatter"].clone()
+        found._sums, found._sizes = list(state["sums"]), state["sizes"].tolist()
+        return found
 
     def merge(self, other: CovarianceAccumulator) -> None:
         """Add another accumulator's pools behind this one's; both open pools are closed first."""

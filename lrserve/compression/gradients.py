@@ -15,6 +15,7 @@ Memory: the model, the activations of one batch, and 4 bytes per entry of every 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -112,6 +113,7 @@ def collect_gradients(
     *,
     batch_tokens: int,
     seed: int,
+    first: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> int:
     """Collect every group's gradient moment into `folder`; resumes where it last saved.
@@ -123,6 +125,8 @@ def collect_gradients(
         folder: private to these inputs.
         batch_tokens: tokens in one forward and backward pass, rounded down to whole sequences.
         seed: of the labels, which depend on the batches too.
+        first: index of the first of the windows among those of which several passes each see some, whole batches; what they leave
+            is for `merge_gradients`, and the labels are those of one pass over all.
         progress: called with the number of windows that are done.
 
     Returns:
@@ -137,7 +141,7 @@ def collect_gradients(
     length = windows.shape[1]
     batch = max(1, batch_tokens // length)
     path = folder / _FILE
-    reused, saved = _windows_done(path), {}
+    reused, saved = windows_done(folder), {}
     if reused:
         saved = load_file(path)
     progress(reused)
@@ -159,7 +163,7 @@ def collect_gradients(
             for power in powers.values():
                 power.first = start
             try:
-                _backward(model, windows[start:done].to(device), seed * 1_000_003 + start)
+                _backward(model, windows[start:done].to(device), seed * 1_000_003 + first + start)
             except torch.OutOfMemoryError as error:
                 raise CalibrationError(
                     f"the backward passes do not fit in the device's memory ({error}); lower calibration.batch_tokens, or set "
@@ -182,7 +186,30 @@ def collect_gradients(
     return reused
 
 
-def _windows_done(path: Path) -> int:
+def merge_gradients(parts: Sequence[Path], folder: Path) -> None:
+    """Merge the moments of passes over disjoint windows, of the folders `parts` in the order of the windows, into `folder`.
+
+    They are those of one pass over all windows, but for the order in which float32 numbers are added.
+    """
+    merged: dict[str, torch.Tensor] = {}
+    counts = Counter[str]()
+    for part in parts:
+        path = part / _FILE
+        with safe_open(path, framework="pt") as file:
+            counts.update({key: int(value) for key, value in file.metadata().items()})
+        for name, tensor in load_file(path).items():
+            if name not in merged:
+                merged[name] = tensor
+            elif name.endswith(f".{_TOKENS}"):
+                merged[name] = torch.cat([merged[name], tensor])
+            else:
+                merged[name] += tensor
+    write_tensors(folder / _FILE, merged, {key: str(value) for key, value in counts.items()})
+
+
+def windows_done(folder: Path) -> int:
+    """Return how many windows the moments in a folder are of."""
+    path = folder / _FILE
     if not path.is_file():
         return 0
     with safe_open(path, framework="pt") as file:

@@ -3,15 +3,17 @@
 The student is the dense model with trainable factors (training.py) or, where weights are rounded, the compressed model with what
 can be trained of it (repair.py). The loss is KL(teacher || student) per token, on calibration text that neither the search's
 validation nor the report sees. Three economies make minutes count:
-- Windows are short (`_LENGTH`): attention and its backward pass are a third of the cost at 512 tokens, and little of what
+- Windows are short (`LENGTH`): attention and its backward pass are a third of the cost at 512 tokens, and little of what
   compression broke is far away.
 - The output layer, a fifth of a small model, runs on every second token only: its gradient is formed in closed form from
   both models' probabilities, row block by row block, so the vocabulary is never in memory for a whole batch.
-- The learning rate falls with the time that is left, so the last state is always the one to take.
+- The learning rate falls with what is left of the budget, minutes or tokens, so the last state is always the one to take.
 
 Text counts as well as minutes: what a second pass over the same windows gains on them is not seen on other text (docs/methods.md).
 
-Time decides how many steps are taken, so the result depends on the machine; the order of the text and the tokens drawn do not.
+With minutes for a budget the machine decides how many steps are taken. With tokens, steps and learning rates are the same
+everywhere; so are, with both, the order of the text and the tokens drawn. Several processes (team.py) share the windows of each
+step: gradients are sums over tokens, so the steps are those of one process.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -30,14 +33,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lrserve.compression.factorize import FactorSource
-from lrserve.compression.groups import Group
+from lrserve.compression.groups import Group, family_of
 from lrserve.compression.logits import logits_of
+from lrserve.compression.team import ALONE, Team
 from lrserve.compression.training import TrainedFactors, install_trainable
 from lrserve.errors import NotFiniteError
 from lrserve.storage.store import atomic_path, write_tensors
 
-_LENGTH: Final = 256  # tokens per window
-_BATCH_TOKENS: Final = 2048
+LENGTH: Final = 256
+"""Tokens per window."""
 _TOKEN_SHARE: Final = 0.5  # of the tokens whose loss is formed
 _LEARNING_RATE: Final = 1.5e-4
 _BETAS: Final = (0.9, 0.95)
@@ -46,7 +50,34 @@ _FLOOR: Final = 0.02  # of the learning rate
 _ROWS: Final = 256  # tokens whose logits, of both models, are in memory at once
 _CACHED_ROWS: Final = 16  # tokens whose probabilities are formed at once
 _SAVE_SECONDS: Final = 120.0
+_FINISHED: Final = "factors.safetensors"
 _AVERAGED: Final = 20  # steps whose divergence is averaged for the outcome
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train, and in which portions.
+
+    seconds, tokens: the budget, one of them; the other is 0.
+    batch_tokens: of a step.
+    pass_tokens: of one forward and backward pass; a step takes as many passes as it needs.
+    recompute: keep only the states between blocks for the backward pass, and compute all others anew there.
+    """
+
+    seconds: float = 0.0
+    tokens: int = 0
+    batch_tokens: int = 2048
+    pass_tokens: int = 4096
+    recompute: bool = False
+
+    @property
+    def budget(self) -> float:
+        """Seconds or tokens to spend."""
+        return self.tokens or self.seconds
+
+    def spent(self, state: _Progress) -> float:
+        """Return the share of the budget that is spent, 1 at the end."""
+        return min(1.0, (state.tokens if self.tokens else state.seconds) / self.budget)
 
 
 class Student(Protocol):
@@ -54,13 +85,13 @@ class Student(Protocol):
 
     @property
     def model(self) -> Any:
-        """The model that it is, or is computed from: the owner of the output layer."""
+        """The model that it is, or is computed from."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return what learns."""
 
-    def hidden(self, windows: torch.Tensor) -> torch.Tensor:
-        """Return the last hidden states (windows, length, width) of tokens (windows, length)."""
+    def applied(self, run: Callable[[], float]) -> float:
+        """Call `run`, in which the model runs forwards and backwards by what is learnt, and return what it returns."""
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs to go on."""
@@ -82,8 +113,8 @@ class _FactorStudent:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self._trainable.values() for parameter in group.parameters()]
 
-    def hidden(self, windows: torch.Tensor) -> torch.Tensor:
-        return last_hidden_states(self.model, windows)
+    def applied(self, run: Callable[[], float]) -> float:
+        return run()
 
     def state(self) -> dict[str, Any]:
         return {name: group.state_dict() for name, group in self._trainable.items()}
@@ -97,10 +128,11 @@ class _FactorStudent:
 
 
 class Distilled(NamedTuple):
-    """What a student learnt, in how many steps, and the mean KL divergence in nats over the first and the last of them."""
+    """What a student learnt, in how many steps and tokens, and the mean KL divergence in nats over the first and last steps."""
 
     tensors: dict[str, torch.Tensor]
     steps: int
+    tokens: int
     first_divergence: float
     last_divergence: float
     reused: bool
@@ -112,6 +144,7 @@ class Recovered:
 
     factors: TrainedFactors
     steps: int
+    tokens: int
     first_divergence: float
     last_divergence: float
     reused: bool
@@ -119,8 +152,9 @@ class Recovered:
 
 @dataclass
 class _Progress:
-    seconds: float
-    divergences: list[float]
+    seconds: float = 0.0
+    tokens: int = 0
+    divergences: list[float] = field(default_factory=list)
 
 
 def recover(
@@ -131,8 +165,9 @@ def recover(
     windows: torch.Tensor,
     folder: Path,
     *,
-    seconds: float,
+    schedule: Schedule,
     seed: int,
+    team: Team = ALONE,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Recovered:
     """Train the factors of a plan that rounds nothing.
@@ -142,14 +177,13 @@ def recover(
         student: a second copy of it; its factorized linears are replaced by trainable factors.
         ranks: the factorized groups and their ranks.
         source: the factors to start from.
-        windows, folder, seconds, seed, progress: as of `distil`.
+        windows, folder, schedule, seed, team, progress: as of `distil`.
 
     Raises:
         NotFiniteError: the divergence is no longer finite.
     """
-    found = distil(
-        teacher, lambda: _FactorStudent(student, ranks, source), windows, folder, seconds=seconds, seed=seed, progress=progress
-    )
+    how: dict[str, Any] = {"schedule": schedule, "seed": seed, "team": team, "progress": progress}
+    found = distil(teacher, lambda: _FactorStudent(student, ranks, source), windows, folder, **how)
     return Recovered(TrainedFactors.from_tensors(found.tensors), *found[1:])
 
 
@@ -159,73 +193,101 @@ def distil(
     windows: torch.Tensor,
     folder: Path,
     *,
-    seconds: float,
+    schedule: Schedule,
     seed: int,
+    team: Team = ALONE,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Distilled:
-    """Train a student for a time; an interrupted run goes on from its last save, at most two minutes back.
+    """Train a student by a schedule; an interrupted run goes on from its last save, at most two minutes back.
 
     Args:
         teacher: the dense model.
         make: builds the student, unless a finished run is found.
         windows: calibration tokens, int64 (sequences, length).
-        folder: private to these inputs.
-        seconds: time to spend, without what an interruption lost.
+        folder: private to these inputs; the processes of a team share it.
+        schedule: the budget, in which what an interruption lost does not count, and its portions.
         seed: of the order of the text and of the tokens drawn.
-        progress: called with the seconds spent.
+        team: the processes that train together; all are given the same, and have the same result.
+        progress: called with the seconds or tokens that are spent.
 
     Raises:
         NotFiniteError: the divergence is no longer finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done = folder / "factors.safetensors"
-    if done.is_file():
+    done = folder / _FINISHED
+    if is_finished(folder):
         with safe_open(done, framework="pt") as file:
             outcome = json.loads(file.metadata()["outcome"])
-        progress(round(seconds))
+        progress(round(schedule.budget))
         return Distilled(load_file(done), reused=True, **outcome)
     teacher.requires_grad_(False)
     student = make()
-    device = next(teacher.parameters()).device
-    optimizer = torch.optim.AdamW(student.parameters(), lr=_LEARNING_RATE, betas=_BETAS, weight_decay=0.0, fused=True)
-    state = _Progress(seconds=0.0, divergences=[])
+    if schedule.recompute:
+        _recompute_blocks(student.model)
+    device, learning = next(teacher.parameters()).device, list(student.parameters())
+    optimizer = torch.optim.AdamW(learning, lr=_LEARNING_RATE, betas=_BETAS, weight_decay=0.0, fused=True)
+    state = _Progress()
     checkpoint = folder / "state.pt"
     if checkpoint.is_file():
         _restore(checkpoint, student, optimizer, state)
+    team.wait()  # all have read it before the first writes the next
     texts = _texts(windows)
-    batch = min(max(1, _BATCH_TOKENS // texts.shape[1]), len(texts))
+    batch = min(max(1, schedule.batch_tokens // texts.shape[1]), len(texts))
     began, saved = time.monotonic() - state.seconds, state.seconds
     try:
-        while state.seconds < seconds:
+        while (spent := schedule.spent(state)) < 1:
             step = len(state.divergences)
-            rate = min(1.0, (step + 1) / _WARMUP_STEPS) * max(_FLOOR, 1 - state.seconds / seconds)
+            rate = min(1.0, (step + 1) / _WARMUP_STEPS) * max(_FLOOR, 1 - spent)
             for group in optimizer.param_groups:
                 group["lr"] = _LEARNING_RATE * rate
-            drawn = _batch(texts, step, batch, seed).to(device)
-            divergence = _backward(teacher, student.model, drawn, seed + step, student.hidden)
+            drawn = _batch(texts, step, batch, seed)
+            divergence = _accumulate(teacher, student, drawn, seed + step, schedule.pass_tokens, team)
+            elapsed = time.monotonic() - began if team.index == 0 else 0.0
+            team.add_up([common := torch.tensor([divergence, elapsed], dtype=torch.float64, device=device)])
+            divergence, elapsed = common.tolist()
             if not math.isfinite(divergence):
                 raise NotFiniteError(
                     f"recovery: the divergence is {divergence} after {step} steps; try bfloat16, or leave --recover out"
                 )
+            team.add_up_gradients(learning)
             optimizer.step()
             optimizer.zero_grad()
             state.divergences.append(divergence)
-            state.seconds = time.monotonic() - began
-            progress(round(min(state.seconds, seconds)))
+            state.seconds, state.tokens = elapsed, state.tokens + drawn.numel()
+            progress(round(schedule.budget * schedule.spent(state)))
             if state.seconds - saved > _SAVE_SECONDS:
-                _save(checkpoint, student, optimizer, state)
+                _save(checkpoint, student, optimizer, state, team)
                 saved, began = state.seconds, time.monotonic() - state.seconds  # saving is not training
     except (KeyboardInterrupt, SystemExit):
-        _save(checkpoint, student, optimizer, state)
+        _save(checkpoint, student, optimizer, state, team)
         raise
     tensors = student.tensors()
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise NotFiniteError("recovery: a factor is not finite; leave --recover out")
     found = state.divergences
-    outcome = {"steps": len(found), "first_divergence": _mean(found[:_AVERAGED]), "last_divergence": _mean(found[-_AVERAGED:])}
-    write_tensors(done, tensors, {"outcome": json.dumps(outcome)})
-    checkpoint.unlink(missing_ok=True)
+    outcome = {
+        "steps": len(found),
+        "tokens": state.tokens,
+        "first_divergence": _mean(found[:_AVERAGED]),
+        "last_divergence": _mean(found[-_AVERAGED:]),
+    }
+    if team.index == 0:
+        write_tensors(done, tensors, {"outcome": json.dumps(outcome)})
+        checkpoint.unlink(missing_ok=True)
+    team.wait()
     return Distilled(tensors, reused=False, **outcome)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether `distil` has finished in a folder: it then needs neither the teacher nor the student."""
+    return (folder / _FINISHED).is_file()
+
+
+def _recompute_blocks(model: Any) -> None:
+    """Let a model keep only the states between its decoder blocks for the backward pass (Chen et al., arXiv 1604.06174)."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for block in model.get_submodule(family_of(model.config).layers):
+        block.training = True  # which transformers asks for; not the modules in it, so there is no dropout
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -234,20 +296,25 @@ def _mean(values: Sequence[float]) -> float:
 
 def _texts(windows: torch.Tensor) -> torch.Tensor:
     """Cut windows (sequences, length) into shorter ones; a token that all of them begin with (BOS) begins every piece."""
+    if windows.shape[1] <= LENGTH:  # perhaps a map of a file, which is larger than memory
+        return windows
     begins = windows[:, :1]
     head = begins[:1] if len(windows) > 1 and bool((begins == begins[0]).all()) else begins[:1, :0]
     body = windows[:, head.shape[1] :]
-    length = min(_LENGTH - head.shape[1], body.shape[1])
+    length = min(LENGTH - head.shape[1], body.shape[1])
     pieces = body[:, : body.shape[1] // length * length].reshape(-1, length)
     return torch.cat([head.expand(len(pieces), -1), pieces], dim=1)
 
 
 def _batch(texts: torch.Tensor, step: int, batch: int, seed: int) -> torch.Tensor:
     """Return a step's windows: every text once before any comes again, in another order each time."""
-    per_epoch = len(texts) // batch
-    epoch, index = divmod(step, per_epoch)
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return texts[order[index * batch : (index + 1) * batch]]
+    epoch, index = divmod(step, len(texts) // batch)
+    return texts[_order(len(texts), seed * 1_000_003 + epoch)[index * batch : (index + 1) * batch]].long()
+
+
+@lru_cache(maxsize=1)  # of an epoch
+def _order(count: int, seed: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def last_hidden_states(model: Any, windows: torch.Tensor) -> torch.Tensor:
@@ -257,26 +324,37 @@ def last_hidden_states(model: Any, windows: torch.Tensor) -> torch.Tensor:
 
 
 @torch.enable_grad()
-def _backward(
-    teacher: Any, student: Any, windows: torch.Tensor, seed: int, run: Callable[[torch.Tensor], torch.Tensor] | None = None
-) -> float:
-    """Run one batch forwards and backwards; returns the mean KL divergence of the drawn tokens.
+def _accumulate(teacher: Any, student: Student, windows: torch.Tensor, seed: int, pass_tokens: int, team: Team) -> float:
+    """Add the gradients of this process's part of a step's windows to those of what learns.
 
-    `run` gives the student's last hidden states where its own forward pass does not.
+    Returns the sum of its tokens' KL divergences, over the number of tokens that all processes together draw.
     """
+    length, device = windows.shape[1], next(teacher.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(windows.numel(), generator=generator)[: max(1, int(_TOKEN_SHARE * windows.numel()))]
+    own = team.part(len(windows))
+    total = 0.0
+    for start in own[:: max(1, pass_tokens // length)]:
+        part = windows[start : min(start + max(1, pass_tokens // length), own.stop)]
+        rows = drawn - start * length
+        rows = rows[(rows >= 0) & (rows < part.numel())].to(device)
+        total += student.applied(partial(_backward, teacher, student.model, part.to(device), rows))
+    return total / len(drawn)
+
+
+def _backward(teacher: Any, student: Any, windows: torch.Tensor, rows: torch.Tensor) -> float:
+    """Run some windows (windows, length) forwards and backwards; returns the sum of the KL divergences of their tokens `rows`."""
     with torch.no_grad():
         wanted = last_hidden_states(teacher, windows).flatten(0, 1)
-    hidden = (last_hidden_states(student, windows) if run is None else run(windows)).flatten(0, 1)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(len(hidden), generator=generator)[: max(1, int(_TOKEN_SHARE * len(hidden)))].to(hidden.device)
+    hidden = last_hidden_states(student, windows).flatten(0, 1)
     gradient = torch.zeros_like(hidden)
     total = 0.0
-    for rows in torch.split(drawn, _ROWS):
-        divergence, part = _divergence(teacher, student, wanted[rows], hidden.detach()[rows])
+    for some in torch.split(rows, _ROWS):
+        divergence, part = _divergence(teacher, student, wanted[some], hidden.detach()[some])
         total += divergence
-        gradient[rows] = part  # not over the number of tokens: Adam does not mind, and float16 would lose it
+        gradient[some] = part  # not over the number of tokens: Adam does not mind, and float16 would lose it
     hidden.backward(gradient)
-    return total / len(drawn)
+    return total
 
 
 def _divergence(teacher: Any, student: Any, wanted: torch.Tensor, hidden: torch.Tensor) -> tuple[float, torch.Tensor]:
@@ -296,7 +374,10 @@ def _divergence(teacher: Any, student: Any, wanted: torch.Tensor, hidden: torch.
     return divergence, gradient
 
 
-def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, state: _Progress) -> None:
+def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, state: _Progress, team: Team = ALONE) -> None:
+    """Keep what a run needs to go on; of a team, whose processes hold the same, the first does so."""
+    if team.index:
+        return
     saved = {"groups": student.state(), "optimizer": optimizer.state_dict(), "progress": asdict(state)}
     with atomic_path(path) as partial, partial.open("wb") as file:
         try:
@@ -311,4 +392,5 @@ def _restore(path: Path, student: Student, optimizer: torch.optim.Optimizer, sta
     saved = torch.load(path, map_location="cpu", weights_only=True)
     student.restore(saved["groups"])
     optimizer.load_state_dict(saved["optimizer"])
-    state.seconds, state.divergences = saved["progress"]["seconds"], list(saved["progress"]["divergences"])
+    for name, value in saved["progress"].items():
+        setattr(state, name, value)

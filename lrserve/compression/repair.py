@@ -28,10 +28,11 @@ from lrserve.compression.calibrate import run_block
 from lrserve.compression.groups import Group, family_of
 from lrserve.compression.layers import Matrix, ResidualFactor
 from lrserve.compression.level import SCHEMES, Level, Scheme
-from lrserve.compression.recover import Distilled, distil
+from lrserve.compression.recover import Distilled, Schedule, distil
 from lrserve.compression.refine import train
 from lrserve.compression.residual import rounded_factors
 from lrserve.compression.sequential import Streams, walk_blocks
+from lrserve.compression.team import ALONE, Team
 from lrserve.errors import CalibrationError
 
 _SCALE_UNIT: Final = 160.0  # of a scale's relative change, over the number of positive values that can be stored
@@ -245,21 +246,33 @@ def repair(
     return repairs
 
 
+class _Around(nn.Module):
+    """Holds a model while something is done with it: what `functional_call` substitutes stays until the backward pass has ended."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, run: Callable[[], float]) -> float:
+        """Do it."""
+        return run()
+
+
 class _RoundedStudent:
     """A compressed model whose masters learn."""
 
     def __init__(self, model: Any, changed: Changed) -> None:
         self.model = model.requires_grad_(False)
         self._masters = Masters(model, changed, whole=True)
+        self._around = _Around(model)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self._masters.parameters()
 
-    def hidden(self, windows: torch.Tensor) -> torch.Tensor:
-        base = self.model.base_model
-        substitutes = self._masters(f"{self.model.base_model_prefix}.")
-        states: torch.Tensor = functional_call(base, substitutes, (), {"input_ids": windows, "use_cache": False}).last_hidden_state
-        return states
+    def applied(self, run: Callable[[], float]) -> float:
+        substitutes = {f"model.{name}": tensor for name, tensor in self._masters().items()}
+        found: float = functional_call(self._around, substitutes, (run,))
+        return found
 
     def state(self) -> dict[str, Any]:
         return self._masters.state_dict()
@@ -278,17 +291,18 @@ def recover_rounded(
     windows: torch.Tensor,
     folder: Path,
     *,
-    seconds: float,
+    schedule: Schedule,
     seed: int,
+    team: Team = ALONE,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[Repairs, Distilled]:
-    """Distil the dense model into a compressed one for a time.
+    """Distil the dense model into a compressed one by a schedule.
 
     Args:
         teacher: the dense model.
         compressed: the compressed model; it stays as it is.
         changed: the units that its plan changes, and their levels.
-        windows, folder, seconds, seed, progress: as of `recover.distil`.
+        windows, folder, schedule, seed, team, progress: as of `recover.distil`.
 
     Returns:
         What to apply to the compressed model, and how the training went.
@@ -296,13 +310,6 @@ def recover_rounded(
     Raises:
         NotFiniteError: the divergence is no longer finite.
     """
-    found = distil(
-        teacher,
-        lambda: _RoundedStudent(compressed, changed),
-        windows,
-        folder,
-        seconds=seconds,
-        seed=seed,
-        progress=progress,
-    )
+    how: dict[str, Any] = {"schedule": schedule, "seed": seed, "team": team, "progress": progress}
+    found = distil(teacher, lambda: _RoundedStudent(compressed, changed), windows, folder, **how)
     return Repairs(found.tensors), found

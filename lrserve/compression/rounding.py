@@ -45,6 +45,11 @@ class Rounding:
         self._moments, self._metrics, self._gradients, self.dtype = moments, moments, gradients, dtype
         self._device = device
 
+    @property
+    def weighed(self) -> bool:
+        """Whether what rounding costs is measured by other moments than E[x x^T] (`measure_by`)."""
+        return self._metrics is not self._moments
+
     def measure_by(self, metrics: MomentOf) -> None:
         """Let what rounding costs be measured by other moments than E[x x^T]: those in which tokens weigh by their gradients."""
         self._metrics = metrics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from lrserve.errors import InputError
@@ -36,23 +36,26 @@ def texts_of(table: Table, column: str | None, origin: str, tokenizer: Any) -> t
     Raises:
         InputError: there is no such column, or a record without text in it.
     """
+    found = list(each_text(table, column, origin, tokenizer))
+    texts = [text for text in found if text is not None]
+    return texts, len(found) - len(texts)
+
+
+def each_text(table: Table, column: str | None, origin: str, tokenizer: Any) -> Iterator[str | None]:
+    """Yield the text of each record, or None for one that has none; otherwise as `texts_of`."""
     column = column or _default_column(table, origin)
     if column not in table.columns:
         raise InputError(f"{origin}: there is no column {column!r}; there are {_names(table)}")
-    texts, empty = [], 0
     for place, value in table.values(column):
-        if value is None:
-            empty += 1
-        elif isinstance(value, str) and column not in _CHATS:
-            texts.append(value)
+        if value is None or (isinstance(value, str) and column not in _CHATS):
+            yield value
         elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-            texts.append(_conversation(value, tokenizer, f"{origin} {place}"))
+            yield _conversation(value, tokenizer, f"{origin} {place}")
         else:
             wanted = "a list of messages" if column in _CHATS else "text"
             raise InputError(
                 f"{origin} {place}: {column!r} is {type(value).__name__}, not {wanted}; fix it, or name another column"
             )
-    return texts, empty
 
 
 def _default_column(table: Table, origin: str) -> str:

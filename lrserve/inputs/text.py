@@ -17,7 +17,7 @@ import torch
 from lrserve.errors import InputError, one_line, shown
 from lrserve.inputs.formats import SUFFIXES, Table, read_file
 from lrserve.inputs.origin import DatasetName, dataset_name, hub_dataset, on_disk
-from lrserve.inputs.records import texts_of
+from lrserve.inputs.records import each_text, texts_of
 
 _DATASET_DOCUMENTS = 20_000
 # Shares of one text that serves all three uses: calibration needs by far the most.
@@ -58,7 +58,7 @@ def read_documents(origin: str, tokenizer: Any = None) -> Documents:
     Raises:
         InputError: nothing there, not text, or no text in it.
     """
-    found, column = _opened(origin)
+    found, column = _opened(origin, _DATASET_DOCUMENTS)
     if isinstance(found, str):
         texts, empty = _documents(found), 0
     else:
@@ -71,8 +71,21 @@ def read_documents(origin: str, tokenizer: Any = None) -> Documents:
     return Documents(origin, tuple(texts), tuple(notes))
 
 
-def _opened(origin: str) -> tuple[str | Table, str | None]:
-    """Return prose, or records and the column that the origin names."""
+def document_stream(origin: str, tokenizer: Any = None) -> Iterator[str]:
+    """Yield the documents of an origin (`read_documents`) one by one; a dataset is streamed to its end.
+
+    Raises:
+        InputError: nothing there, or not text.
+    """
+    found, column = _opened(origin, None)
+    texts = iter(_documents(found)) if isinstance(found, str) else each_text(found, column, origin, tokenizer)
+    for text in texts:
+        if text is not None and text.strip():
+            yield from _without_surrogates([text])[0]
+
+
+def _opened(origin: str, most: int | None) -> tuple[str | Table, str | None]:
+    """Return prose, or records and the column that the origin names; at most so many documents of a dataset."""
     found = on_disk(origin)
     if found is not None and os.path.isfile(found[0]):
         return read_file(Path(found[0])), found[1] or None
@@ -85,7 +98,7 @@ def _opened(origin: str) -> tuple[str | Table, str | None]:
     if dataset is None:
         shown = os.path.expanduser(origin) if len(origin) <= _LONGEST_NAME else f"{origin[:_LONGEST_NAME]}..."
         raise InputError(f"no text file at {shown}; check the path, or name a Hub dataset as owner/name:CONFIG:SPLIT:COLUMN")
-    return _read_dataset(dataset, origin), dataset.column
+    return _read_dataset(dataset, origin, most), dataset.column
 
 
 def _documents(text: str) -> list[str]:
@@ -105,7 +118,7 @@ def _without_surrogates(texts: list[str]) -> tuple[list[str], int]:
     return texts, total
 
 
-def _read_dataset(dataset: DatasetName, origin: str) -> Table:
+def _read_dataset(dataset: DatasetName, origin: str, most: int | None) -> Table:
     try:
         from datasets import load_dataset
     except ImportError:
@@ -125,7 +138,7 @@ def _read_dataset(dataset: DatasetName, origin: str) -> Table:
 
     def values(column: str) -> Iterator[tuple[str, Any]]:
         try:
-            for number, row in enumerate(islice(chain(first, rows), _DATASET_DOCUMENTS), 1):
+            for number, row in enumerate(islice(chain(first, rows), most), 1):
                 yield f"row {number}", row[column]
         except InputError:
             raise
@@ -286,7 +299,7 @@ def token_windows(
     ids = array("q")  # 8 bytes a token, where a list takes several times that
     for text in documents.texts:
         ids.extend(tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"])
-    bos = _bos(tokenizer)
+    bos = begin_of_sequence(tokenizer)
     body = length - len(bos)
     available = len(ids) // body if body > 0 else 0
     if available == 0:
@@ -295,12 +308,8 @@ def token_windows(
             "in the recipe (calibration.length, search.validation_length, report.length, report.prompt_tokens)"
         )
     tokens = torch.frombuffer(ids, dtype=torch.int64)
-    largest = max([*bos, int(tokens.max())])
-    if rows is not None and largest >= rows:
-        raise InputError(
-            f"{documents.name}: the tokenizer makes token {largest} ({shown(tokenizer.convert_ids_to_tokens(largest))}) of it, and "
-            f"the model's embedding has {rows} tokens; give the tokenizer that belongs to the model"
-        )
+    if rows is not None:
+        require_rows(documents.name, tokenizer, max([*bos, int(tokens.max())]), rows)
     windows = tokens[: available * body].clone().view(available, body)
     if bos:
         windows = torch.cat([torch.tensor([bos]).expand(available, 1), windows], dim=1)
@@ -310,6 +319,19 @@ def token_windows(
     if seed is None:
         return windows[torch.linspace(0, available - 1, count).round().long()]
     return windows[torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def require_rows(name: str, tokenizer: Any, largest: int, rows: int) -> None:
+    """Check that an embedding of so many rows has one for the largest token of a text.
+
+    Raises:
+        InputError: it has none.
+    """
+    if largest >= rows:
+        raise InputError(
+            f"{name}: the tokenizer makes token {largest} ({shown(tokenizer.convert_ids_to_tokens(largest))}) of it, and "
+            f"the model's embedding has {rows} tokens; give the tokenizer that belongs to the model"
+        )
 
 
 def shortage(documents: Documents, windows: torch.Tensor, asked: int, setting: str, effect: str) -> str | None:
@@ -323,6 +345,7 @@ def shortage(documents: Documents, windows: torch.Tensor, asked: int, setting: s
     )
 
 
-def _bos(tokenizer: Any) -> list[int]:
+def begin_of_sequence(tokenizer: Any) -> list[int]:
+    """Return the BOS token with which the model's sequences begin; none where they begin with no such token."""
     ids = tokenizer("a")["input_ids"]
     return [ids[0]] if tokenizer.bos_token_id is not None and ids and ids[0] == tokenizer.bos_token_id else []

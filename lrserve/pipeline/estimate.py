@@ -26,6 +26,7 @@ _CALIBRATE: Final = 1.5
 _GRADIENTS: Final = 4.5
 _TRIAL: Final = 1.2
 _REFINE: Final = 4.5
+_RECOVER: Final = 2.5
 _EAGER_START, _COMPILED_START = 16.0, 75.0  # of vLLM, seconds
 _ONNX_START: Final = 3.0
 _LAYER_SECONDS: Final = 0.02  # of timing one layer at one number of rows
@@ -181,8 +182,11 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
         walks = 1 + bool(settings.weights)  # at most: of the factors, and of what rounding leaves
         seconds = walks * (_REFINE * settings.refine_steps * batch + 3 * refined) * forward.decoder
         disk, memory = trained, 2 * weights + activations * 4
-    if settings.recover_minutes:
-        seconds, disk, memory = seconds + 60 * settings.recover_minutes, 3 * trained, 2 * weights + 4 * trained
+    if settings.recovers:
+        processes = job.recovery_processes
+        seconds += 60 * settings.recover_minutes + _RECOVER * settings.recover_tokens * forward.total / processes
+        disk = 3 * trained + (4 * settings.recover_tokens if recipe.text.recovery else 0)
+        memory = processes * (2 * weights + 4 * trained)
     if seconds:
         costs.append(StageCost("5 improve", seconds, disk, memory))
     proof = 2 * job.windows["report"].numel() * forward.total

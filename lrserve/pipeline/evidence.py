@@ -51,7 +51,7 @@ def collect_metrics(
         "tokens": {use: windows.numel() for use, windows in job.windows.items()},  # the recipe has what was asked for
         "plan": {
             "origin": tuned.chosen.candidate.origin,
-            "usual": tuned.chosen.candidate.trial is None,
+            "usual": tuned.chosen.candidate.usual,
             "structure": plan.structure,
             "embedding": plan.embedding,
             "embedding_loss": tuned.embedding_loss,
@@ -74,7 +74,7 @@ def collect_metrics(
         "measured_plans": [
             {
                 "origin": m.candidate.origin,
-                "usual": m.candidate.trial is None,
+                "usual": m.candidate.usual,
                 "chosen": m is tuned.chosen,
                 "validation_perplexity": m.candidate.perplexity,
                 "linear_bytes": m.candidate.plan.byte_share(job.units, job.dtype.itemsize),
@@ -132,7 +132,7 @@ def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
         cell: dict[str, Any] = {"layer": unit.layer, "rank": level.rank, "dense_rank": unit.full_rank}
         cell |= {"kept": unit.parameters(level.rank, stored) / unit.dense_parameters}
         kinds.setdefault(unit.kind, []).append({**cell, "weights": level.weights, "residual": level.residual})
-    seconds = time_spent(study)
+    seconds, own = time_spent(study), [trial for trial in tuned.trials if trial.trial is not None]
     share = shares(recipe.workloads)
     return {
         "title": job.source.title,
@@ -162,9 +162,9 @@ def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
         "importances": importances(study, goal),
         "plan": {"layers": job.layers, "kinds": kinds},
         "search": {
-            "trials": len(tuned.trials),
+            "trials": len(own),
             "stopped_early": sum(not trial.complete for trial in tuned.trials),
-            "trials_per_minute": 60 * len(tuned.trials) / max(sum(seconds.values()), 1e-9),
+            "trials_per_minute": 60 * len(own) / max(sum(seconds.values()), 1e-9),
             "seconds_forward": seconds.get("forward", 0.0),
             "seconds_rewrite": seconds.get("weights", 0.0),
             "seconds_sampler": seconds.get("sampler", 0.0),

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from lrserve.allocation.plan import Plan
 from lrserve.compression.factorize import FactorSource, GradientOf
 from lrserve.compression.propagate import propagation
-from lrserve.compression.recover import Distilled, Recovered, recover
+from lrserve.compression.recover import Distilled, Recovered, Schedule, is_finished, recover
 from lrserve.compression.refine import adam
 from lrserve.compression.repair import Repairs, recover_rounded, repair, worth_repairing
 from lrserve.compression.rounding import Rounding
 from lrserve.compression.sequential import Step, walk
 from lrserve.compression.spectra import SpectrumStore
+from lrserve.compression.team import ALONE, Team
 from lrserve.compression.training import TrainedFactors
 from lrserve.errors import NotFiniteError
 from lrserve.pipeline.job import Job, first_tokens, tensor_sha256
 from lrserve.pipeline.search import Tuned
+from lrserve.pipeline.together import recover_together
+from lrserve.pipeline.training_text import recovery_windows
 from lrserve.report.console import Say, progress_bar, reused
 from lrserve.storage.store import fingerprint
 from lrserve.storage.work import WorkFolder
@@ -41,7 +44,13 @@ class Improved(NamedTuple):
 
 
 def improve_factors(
-    job: Job, plan: Plan, store: SpectrumStore, gradient: GradientOf, folder: WorkFolder, rounding: Rounding | None = None
+    job: Job,
+    plan: Plan,
+    store: SpectrumStore,
+    gradient: GradientOf,
+    folder: WorkFolder,
+    rounding: Rounding | None = None,
+    team: Team | None = None,
 ) -> Improved:
     """Stage 5, first half: do what the recipe asks to the chosen plan; its levels stay.
 
@@ -49,7 +58,8 @@ def improve_factors(
     2. where the plan rounds weights to fewer than 8 bits: round, and repair the rounded model block by block
     3. recover: distil the dense model into the factors or, where the plan rounds weights, into the rounded model
 
-    A step in which a number is not finite is left out.
+    A step in which a number is not finite is left out. `team` is that of a process that recovers with others; None starts such
+    processes if the job has several.
     """
     settings, changed = job.recipe.factorization, plan.changed(job.units)
     ranks = [(unit, level.rank) for unit, level in changed if level.rank is not None]
@@ -59,9 +69,9 @@ def improve_factors(
     done: dict[str, Any] = {}
     propagate = settings.propagate
     if propagate is None:
-        propagate = plan.structure != "narrow" and plan.ratio(job.units) >= _PROPAGATED_RATIO and not settings.recover_minutes
+        propagate = plan.structure != "narrow" and plan.ratio(job.units) >= _PROPAGATED_RATIO and not settings.recovers
     refine, steps = settings.refinement != "none", settings.refine_steps
-    if not (ranks or rounds) or not ((propagate and ranks) or refine or settings.recover_minutes):
+    if not (ranks or rounds) or not ((propagate and ranks) or refine or settings.recovers):
         return Improved(factors, repairs, done)
     calibration, seed = job.windows["calibration"], job.recipe.seed
     windows = first_tokens(calibration, settings.refine_tokens or calibration.numel() // 4)
@@ -87,7 +97,7 @@ def improve_factors(
             job.say(f"5/6 refine: factors of {len(ranks)} groups, {steps} steps of Adam in each block")
             done["refine"] = {"method": settings.refinement, "tokens": windows.numel(), "steps": steps}
     repairs_blocks = refine and worth_repairing(changed)
-    student = job.compressed_model(plan, factors, rounding) if rounds and (repairs_blocks or settings.recover_minutes) else None
+    student = job.compressed_model(plan, factors, rounding) if rounds and (repairs_blocks or settings.recovers) else None
     if student is not None and repairs_blocks:
         inputs = {"windows": tensor_sha256(windows), "steps": steps, "batch_tokens": batch}
         stage = folder.stage("repair", {**identity, **inputs})
@@ -98,29 +108,54 @@ def improve_factors(
             identity["factors"] = stage.name
             job.say(f"5/6 repair: what rounding left of {len(changed)} groups, {steps} steps of Adam in each block")
             done["repair"] = {"tokens": windows.numel(), "steps": steps}
-    if settings.recover_minutes:
-        seconds, texts = 60 * settings.recover_minutes, job.recovery_windows()
-        inputs = {**identity, "windows": tensor_sha256(texts), "seconds": seconds}
+    if settings.recovers:
+        (texts, content), schedule = recovery_windows(job, folder), _schedule(job)
+        spending = {"tokens": schedule.tokens} if schedule.tokens else {"seconds": schedule.seconds}
+        inputs = {**identity, "windows": content, **spending, "batch_tokens": schedule.batch_tokens}
+        stage = folder.stage("recover", inputs) if student is None else folder.stage("distil", inputs)
         with _if_finite("recover", job.say):
-            with progress_bar(round(seconds), "5/6 recover") as progress:
-                how = {"seconds": seconds, "seed": seed, "progress": progress}
+            if team is None and job.recovery_processes > 1 and not is_finished(stage):
+                model = student = None  # the processes have their own
+                weighed = rounding is not None and rounding.weighed
+                recover_together(job, plan, folder, weighed=weighed, processes=job.recovery_processes)
+                if not is_finished(stage):
+                    raise NotFiniteError("a number in the recovery is not finite (recovery.log in the work folder)")
+            with _shown_by_the_first(team, round(schedule.budget)) as progress:
+                how = {"schedule": schedule, "seed": seed, "team": team or ALONE, "progress": progress}
                 outcome: Recovered | Distilled
-                if student is not None:
-                    repairs, outcome = recover_rounded(model, student, changed, texts, folder.stage("distil", inputs), **how)
+                if stage.name.startswith("distil"):
+                    repairs, outcome = recover_rounded(model, student, changed, texts, stage, **how)
                 else:
-                    student = job.source.load(job.dtype)
-                    outcome = recover(model, student, ranks, factors, texts, folder.stage("recover", inputs), **how)
+                    student = None if is_finished(stage) else job.source.load(job.dtype)
+                    outcome = recover(model, student, ranks, factors, texts, stage, **how)
                     factors = outcome.factors
             job.say(
-                f"5/6 recover: {outcome.steps} steps, KL divergence {outcome.first_divergence:.3f} to "
-                f"{outcome.last_divergence:.3f} nats on calibration text{reused(int(outcome.reused), 1)}"
+                f"5/6 recover: {outcome.steps} steps of {outcome.tokens} tokens, {outcome.tokens / texts.numel():.2g} times the "
+                f"text; KL divergence {outcome.first_divergence:.3f} to {outcome.last_divergence:.3f} nats on it"
+                f"{reused(int(outcome.reused), 1)}"
             )
             done["recover"] = {
-                "minutes": settings.recover_minutes,
+                **({"minutes": settings.recover_minutes} if settings.recover_minutes else {}),
+                "tokens": outcome.tokens,
                 "steps": outcome.steps,
                 "divergence": [outcome.first_divergence, outcome.last_divergence],
             }
     return Improved(factors, repairs, done)
+
+
+def _shown_by_the_first(team: Team | None, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda done: None) if team is not None and team.index else progress_bar(total, "5/6 recover")
+
+
+def _schedule(job: Job) -> Schedule:
+    settings = job.recipe.factorization
+    return Schedule(
+        seconds=60 * settings.recover_minutes,
+        tokens=settings.recover_tokens,
+        batch_tokens=settings.recover_batch_tokens,
+        pass_tokens=job.recipe.calibration.batch_tokens,
+        recompute=settings.recover_recompute,
+    )
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from lrserve.compression.repair import Repairs
 from lrserve.compression.rounding import Rounding
 from lrserve.inputs.config_file import require_known_tokens
 from lrserve.inputs.source import Source, open_source
+from lrserve.inputs.stream import origin_fingerprint
 from lrserve.inputs.text import Documents, load_texts, shortage, token_windows
 from lrserve.pipeline.context import context_length, fitted
 from lrserve.plugins.versions import require_sound_torchvision
@@ -37,6 +38,7 @@ class Job:
     `groups` are the model's, in layer order; `units` what a plan of the recipe's structure decides on. `output_layer` is the shape
     (m, n) of the output layer's weight. `windows` holds int64 token
     windows by use: calibration, validation, report, prompts; `fingerprints` identify the content of the model and of each text.
+    `held_out` are the documents that nothing may be trained on.
     """
 
     recipe: Recipe
@@ -47,6 +49,7 @@ class Job:
     windows: dict[str, torch.Tensor]
     fingerprints: dict[str, str]
     calibration_text: Documents
+    held_out: frozenset[str]
     say: Say
 
     @property
@@ -100,6 +103,11 @@ class Job:
     def model_inputs(self) -> dict[str, Any]:
         """Identify the model and the dtype that it is used in; JSON."""
         return {"version": WORK_VERSION, "model": self.fingerprints["model"], "dtype": self.recipe.engine.dtype}
+
+    @property
+    def recovery_processes(self) -> int:
+        """How many processes recover together."""
+        return self.recipe.factorization.recover_processes or max(1, torch.cuda.device_count())
 
     def recovery_windows(self) -> torch.Tensor:
         """Cut all of the calibration text into windows: training goes through more of it than the covariances need."""
@@ -199,8 +207,10 @@ def open_job(recipe: Recipe, say: Say) -> Job:
             "calibration": texts.calibration.fingerprint(),
             "validation": texts.validation.fingerprint(),
             "report": texts.report.fingerprint(),
+            **({"recovery": origin_fingerprint(recipe.text.recovery)} if recipe.text.recovery else {}),
         },
         calibration_text=texts.calibration,
+        held_out=frozenset([*texts.validation.texts, *texts.report.texts]),
         say=say,
     )
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
 import shutil
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,7 +31,6 @@ from lrserve.report.machine import machine
 from lrserve.storage.store import fingerprint, flush_folder, write_json
 from lrserve.storage.work import WorkFolder
 
-_TABLE = "latency"  # user attribute of a shared study
 _TIMING_VARIABLES = ("OMP_NUM_THREADS", "GLIBC_TUNABLES", "LD_PRELOAD")
 _DENSE_RUNS = 3  # of each workload, the first of which warms up
 
@@ -205,17 +202,6 @@ def measure_layers(job: Job, runtime: Runtime, dense: DenseEngine, folder: WorkF
         f"dense output tokens/s: {rates}{reused(int(before), 1)}"
     )
     return data, stage.name
-
-
-def published(study: Any, table: dict[str, Any]) -> dict[str, Any]:
-    """Return the table of a shared study's first worker, so that all predict alike; that is this one where there was none.
-
-    It is kept compressed, since MySQL takes no more than 64 KiB in an attribute.
-    """
-    if _TABLE not in study.user_attrs:
-        study.set_user_attr(_TABLE, base64.b85encode(zlib.compress(json.dumps(table).encode(), 9)).decode())
-    found: dict[str, Any] = json.loads(zlib.decompress(base64.b85decode(study.user_attrs[_TABLE])))
-    return found
 
 
 def speed_model(job: Job, table: Mapping[str, Any]) -> SpeedModel:

@@ -14,8 +14,7 @@ from exporters.registry import exporter_points
 from lrserve.allocation.database import connect, study_errors_named, without_password
 from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit, byte_cost
-from lrserve.compression.calibrate import calibrate
-from lrserve.compression.gradients import GradientStore, collect_gradients
+from lrserve.compression.gradients import GradientStore
 from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.engines.gpu import memory_errors_named
@@ -24,12 +23,13 @@ from lrserve.engines.runtimes import loader_of, runtime_of
 from lrserve.errors import ArtifactError
 from lrserve.inputs.finite import require_finite
 from lrserve.inputs.source import cache_folder
+from lrserve.pipeline.collect import backpropagate, calibrate_blocks, require_shards
 from lrserve.pipeline.estimate import StageCost, by_stage, estimate, in_words, time_forward
 from lrserve.pipeline.evidence import collect_metrics, write_evidence
 from lrserve.pipeline.improve import improve_factors, validate_improved
-from lrserve.pipeline.job import Job, open_job, tensor_sha256
+from lrserve.pipeline.job import Job, open_job
 from lrserve.pipeline.prove import Rendered, prove_agreement, report_perplexity
-from lrserve.pipeline.rounding import gradient_reader, gradient_windows, rounding_of
+from lrserve.pipeline.rounding import gradient_reader, rounding_of
 from lrserve.pipeline.search import tune
 from lrserve.pipeline.stages import MODULES, provenance
 from lrserve.pipeline.supported import require_engines
@@ -127,6 +127,7 @@ def compress_and_export(
         memory_errors_named(batches),
         float32_matmuls(),
     ):
+        require_shards(job, folder)
         model = job.source.load(job.dtype)
         require_finite(model, job.source.path)
         statistics = calibrate_blocks(job, model, folder)
@@ -213,6 +214,7 @@ def _say_intent(job: Job, costs: Sequence[StageCost], say: Say) -> None:
     may = {None: ["perhaps propagate errors"] * (recipe.structure != "narrow"), True: ["propagate errors"], False: []}
     after = may[settings.propagate] + ["refine the blocks by Adam"] * (settings.refinement != "none")
     after += [f"recover for {settings.recover_minutes:g} minutes"] * bool(settings.recover_minutes)
+    after += [f"recover on {settings.recover_tokens} tokens"] * bool(settings.recover_tokens)
     then = "".join(f"{step}, " for step in after)
     sequences, length = job.windows["calibration"].shape
     say(
@@ -222,48 +224,6 @@ def _say_intent(job: Job, costs: Sequence[StageCost], say: Say) -> None:
         f"{' and '.join(recipe.export)}"
     )
     say(by_stage(costs))
-
-
-def calibrate_blocks(job: Job, model: Any, folder: WorkFolder) -> Path:
-    """Stage 2: collect the covariances, or reuse them; returns their folder."""
-    settings = job.recipe.calibration
-    stage = folder.stage("calibration", job.calibration_inputs())
-    with progress_bar(job.layers, "2/6 calibrate") as progress:
-        before = calibrate(
-            model,
-            job.groups,
-            job.windows["calibration"],
-            stage,
-            pool_sequences=settings.pool_sequences,
-            batch_tokens=settings.batch_tokens,
-            progress=progress,
-        )
-    tokens = job.windows["calibration"].numel()
-    job.say(f"2/6 calibrate: covariances of {job.layers} blocks from {tokens} tokens{reused(before, job.layers)}")
-    return stage
-
-
-def backpropagate(job: Job, model: Any, folder: WorkFolder) -> GradientStore | None:
-    """Stage 2, second half: collect the gradient moments, or reuse them; None where no group kind asks for them."""
-    settings = job.recipe.factorization
-    if not settings.fisher:
-        return None
-    windows = gradient_windows(job)
-    batch = max(1, job.recipe.calibration.batch_tokens // 2)  # activations are kept for the way back
-    inputs = {**job.model_inputs(), "windows": tensor_sha256(windows), "seed": job.recipe.seed, "batch_tokens": batch}
-    stage = folder.stage("gradients", inputs)
-    with progress_bar(len(windows), "2/6 gradients") as progress:
-        before = collect_gradients(
-            model,
-            job.groups,
-            windows,
-            stage,
-            batch_tokens=batch,
-            seed=job.recipe.seed,
-            progress=progress,
-        )
-    job.say(f"2/6 gradients: moments of {len(job.groups)} groups from {windows.numel()} tokens{reused(before, len(windows))}")
-    return GradientStore(stage)
 
 
 def factorize_groups(job: Job, model: Any, statistics: Path, gradients: GradientStore | None, folder: WorkFolder) -> SpectrumStore:

@@ -18,9 +18,10 @@ from lrserve.allocation import losses
 from lrserve.allocation.goal import Evaluated, Goal, MeasuredSpeed, choose, pareto_front
 from lrserve.allocation.plan import BudgetFit, Offers, Plan
 from lrserve.allocation.quality import Judgement, Validation, negative_log_likelihood, representative
+from lrserve.allocation.shared import Shared, first_published
 from lrserve.allocation.space import SearchSpace
 from lrserve.allocation.speed import SpeedModel
-from lrserve.allocation.study import Evaluate, copy_study, open_study, run_study, study_of, time_spent
+from lrserve.allocation.study import Evaluate, copy_study, run_study, study_of, time_spent
 from lrserve.compression.assemble import MergedLevels
 from lrserve.compression.embedding import rounded_values
 from lrserve.compression.gradients import GradientStore
@@ -38,7 +39,6 @@ from lrserve.pipeline.measure import (
     fit_together,
     measure_front,
     measure_layers,
-    published,
     speed_model,
 )
 from lrserve.pipeline.probe import probed_losses
@@ -115,12 +115,13 @@ def tune(
         table, latency = measure_layers(job, runtime, dense, folder)
         dense.leave_gpu()
         merged.to(device)
-        validation, validated = choose_windows(job, merged, store, folder)
+        windows, validated = choose_windows(job, merged, store, folder)
+        stage, place = _study_place(job, folder, {"validation": validated, "spectra": store.folder.name}, latency, storage)
+        if isinstance(place, Shared):
+            table = first_published(place, latency, table)
+            windows = first_published(place, validated, windows)
+        validation = validation_on(job, windows)
         goal = Goal(target, settings.speed_weight, validation.dense_perplexity)
-        inputs = {"latency": latency, "validation": validated, "spectra": store.folder.name}
-        stage, place = _study_place(job, folder, inputs, storage)
-        if isinstance(place, tuple):
-            table = published(open_study(place[1], place[0], goal.metrics), table)
         table_speed = speed_model(job, table).keeping_dense(store.not_finite())
         rounding_metric(job, merged, rounding, gradients, table_speed, folder)
         if precision := table_speed.offers.embedding:
@@ -145,7 +146,7 @@ def tune(
     share = best.plan.byte_share(job.units, job.dtype.itemsize)
     job.say(f"4/6 chosen: {best.origin}, {share:.0%} of the linears' bytes, {chosen.comparison.speedup:.2f}x of dense")
     path = stage / "study.sqlite3"
-    if isinstance(place, tuple):
+    if isinstance(place, Shared):
         path.unlink(missing_ok=True)
         copy_study(place, path)
     return Tuned(chosen, measured, trials, goal, speed, validation, path, embedding_loss, left_dense)
@@ -227,7 +228,8 @@ def _usual(job: Job, offers: Offers, merged: MergedLevels, validation: Validatio
         if not math.isfinite(judgement.perplexity):
             job.say(f"4/6 {origin}: the validation perplexity is not finite, so this plan is left out")
             continue
-        found.append(Evaluated(plan, judgement.perplexity, speed.tokens_per_second(plan), origin, None, judgement.nll, fits=fits))
+        throughput = speed.tokens_per_second(plan)
+        found.append(Evaluated(plan, judgement.perplexity, throughput, origin, None, judgement.nll, fits=fits, usual=True))
     return found
 
 
@@ -269,8 +271,8 @@ def measured_speed(measured: Measured, goal: Goal) -> MeasuredSpeed:
     return MeasuredSpeed(measured.candidate, speedup, comparison.spread[0])
 
 
-def choose_windows(job: Job, merged: MergedLevels, store: SpectrumStore, folder: WorkFolder) -> tuple[Validation, str]:
-    """Choose the windows that trials are judged on, and the name of the stage that holds their numbers.
+def choose_windows(job: Job, merged: MergedLevels, store: SpectrumStore, folder: WorkFolder) -> tuple[dict[str, Any], str]:
+    """Choose the windows that trials are judged on: for `validation_on`, and the name of the stage that holds the choice.
 
     Those stand for the pool by what the dense model and one compressed one make of them: the mean difference in loss between the
     two is close to that over the pool. Where that of the compressed one is not finite, the dense model's losses alone decide.
@@ -278,8 +280,7 @@ def choose_windows(job: Job, merged: MergedLevels, store: SpectrumStore, folder:
     Raises:
         CalibrationError: the dense model's loss is not finite.
     """
-    settings = job.recipe.search
-    pool = first_tokens(job.windows["validation"], settings.validation_pool)
+    settings, pool = job.recipe.search, _validation_pool(job)
     amount = max(1, settings.validation_tokens // settings.validation_length)
     fit = BudgetFit(job.units, Offers(settings.rank_step, job.recipe.structure, dense=store.not_finite()))
     budget = max((1 - (job.recipe.target.ratio or _REFERENCE_RATIO)) * fit.dense_cost, fit.smallest_cost)
@@ -305,28 +306,41 @@ def choose_windows(job: Job, merged: MergedLevels, store: SpectrumStore, folder:
                 chosen = representative((differences if differences.isfinite().all() else dense).tolist(), amount)
         write_json(path, {"windows": chosen, "dense": dense[chosen].tolist()})
     data = json.loads(path.read_text(encoding="utf-8"))
-    windows = pool[data["windows"]]
-    job.say(f"4/6 validation: {windows.numel()} tokens stand for {pool.numel()}{reused(int(before), 1)}")
-    return Validation(windows, data["dense"]), stage.name
+    tokens = len(data["windows"]) * pool.shape[1]
+    job.say(f"4/6 validation: {tokens} tokens stand for {pool.numel()}{reused(int(before), 1)}")
+    return data, stage.name
+
+
+def validation_on(job: Job, windows: Mapping[str, Any]) -> Validation:
+    """Return what judges plans on the windows that `choose_windows` chose."""
+    return Validation(_validation_pool(job)[windows["windows"]], windows["dense"])
+
+
+def _validation_pool(job: Job) -> torch.Tensor:
+    return first_tokens(job.windows["validation"], job.recipe.search.validation_pool)
 
 
 def _study_place(
-    job: Job, folder: WorkFolder, stages: Mapping[str, str], storage: str | None
-) -> tuple[Path, Path | tuple[str, str]]:
-    """Return the study's stage, and where the study is: in a file there, or under a name of its own in the shared database."""
-    settings = job.recipe.search
-    stage = folder.stage(
-        "study",
-        {
-            **stages,
-            "version": _STUDY_VERSION,
-            # the number of trials is no part of the identity: more of them go on from where fewer ended
-            "search": settings.model_dump(mode="json", exclude={"trials", "measured_plans", "choose"}),
-            "target": job.recipe.target.model_dump(mode="json"),
-            "seed": job.recipe.seed,
-        },
-    )
-    return stage, stage / "study.sqlite3" if storage is None else (storage, f"lrserve-{stage.name}")
+    job: Job, folder: WorkFolder, stages: Mapping[str, str], latency: str, storage: str | None
+) -> tuple[Path, Path | Shared]:
+    """Return the study's stage, and where the study is: in a file there, or in the shared database.
+
+    Args:
+        stages: the names of those that hold what the quality of plans depends on.
+        latency: that of the stage that holds the latency table.
+    """
+    inputs = {
+        **stages,
+        "version": _STUDY_VERSION,
+        # the number of trials is no part of the identity: more of them go on from where fewer ended
+        "search": job.recipe.search.model_dump(mode="json", exclude={"trials", "measured_plans", "choose"}),
+        "target": job.recipe.target.model_dump(mode="json"),
+        "seed": job.recipe.seed,
+    }
+    stage = folder.stage("study", {**inputs, "latency": latency})
+    if storage is None:
+        return stage, stage / "study.sqlite3"
+    return stage, Shared(storage, folder.place("study", inputs).name, latency.removeprefix("latency-"))
 
 
 def judge(merged: MergedLevels, validation: Validation) -> Evaluate:
@@ -352,7 +366,7 @@ def _search(
     goal: Goal,
     speed: SpeedModel,
     validation: Validation,
-    place: Path | tuple[str, str],
+    place: Path | Shared,
 ) -> list[Evaluated]:
     settings = job.recipe.search
     resumed: list[int] = []
@@ -366,12 +380,12 @@ def _search(
         trials = run_study(space, goal, speed, judge(merged, validation), settings, place, seed=job.recipe.seed, progress=report)
     front = pareto_front(trials, speed.speedup)
     shown = "; ".join(f"{e.origin} {e.perplexity:.2f} at {speed.speedup(e.plan):.2f}x" for e in front)
+    own = [trial for trial in trials if trial.trial is not None]
     early = sum(not trial.complete for trial in trials)
     endless = sum(not trial.finite for trial in trials)
     total = max(sum(time_spent(study_of(place)).values()), 1e-9)
-    job.say(
-        f"4/6 search: {len(trials)} trials{reused(resumed[0], len(trials))}, {60 * len(trials) / total:.0f} a minute, {early} "
-        f"stopped early{f', {endless} not finite' if endless else ''}; validation perplexity: dense {goal.dense_perplexity:.2f}, "
-        f"predicted front: {shown}"
-    )
+    notes = [f"{len(own)} trials{reused(resumed[0], len(own))}", f"{60 * len(own) / total:.0f} a minute", f"{early} stopped early"]
+    notes += [f"{endless} not finite"] * bool(endless)
+    notes += [f"{len(trials) - len(own)} plans judged on other machines"] * (len(trials) > len(own))
+    job.say(f"4/6 search: {', '.join(notes)}; validation perplexity: dense {goal.dense_perplexity:.2f}, predicted front: {shown}")
     return trials

@@ -37,6 +37,7 @@ from lrserve.compression import (
     training,
 )
 from lrserve.engines import onnx_provider, protocol, timing, transcripts, workloads
+from lrserve.inputs import stream, text
 from lrserve.pipeline import agreement, improve, measure, probe, search
 from lrserve.pipeline.job import Job
 from lrserve.storage.store import fingerprint
@@ -63,6 +64,7 @@ MODULES: Final[Mapping[str, tuple[ModuleType, ...]]] = {
     "propagate": (propagate, factorize, narrow, covariance, *_WALK),
     "refine": (refine, *_WALK),
     "repair": (repair, refine, sequential, calibrate, matmul, *_CUT),
+    "recovery-text": (stream, text),
     "recover": (recover, logits, training, structure, matmul),
     "distil": (recover, repair, logits, matmul, *_CUT),
 }

@@ -130,7 +130,7 @@ def pareto(report: Mapping[str, Any]) -> Figure:
         right.yaxis.set_major_formatter(lambda value, _: perplexity_text(dense * math.exp(value)))
         right.set_ylabel("validation perplexity")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
-        plans = [*chosen, *(t for t in named if t["number"] not in {m["number"] for m in chosen})]
+        plans = [*chosen, *(t for t in named if t["origin"] not in {m["origin"] for m in chosen})]
         texts = [(1.0, 0.0, "dense"), *zip(*places(plans), [p["origin"] for p in plans], strict=True)]
         crowded = [(1.0, 0.0), *zip(*places(trials), strict=True)]
         crowded += [(1.0, height) for height in np.linspace(*y, 60)] + [(place, 0.0) for place in np.linspace(*x, 60)]

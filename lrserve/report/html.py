@@ -265,15 +265,15 @@ def _search(search: Mapping[str, Any]) -> str:
 
 
 def _trials(report: Mapping[str, Any]) -> str:
-    measured = {m["number"]: m["chosen"] for m in report["measured"] if m["number"] is not None}
+    measured = {m["origin"]: m["chosen"] for m in report["measured"]}
     trials = sorted(report["trials"], key=lambda t: (not t["front"], not t["complete"], t["perplexity"]))
     rows = []
     for trial in trials:
-        number = trial["number"]
         notes = ["front"] * trial["front"] + ["stopped early"] * (not trial["complete"])
-        notes += (["chosen"] if measured[number] else ["measured"]) if number in measured else []
+        origin, number = trial["origin"], "" if trial["number"] is None else f"{trial['number']}"
+        notes += (["chosen"] if measured[origin] else ["measured"]) if origin in measured else []
         cost = figures.increase(trial["perplexity"], report["dense"]["perplexity"])
-        row = [f"{number}", trial["origin"], _perplexity(trial), f"{cost:+.3f}"]
+        row = [number, origin, _perplexity(trial), f"{cost:+.3f}"]
         rows.append([*row, f"{trial['speedup']:.3f}", f"{trial['ratio']:.1%}", f"{trial['bytes']:.0%}", ", ".join(notes)])
     header = ["trial", "origin", "perplexity", "nats over dense", "predicted speedup", "parameters left out", "bytes", ""]
     return _table(header, rows, [t["front"] for t in trials])

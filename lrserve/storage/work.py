@@ -84,9 +84,8 @@ class WorkFolder:
 
         Says so when an earlier run's differ.
         """
-        modules = self._modules.get(name) or {module for own in self._modules.values() for module in own}
-        inputs = json.loads(json.dumps({**inputs, "code": settings_of(*modules)}))
-        folder = self.root / f"{name}-{fingerprint(inputs)[:12]}"
+        inputs = self._all_inputs(name, inputs)
+        folder = self._place(name, inputs)
         if folder.is_dir():
             self._remove_damaged(name, folder)
         elif changed := self._differences(name, inputs):
@@ -96,6 +95,18 @@ class WorkFolder:
             flush(self.root)
             write_json(folder / _INPUTS, inputs)
         return folder
+
+    def place(self, name: str, inputs: Mapping[str, Any]) -> Path:
+        """Return where the folder of such a stage is, if it was made; its name identifies the inputs and the modules' settings."""
+        return self._place(name, self._all_inputs(name, inputs))
+
+    def _place(self, name: str, all_inputs: Mapping[str, Any]) -> Path:
+        return self.root / f"{name}-{fingerprint(all_inputs)[:12]}"
+
+    def _all_inputs(self, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        modules = self._modules.get(name) or {module for own in self._modules.values() for module in own}
+        found: dict[str, Any] = json.loads(json.dumps({**inputs, "code": settings_of(*modules)}))
+        return found
 
     def _differences(self, name: str, inputs: Mapping[str, Any]) -> list[str]:
         """Name the inputs of a stage in which the latest one of the same name differs."""

@@ -20,13 +20,14 @@ from allocation.searching import GROUPS, SETTINGS, SPEED, evaluate, goal, perple
 from lrserve.allocation.goal import Evaluated
 from lrserve.allocation.plan import Plan
 from lrserve.allocation.quality import Judgement, Validation, representative
+from lrserve.allocation.shared import Shared
 from lrserve.allocation.study import STUDY, Evaluate, copy_study, finished, importances, open_study, run_study, time_spent
 from lrserve.errors import InputError
 from lrserve.recipe import Search, Target
 
 
 def run(
-    target: Target, place: Path | tuple[str, str], judge: Evaluate = evaluate, search: Search = SETTINGS, seed: int = 0
+    target: Target, place: Path | Shared, judge: Evaluate = evaluate, search: Search = SETTINGS, seed: int = 0
 ) -> list[Evaluated]:
     return run_study(space(target), goal(target), SPEED, judge, search, place, seed=seed)
 
@@ -112,7 +113,7 @@ def slowly(plan: Plan, rivals: Sequence[Sequence[float]]) -> Judgement:
     return evaluate(plan, rivals)
 
 
-def work(place: Path | tuple[str, str]) -> None:
+def work(place: Path | Shared) -> None:
     run(Target(ratio=0.3), place, slowly, seed=3)
 
 
@@ -153,15 +154,16 @@ def test_more_trials_go_on_where_fewer_ended(tmp_path: Path) -> None:
 
 def test_workers_share_one_study(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'shared.sqlite3'}"
-    open_study("lrserve-x", url, goal(Target(ratio=0.3)).metrics)  # SQLite's tables are not made by two at a time
+    place = Shared(url, "inputs", "machine")
+    open_study(place.name, url, goal(Target(ratio=0.3)).metrics)  # SQLite's tables are not made by two at a time
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=((url, "lrserve-x"),)) for _ in range(2)]
+    workers = [context.Process(target=work, args=(place,)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(120)
         assert worker.exitcode == 0
-    study = open_study("lrserve-x", url, goal(Target(ratio=0.3)).metrics)
+    study = open_study(place.name, url, goal(Target(ratio=0.3)).metrics)
     trials = finished(study)
     assert 9 <= len(trials) <= 10  # the last of each may end together
     assert not study.get_trials(states=(optuna.trial.TrialState.FAIL,))
@@ -172,11 +174,11 @@ def test_workers_share_one_study(tmp_path: Path) -> None:
         if a.number < b.number and b.datetime_start < a.datetime_complete  # type: ignore[operator]
     ]
     assert overlapping  # both worked
-    copy_study((url, "lrserve-x"), tmp_path / "copy.sqlite3")
+    copy_study(place, tmp_path / "copy.sqlite3")
     assert [trial.plan.key() for trial in finished(load(tmp_path / "copy.sqlite3"))] == [trial.plan.key() for trial in trials]
 
 
-def forever(place: tuple[str, str]) -> None:
+def forever(place: Shared) -> None:
     def judge(plan: Plan, rivals: Sequence[Sequence[float]]) -> Judgement:
         time.sleep(600)
         raise AssertionError
@@ -185,7 +187,7 @@ def forever(place: tuple[str, str]) -> None:
 
 
 def test_the_trial_of_a_worker_that_is_gone_is_done_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = f"sqlite:///{tmp_path / 'shared.sqlite3'}", "lrserve-x"
+    place = Shared(f"sqlite:///{tmp_path / 'shared.sqlite3'}", "inputs", "machine")
     worker = multiprocessing.get_context("spawn").Process(target=forever, args=(place,))
     worker.start()
     deadline = time.monotonic() + 60

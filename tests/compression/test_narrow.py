@@ -21,7 +21,7 @@ from lrserve.compression.groups import allocated, find_groups
 from lrserve.compression.level import Level
 from lrserve.compression.narrow import narrow
 from lrserve.compression.propagate import propagation
-from lrserve.compression.recover import recover
+from lrserve.compression.recover import Schedule, recover
 from lrserve.compression.refine import adam
 from lrserve.compression.sequential import Step, walk
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
@@ -164,7 +164,9 @@ def test_improvements_leave_the_neurons_where_they_are(tmp_path: Path, monkeypat
     found = {
         "propagated": walked("propagate", propagation()),
         "trained": walked("adam", adam(store, steps=20, learning_rate=3e-3)),
-        "recovered": recover(dense, student, ranks, store, windows, tmp_path / "recover", seconds=20.0, seed=0).factors,
+        "recovered": recover(
+            dense, student, ranks, store, windows, tmp_path / "recover", schedule=Schedule(seconds=20.0), seed=0
+        ).factors,
     }
     divergence = Divergence(dense_model("LlamaForCausalLM"), windows)
     before = divergence(compress_model(dense_model("LlamaForCausalLM"), levels_of(ranks), "narrow", store, torch.float32))

@@ -23,6 +23,7 @@ from lrserve.compression.groups import Group, allocated, find_groups
 from lrserve.compression.layers import LowRankLinear, RoundedLinear
 from lrserve.compression.level import Level
 from lrserve.compression.quantize import Residual
+from lrserve.compression.recover import Schedule
 from lrserve.compression.repair import Masters, Repairs, recover_rounded, repair
 from lrserve.compression.residual import rounded_factors
 from lrserve.compression.rounding import Rounding
@@ -172,6 +173,25 @@ def test_repairs_of_another_plan_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["residuals", "structure"])
+def test_recomputing_does_not_change_what_a_rounded_model_learns(name: str, tmp_path: Path) -> None:
+    case = Case(name, tmp_path)
+
+    def run(folder: str, **portions: Any) -> tuple[Repairs, Any]:
+        schedule = Schedule(tokens=2 * case.tokens.numel(), batch_tokens=case.tokens.numel() // 2, **portions)
+        return recover_rounded(
+            case.dense, case.compressed(), case.changed, case.tokens, tmp_path / folder, schedule=schedule, seed=0
+        )
+
+    (whole, found), (parts, other) = run("whole"), run("parts", recompute=True, pass_tokens=case.tokens.numel() // 4)
+    assert found.steps == 4
+    assert other.last_divergence == pytest.approx(found.last_divergence, rel=1e-4)
+    assert whole.tensors.keys() == parts.tensors.keys()
+    for key, tensor in whole.tensors.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(parts.tensors[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["residuals", "structure"])
 def test_recovery_of_a_rounded_model_lowers_the_divergence_and_resumes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +201,9 @@ def test_recovery_of_a_rounded_model_lowers_the_divergence_and_resumes(
     case = Case(name, tmp_path)
 
     def run(folder: Path, **options: Any) -> Any:
-        return recover_rounded(case.dense, case.compressed(), case.changed, case.tokens, folder, seconds=3.0, seed=0, **options)
+        return recover_rounded(
+            case.dense, case.compressed(), case.changed, case.tokens, folder, schedule=Schedule(seconds=3.0), seed=0, **options
+        )
 
     def interrupt(done: int) -> None:
         if done >= 1:

@@ -382,7 +382,7 @@ def test_windows_are_chosen_where_the_compressed_model_has_no_finite_loss(
     merged: Any = SimpleNamespace(apply=lambda levels: None, model=None)
     store: Any = SimpleNamespace(folder=folder.root, not_finite=frozenset)
     job = open_small(place)
-    validation, _ = search.choose_windows(job, merged, store, folder)
+    validation = search.validation_on(job, search.choose_windows(job, merged, store, folder)[0])
     assert len(set(validation.dense)) == len(validation.windows) == 8
     assert max(validation.dense) > 10 > min(validation.dense)  # they stand for all of the pool
 

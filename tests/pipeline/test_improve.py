@@ -30,11 +30,13 @@ MIXED = {**ROUNDED, "down": Level(64, "int4_g32", 4)}
 class Run:
     """A job, what its first stages left, and a plan of it."""
 
-    def __init__(self, place: Path, folder: WorkFolder, levels: dict[str, Level], **factorization: Any) -> None:
-        trains = not {"refine", "recover_minutes"} & factorization.keys()
+    def __init__(
+        self, place: Path, folder: WorkFolder, levels: dict[str, Level], text: dict[str, str] | None = None, **factorization: Any
+    ) -> None:
+        trains = not {"refine", "recover_minutes", "recover_tokens"} & factorization.keys()
         settings: dict[str, Any] = {
             "model": str(place / "model"),
-            "text.calibration": str(place / "text.jsonl"),
+            "text": {"calibration": str(place / "text.jsonl"), **(text or {})},
             "calibration": {"sequences": 16, "length": 32},
             "factorization": {"fisher": [], "refine_tokens": 512, **({"refine_steps": 8} if trains else {}), **factorization},
             "engine": {"dtype": "float32"},
@@ -108,6 +110,18 @@ def test_a_rounded_plan_is_recovered_as_a_rounded_model(place: Path, folder: Wor
     assert found.repairs is not None
     assert "model.norm.weight" in found.repairs.tensors
     assert run.logits(found).isfinite().all()
+
+
+def test_a_recovery_may_have_a_text_of_its_own(place: Path, folder: WorkFolder) -> None:
+    text = write_text(place / "recovery.jsonl", 300, repetitions=2)
+    levels, tokens = {"down": Level(64)}, {"recover_tokens": 4096, "recover_batch_tokens": 512}
+    run = Run(place, folder, levels, text={"recovery": str(text)}, **tokens)
+    found = run.improved()
+    assert found.done["recover"]["tokens"] == 4096
+    assert stages(folder) == {"recovery", "recover"}
+    assert any(f"4096 tokens of {text}" in line for line in run.lines)
+    assert torch.equal(run.logits(run.improved()), run.logits(found))
+    assert run.job.provenance() != Run(place, folder, levels, **tokens).job.provenance()
 
 
 def test_plans_without_few_bits_have_no_repairs(place: Path, folder: WorkFolder) -> None:

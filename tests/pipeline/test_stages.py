@@ -87,17 +87,29 @@ def test_every_stage_of_the_pipeline_lists_its_modules() -> None:
     assert found - by_runtime - {"name"} == set(MODULES)  # `name` is `walked`'s own
 
 
+RECOVERY = {
+    "recovers": True,
+    "recover_minutes": 1.0,
+    "recover_tokens": 0,
+    "recover_batch_tokens": 8,
+    "recover_recompute": False,
+}
+
+
 def improved(tmp_path: Path) -> list[str]:
     """The stages of a run that propagates, refines and recovers; nothing is computed."""
-    settings = SimpleNamespace(propagate=True, refinement="adam", refine_steps=3, refine_tokens=8, recover_minutes=1.0)
+    settings = SimpleNamespace(propagate=True, refinement="adam", refine_steps=3, refine_tokens=8, **RECOVERY)
     job: Any = SimpleNamespace(
-        recipe=SimpleNamespace(factorization=settings, calibration=SimpleNamespace(batch_tokens=8), seed=0),
+        recipe=SimpleNamespace(
+            factorization=settings, text=SimpleNamespace(recovery=None), calibration=SimpleNamespace(batch_tokens=8), seed=0
+        ),
         units=[],
         layers=1,
         dtype=torch.float32,
         windows={"calibration": torch.zeros(2, 8, dtype=torch.int64)},
         recovery_windows=lambda: torch.zeros(1, 8, dtype=torch.int64),
         source=SimpleNamespace(load=lambda dtype: None),
+        recovery_processes=1,
         say=lambda line: None,
     )
     plan: Any = SimpleNamespace(
@@ -112,7 +124,7 @@ def improved(tmp_path: Path) -> list[str]:
 def test_stage_that_starts_from_changed_factors_is_made_anew(
     name: str, made_anew: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcome = SimpleNamespace(factors=None, steps=1, first_divergence=1.0, last_divergence=1.0, reused=False)
+    outcome = SimpleNamespace(factors=None, steps=1, tokens=8, first_divergence=1.0, last_divergence=1.0, reused=False)
     monkeypatch.setattr(improve, "walk", lambda *args, **kwargs: None)
     monkeypatch.setattr(improve, "recover", lambda *args, **kwargs: outcome)
     before = improved(tmp_path)
