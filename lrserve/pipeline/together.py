@@ -14,12 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from lrserve.allocation.plan import Plan
 from lrserve.engines.gpu import release_memory
 from lrserve.engines.process import failure, tied
-from lrserve.errors import EngineError
 from lrserve.pipeline.job import Job
 from lrserve.storage.store import write_json
 from lrserve.storage.temporary import temporary_folder
