@@ -16,6 +16,7 @@ from lrserve.compression.groups import family_of
 from lrserve.compression.logits import logits_of
 from lrserve.engines.onnx_provider import settled
 from lrserve.errors import reading
+from lrserve.pipeline.holding import ENGINE_BYTES, PROCESS_BYTES, Holding, holding
 from lrserve.pipeline.job import Job
 from lrserve.recipe import Workload
 from lrserve.report.card import table
@@ -32,8 +33,6 @@ _ONNX_START: Final = 3.0
 _LAYER_SECONDS: Final = 0.02  # of timing one layer at one number of rows
 _DECOMPOSE: Final = 1.5  # decomposing a group, over one eigendecomposition of its full rank
 _TIMED_OPERATIONS: Final = 2e11  # of the timed batch, at most
-_RUNTIME_BYTES: Final = int(2.5 * 2**30)  # of an engine's process besides weights: libraries, KV cache, activations
-_PROCESS_BYTES: Final = int(0.8 * 2**30)  # of lrserve's own process: torch, transformers, optuna
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     run = workload_seconds(recipe.workloads, forward)
     cubes = sum(unit.full_rank**3 for unit in job.units)
     refined = settings.refine_tokens or calibration // 4
-    engine = weights + _RUNTIME_BYTES
+    engine, held = weights + ENGINE_BYTES, holding(job)
 
     costs = [
         StageCost(
@@ -176,7 +175,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     measured = (search.measured_plans + 2) * (start + 2 * (1 + recipe.engine.repeats) * run)
     graph = parameters * getattr(torch, str(settled(recipe.engine).onnx_dtype)).itemsize if "onnx" in recipe.export else 0
     proven_by = graph + (float32 if 0 < graph < float32 else 0)  # the dense model's, and where numbers are rounded a float32 one
-    costs.append(StageCost("4 measure", measured, weights + proven_by, weights + rounded + 2 * engine))
+    costs.append(StageCost("4 measure", measured, weights + proven_by, weights + rounded + (2 if held.engines else 1) * engine))
     seconds, disk, memory = 0.0, 0, 0
     if settings.refinement != "none":
         walks = 1 + bool(settings.weights)  # at most: of the factors, and of what rounding leaves
@@ -192,8 +191,13 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     proof = 2 * job.windows["report"].numel() * forward.total
     proof += (_EAGER_START + start) * ("vllm" in recipe.export) + 2 * _ONNX_START * ("onnx" in recipe.export)
     artifact = weights * ("vllm" in recipe.export) + graph
-    costs.append(StageCost("6 export and prove", proof, artifact, 2 * weights + float32 + _RUNTIME_BYTES))
-    return [StageCost(cost.stage, cost.seconds, cost.disk, cost.memory + _PROCESS_BYTES) for cost in costs]
+    costs.append(StageCost("6 export and prove", proof, artifact, 2 * weights + _proof(weights, float32, held)))
+    return [StageCost(cost.stage, cost.seconds, cost.disk, cost.memory + PROCESS_BYTES) for cost in costs]
+
+
+def _proof(weights: int, float32: int, held: Holding) -> int:
+    """Return the bytes of what computes in the proof: the reference, and then an engine."""
+    return max(float32 if held.reference else 0, (float32 if held.engine_in_float32 else weights) + ENGINE_BYTES)
 
 
 def _seconds_per_cube() -> float:

@@ -92,7 +92,7 @@ class Job:
 
     def provenance(self) -> dict[str, Any]:
         """Identify everything that decides the result; JSON."""
-        settings = self.recipe.model_dump(mode="json", exclude={"model", "text"})  # whose content counts, not their place
+        settings = self.recipe.model_dump(mode="json", exclude={"model", "text", "memory"})  # content counts, not place
         return {"recipe": settings, "content": self.fingerprints, "work_version": WORK_VERSION}
 
     def calibration_inputs(self) -> dict[str, Any]:

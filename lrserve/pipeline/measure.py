@@ -18,7 +18,6 @@ from lrserve.allocation.goal import Evaluated, Goal, next_candidate
 from lrserve.allocation.speed import Shape, SpeedModel, shapes_to_measure, token_counts
 from lrserve.compression.rounding import Rounding
 from lrserve.compression.spectra import SpectrumStore
-from lrserve.engines.gpu import both_fit, device_memory
 from lrserve.engines.protocol import EngineProcess
 from lrserve.engines.runtimes import Runtime
 from lrserve.engines.workloads import MixComparison, compare, compare_apart, read_comparison
@@ -53,21 +52,6 @@ class Measured:
 def timing_conditions() -> dict[str, Any]:
     """Identify what times depend on: the machine, the threads asked for, and the settings of malloc; JSON."""
     return machine() | {name: os.environ.get(name) for name in _TIMING_VARIABLES}
-
-
-def fit_together(job: Job, runtime: Runtime) -> bool:
-    """Say whether the dense model's engine and a plan's can be up at once; says so in the log where they cannot."""
-    settings, memory = job.recipe.engine, device_memory()
-    if memory is None or not runtime.on_gpu:
-        return True
-    weights = sum(parameter.numel() for parameter in job.source.skeleton().parameters()) * job.dtype.itemsize
-    fit = both_fit(weights, memory, settings.gpu_memory_share, settings.tensor_parallel_size)
-    if not fit:
-        job.say(
-            f"4/6 measure: two engines of {weights / 1e9:.1f} GB do not fit on the GPU ({memory / 1e9:.0f} GB, of which "
-            f"engine.gpu_memory_share is {settings.gpu_memory_share:g}), so dense model and plans run one after the other"
-        )
-    return fit
 
 
 class DenseEngine:

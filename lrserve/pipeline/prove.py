@@ -26,6 +26,7 @@ from lrserve.errors import AgreementError
 from lrserve.inputs.source import Source
 from lrserve.pipeline.agreement import Pair, agree, agree_as_served
 from lrserve.pipeline.baseline import dense_reference, keep_served, kept_served
+from lrserve.pipeline.holding import Holding, holding
 from lrserve.pipeline.improve import Improved
 from lrserve.pipeline.job import Job
 from lrserve.pipeline.measure import dense_checkpoint
@@ -78,8 +79,8 @@ def _renders(exporter: Exporter) -> tuple[bool, bool]:
 def prove_agreement(job: Job, rendered: Rendered, exporters: Sequence[Exporter], staging: Path, folder: WorkFolder) -> Proof:
     """Run the prompts through every exported rendering and hold them against transformers.
 
-    1. in float32, against the model in memory; a graph in a dtype that rounds is shown to be a float32 graph with rounded
-       numbers, and that one is run
+    1. in float32, unless there is no room for an engine in float32, against the model in memory; a graph in a dtype that rounds
+       is shown to be a float32 graph with rounded numbers, and that one is run
     2. as the recipe's settings serve it, against transformers in the same dtype (of graphs, in float32), held to what the dense
        model shows there or, where inputs are rounded, to what that changes in transformers
 
@@ -98,19 +99,20 @@ def prove_agreement(job: Job, rendered: Rendered, exporters: Sequence[Exporter],
     prompts, new_tokens = job.windows["prompts"].tolist(), job.recipe.report.new_tokens
     agreement: dict[str, dict[str, Any]] = {}
     proven: dict[str, tuple[Pair, Pair]] = {}
+    held = holding(job)
     with progress_bar(len(exporters), "6/6 agreement") as progress:
         references: dict[int, list[Transcript]] = {}
         for index, exporter in enumerate(exporters):
             model = rendered.by(exporter)
             if id(model) not in references:
-                with in_float32(model):
+                with in_float32(model, at_once=held.reference):
                     references[id(model)] = transcribe_model(model, prompts, new_tokens)
             reference = references[id(model)]
             if isinstance(exporter, SelfProving):
                 for engine, transcripts in exporter.transcribe(staging, prompts, new_tokens).items():
                     agreement[engine] = agree(engine, reference, transcripts, exporter.tolerance)
             else:
-                found, proven[exporter.name] = _prove_rendering(job, exporter, model, reference, staging, folder)
+                found, proven[exporter.name] = _prove_rendering(job, held, exporter, model, reference, staging, folder)
                 agreement |= found
             progress(index + 1)
     job.say(f"6/6 agreement: {'; '.join(_one_line(name, found) for name, found in agreement.items())}")
@@ -119,7 +121,13 @@ def prove_agreement(job: Job, rendered: Rendered, exporters: Sequence[Exporter],
 
 
 def _prove_rendering(
-    job: Job, exporter: Exporter, model: Any, reference: Sequence[Transcript], staging: Path, folder: WorkFolder
+    job: Job,
+    held: Holding,
+    exporter: Exporter,
+    model: Any,
+    reference: Sequence[Transcript],
+    staging: Path,
+    folder: WorkFolder,
 ) -> tuple[dict[str, dict[str, Any]], tuple[Pair, Pair]]:
     """Prove a rendering of one of lrserve's exporters; returns its figures by engine, and the dense and compressed transcripts."""
     report = job.recipe.report
@@ -128,14 +136,16 @@ def _prove_rendering(
     settings = job.recipe.engine
     plain, served = loader_of(exporter, settings.model_copy(update=_FLOAT32)), loader_of(exporter, settings)
     if plain.loads_sources:  # a checkpoint, which transformers loads too
-        loaded = transcribe_checkpoint(staging, torch.float32, prompts, new_tokens)
+        loaded = _loaded(job, staging, at_once=held.reference)
         agreement["transformers"] = agree("transformers", reference, loaded, exporter.tolerance)
-    with _in_float32(job, plain, served, model, staging, folder) as place, plain.open(place, {"": report.workload}) as engine:
-        compressed = Pair(reference, engine.transcribe(prompts, new_tokens))
-    agreement[plain.name] = agree(plain.name, reference, compressed.engine, exporter.tolerance)
-    rounded: Pair | None = None
+    compressed, rounded = None, None
+    with _in_float32(job, plain, served, model, staging, folder) as place:
+        if held.engine_in_float32 or plain.dtype == served.dtype:
+            with plain.open(place, {"": report.workload}) as engine:
+                compressed = Pair(reference, engine.transcribe(prompts, new_tokens))
+            agreement[plain.name] = agree(plain.name, reference, compressed.engine, exporter.tolerance)
     if served.rounding_inputs is not None and is_rounded(model):
-        with in_float32(model), served.rounding_inputs(model):
+        with in_float32(model, at_once=held.reference), served.rounding_inputs(model):
             loaded = transcribe_model(model, prompts, new_tokens)
         with served.open(staging, job.recipe.requests) as engine:
             compressed = Pair(loaded, engine.transcribe(prompts, new_tokens))
@@ -148,13 +158,24 @@ def _prove_rendering(
         with served.open(staging, job.recipe.requests) as engine:
             compressed = Pair(loaded, engine.transcribe(prompts, new_tokens))
         rounded = Pair(reference, loaded) if has_rounded_inputs(model) else None
+    assert compressed is not None  # an engine that did not run in float32 serves in another dtype
     dense = _dense(job, served, folder)
-    agreement[served.name]["as_served"] = {
+    agreement.setdefault(served.name, {})["as_served"] = {
         "dtype": served.dtype,
         "compiled": served.compiled,
         **agree_as_served(f"{served.name} in {served.dtype}", dense, compressed, rounded),
     }
     return agreement, (dense, compressed)
+
+
+def _loaded(job: Job, staging: Path, *, at_once: bool) -> list[Transcript]:
+    """Run the prompts through an exported checkpoint as transformers loads it, in float32."""
+    prompts, new_tokens = job.windows["prompts"].tolist(), job.recipe.report.new_tokens
+    if at_once:
+        return transcribe_checkpoint(staging, torch.float32, prompts, new_tokens)
+    model = Source(name="export", path=staging).load(job.dtype)
+    with in_float32(model, at_once=False):
+        return transcribe_model(model, prompts, new_tokens)
 
 
 @contextmanager
@@ -188,12 +209,12 @@ def _dense(job: Job, runtime: Runtime, folder: WorkFolder) -> Pair:
 
 
 def _one_line(engine: str, found: Mapping[str, Any]) -> str:
-    line = f"{engine} {found['max_logprob_difference']:.1e} nats in float32"
+    parts = [f"{found['max_logprob_difference']:.1e} nats in float32"] if "max_logprob_difference" in found else []
     if "as_served" in found:
         served = found["as_served"]
         means = [f"{served[side]['mean']:.2g}" for side in ("compressed", "dense")]
-        line += f", {means[0]} on average in {served['dtype']} as served (dense {means[1]})"
-    return line
+        parts.append(f"{means[0]} nats on average in {served['dtype']} as served (dense {means[1]})")
+    return f"{engine} {', '.join(parts)}"
 
 
 def _samples(job: Job, dense: Pair, compressed: Pair) -> list[dict[str, str]]:

@@ -26,6 +26,7 @@ from lrserve.inputs.source import cache_folder
 from lrserve.pipeline.collect import backpropagate, calibrate_blocks, require_shards
 from lrserve.pipeline.estimate import StageCost, by_stage, estimate, in_words, time_forward
 from lrserve.pipeline.evidence import collect_metrics, write_evidence
+from lrserve.pipeline.holding import ALL, holding
 from lrserve.pipeline.improve import improve_factors, validate_improved
 from lrserve.pipeline.job import Job, open_job
 from lrserve.pipeline.prove import Rendered, prove_agreement, report_perplexity
@@ -113,6 +114,8 @@ def compress_and_export(
         ]
     )
     say(in_words(costs))
+    if (held := holding(job)) != ALL:
+        say(f"memory: {held}")
     require_engines(job, exporters)
     if dry_run:
         _say_intent(job, costs, say)

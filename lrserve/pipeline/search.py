@@ -31,12 +31,12 @@ from lrserve.compression.rounding import Rounding
 from lrserve.compression.spectra import SpectrumStore
 from lrserve.engines.runtimes import runtime_of
 from lrserve.errors import CalibrationError, InputError, NotFiniteError
+from lrserve.pipeline.holding import holding
 from lrserve.pipeline.job import Job, first_tokens, tensor_sha256
 from lrserve.pipeline.measure import (
     DenseEngine,
     Measured,
     dense_checkpoint,
-    fit_together,
     measure_front,
     measure_layers,
     speed_model,
@@ -106,7 +106,7 @@ def tune(
     settings, target, embedding_loss = job.recipe.search, job.recipe.target, 0.0
     checkpoint = dense_checkpoint(job, runtime, folder)
     log = folder.root / "dense-engine.log"
-    together = fit_together(job, runtime)
+    together = holding(job).engines
     device = next(model.parameters()).device
     with DenseEngine(runtime, checkpoint, job.recipe.requests, log, together=together) as dense, ExitStack() as stack:
         scratch = Path(stack.enter_context(temporary_folder(folder.root)))

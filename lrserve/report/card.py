@@ -150,7 +150,10 @@ def agreement_rows(metrics: Mapping[str, Any]) -> Rows:
             dense, own = found["dense"], found["compressed"]
             served = [f"{own['mean']:.1e} ({dense['mean']:.1e})"]
             served += [f"{own['greedy_equal']} ({dense['greedy_equal']}) of {own['greedy_tokens']}"]
-        float32 = [f"{a['max_logprob_difference']:.1e}", f"{a['tolerance']:g}", f"{a['greedy_equal']} of {a['greedy_tokens']}"]
+        float32 = ["", "", ""]
+        if "max_logprob_difference" in a:
+            equal = f"{a['greedy_equal']} of {a['greedy_tokens']}"
+            float32 = [f"{a['max_logprob_difference']:.1e}", f"{a['tolerance']:g}", equal]
         rows.append([engine, *float32, *served])
     return rows
 

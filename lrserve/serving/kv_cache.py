@@ -11,11 +11,11 @@ import math
 import re
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeGuard
 
+from lrserve.engines.memory import free_memory
 from lrserve.errors import InputError
 from lrserve.serving.flags import Flags
 
@@ -30,19 +30,7 @@ _BLOCK: Final = 128  # tokens; of vLLM's cache on CPUs
 _SHARE: Final = 0.92  # of the memory: vLLM's default
 _PROCESSES: Final = 2 * _GIB  # of vLLM's besides weights and cache: measured 0.8 + 0.7 + 0.5
 _SCALED: Final = ("dynamic", "linear")  # RoPE scalings whose factor vLLM multiplies the context by
-_CONTAINERS: Final = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
-)
 _SUFFIXES: Final = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Of this machine, or of its container, in bytes."""
-
-    total: int
-    free: int
 
 
 @dataclass(frozen=True)
@@ -142,21 +130,6 @@ def _context(folder: Path, config: Mapping[str, Any], flags: Flags) -> int | Non
         context *= factor
     most = _json(folder / "tokenizer_config.json").get("model_max_length")
     return int(min(context, most)) if isinstance(most, int | float) and most >= 1 else int(context)
-
-
-def free_memory() -> Memory | None:
-    """Return the memory of this machine or of its container, counted as vLLM does; None where the system does not say."""
-    try:
-        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-        found = {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines}
-        total, free = found["MemTotal"], found["MemAvailable"]
-    except (OSError, ValueError, KeyError, IndexError):
-        return None
-    for group, most, used in _CONTAINERS:
-        with suppress(OSError, ValueError):  # no limit, or not this kind of control groups
-            limit = int((group / most).read_text())
-            return Memory(min(total, limit), min(free, max(limit - int((group / used).read_text()), 0)))
-    return Memory(total, free)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -33,32 +33,43 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-def test_it_computes_what_the_model_that_was_loaded_in_float32_does(source: Source) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_it_computes_what_the_model_that_was_loaded_in_float32_does(source: Source, at_once: bool) -> None:
     model = source.load(None)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     before = logits(model)
-    with in_float32(model):
+    with in_float32(model, at_once=at_once):
+        held = {parameter.dtype for parameter in model.base_model.layers.parameters()}
+        assert held == {torch.float32 if at_once else torch.bfloat16}
         assert torch.equal(logits(model), logits(source.load(torch.float32)))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.equal(logits(model), before)
 
 
-def test_a_model_comes_back_when_what_it_computed_failed() -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_model_comes_back_when_what_it_computed_failed(at_once: bool) -> None:
     model = dense_model("LlamaForCausalLM").bfloat16()
-    with pytest.raises(ZeroDivisionError), in_float32(model):
+
+    def fail(*_: Any) -> None:
         raise ZeroDivisionError
+
+    handle = model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError), in_float32(model, at_once=at_once):
+        logits(model)
+    handle.remove()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("weights", ["int8", "int4_g32"])
-def test_rounded_weights_stand_for_the_same_numbers(weights: Any) -> None:
+def test_rounded_weights_stand_for_the_same_numbers(weights: Any, at_once: bool) -> None:
     model = round_parameters(rounded_model("LlamaForCausalLM", Rounding(weights, "narrow", 4)), torch.bfloat16)
     expected, exact = logits(model), exact_names(model)
     for name, parameter in model.named_parameters():
         if name not in exact:
             parameter.data = parameter.data.bfloat16()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with in_float32(model):
+    with in_float32(model, at_once=at_once):
         assert torch.equal(logits(model), expected)
     after = model.state_dict()
     assert after.keys() == before.keys()

@@ -19,8 +19,8 @@ from exporters.vllm import VllmExporter
 from lrserve.compression.embedding import round_embedding
 from lrserve.compression.lowrank import is_rounded
 from lrserve.engines.onnx import OnnxEngine
-from lrserve.engines.runtimes import runtime_of
-from lrserve.engines.transcripts import Transcript, transcribe_model
+from lrserve.engines.runtimes import Runtime, runtime_of
+from lrserve.engines.transcripts import Transcript, transcribe_checkpoint, transcribe_model
 from lrserve.errors import AgreementError, InputError
 from lrserve.pipeline import prove
 from lrserve.pipeline.agreement import Pair, differences
@@ -188,6 +188,56 @@ def test_a_float16_graph_of_another_model_is_refused(place: Path, folder: WorkFo
     with pytest.raises(AgreementError, match=r"qkv_proj\.B\.bias is not its float32 twin's, rounded to float16"):
         prove_graph(job, model, tampered(factorized_model("LlamaForCausalLM")), folder, tmp_path / "out")
     assert not (folder.root / "twin").exists()
+
+
+class Loaded:
+    """Stands for an engine: transformers, in a dtype."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self.folder, self.dtype = folder, getattr(torch, dtype)
+
+    def __enter__(self) -> Loaded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave nothing running."""
+
+    def transcribe(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Transcript]:
+        return transcribe_checkpoint(self.folder, self.dtype, prompts, new_tokens)
+
+
+@pytest.mark.parametrize("gib", [None, 0.5])
+def test_without_room_for_float32_an_engine_is_proven_as_it_serves(
+    gib: float | None, place: Path, folder: WorkFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def loader(exporter: Exporter, settings: EngineSettings) -> Any:
+        def start(model: Path, workloads: Any) -> Loaded:
+            opened.append(settings.dtype)
+            return Loaded(model, settings.dtype)
+
+        return Runtime("vllm", "made up 1", settings.dtype, False, exporter, loads_sources=True, open=start)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prove, "loader_of", loader)
+    job = open_tiny(place, runtime="vllm")
+    job = replace(job, recipe=job.recipe.model_copy(update={"memory": gib}))
+    model = factorized_model("LlamaForCausalLM")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    exporter, out = VllmExporter(), tmp_path / "out"
+    out.mkdir()
+    exporter.export(model, job.source.path, out, torch.bfloat16)
+    proof = prove_agreement(job, Rendered(model, [exporter]), [exporter], out, folder)
+    assert opened == ["float32"] * (gib is None) + ["bfloat16"] * 2
+    assert proof.agreement["transformers"]["max_logprob_difference"] < 1e-5
+    found = proof.agreement["vllm"]
+    assert found["as_served"]["dtype"] == "bfloat16"
+    assert ("max_logprob_difference" in found) is (gib is None)
+    assert "vllm" in agreement({"agreement": proof.agreement})
+    other = tampered(factorized_model("LlamaForCausalLM"))
+    with pytest.raises(AgreementError, match="transformers differs from the model in memory"):
+        prove_agreement(job, Rendered(other, [exporter]), [exporter], out, folder)
 
 
 class Foreign:

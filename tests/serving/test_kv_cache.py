@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from lrserve.engines.memory import Memory, free_memory
 from lrserve.errors import InputError
 from lrserve.serving import kv_cache
 from lrserve.serving.flags import read_flags
-from lrserve.serving.kv_cache import Memory, free_memory, model_cache, serving_cache
+from lrserve.serving.kv_cache import model_cache, serving_cache
 
 GIB = 2**30
 LLAMA = {

@@ -1,0 +1,56 @@
+"""What a run holds in memory at the same time, by what the machine has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from lrserve.engines.gpu import both_fit, device_memory
+from lrserve.engines.memory import free_memory
+from lrserve.engines.runtimes import runtime_of
+from lrserve.pipeline.job import Job
+
+ENGINE_BYTES: Final = int(2.5 * 2**30)
+"""Of an engine's process besides weights: libraries, keys and values, activations."""
+PROCESS_BYTES: Final = int(0.8 * 2**30)
+"""Of lrserve's own process: torch, transformers, optuna."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What fits.
+
+    engines: the dense model's engine beside a plan's; otherwise they run one after the other.
+    reference: the compressed model in float32; otherwise one decoder block at a time.
+    engine_in_float32: an engine with the model in float32; otherwise an engine that serves in 16 bits is proved as it serves only.
+    """
+
+    engines: bool
+    reference: bool
+    engine_in_float32: bool
+
+    def __str__(self) -> str:
+        return (
+            f"engines of the dense model and of a plan {'side by side' if self.engines else 'one after the other'}; "
+            f"the reference in float32 {'at once' if self.reference else 'block by block'}"
+            + ("" if self.engine_in_float32 else "; engines that serve in 16 bits are not proved in float32")
+        )
+
+
+ALL: Final = Holding(engines=True, reference=True, engine_in_float32=True)
+
+
+def holding(job: Job) -> Holding:
+    """Decide what a run holds, by the recipe's `memory` and that of the GPU."""
+    parameters = sum(parameter.numel() for parameter in job.source.skeleton().parameters())
+    weights, float32 = parameters * job.dtype.itemsize, 4 * parameters
+    found = free_memory()
+    memory = job.recipe.memory * 2**30 if job.recipe.memory else found.total if found else float("inf")
+    engine, own = weights + ENGINE_BYTES, PROCESS_BYTES + weights
+    runtime, device = runtime_of(job.recipe.engine), device_memory()
+    if device is not None and runtime.on_gpu:
+        settings = job.recipe.engine
+        engines = both_fit(weights, device, settings.gpu_memory_share, settings.tensor_parallel_size)
+    else:
+        engines = PROCESS_BYTES + 2 * engine <= memory
+    return Holding(engines, own + float32 <= memory, own + float32 + ENGINE_BYTES <= memory)
