@@ -169,13 +169,13 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     logits = 4 * search.probe_tokens * int(job.source.config().vocab_size)
     linears = sum(group.m * group.n for group in job.groups)
     rounded = len(job.precisions) * linears  # a byte each
-    costs.append(StageCost("4 search", searched, rounded, 2 * weights + rounded + activations + logits + engine))
+    costs.append(StageCost("4 search", searched, rounded, 2 * weights + activations + logits + held.engines * engine))
     cells = len(shapes_to_measure(job.units, job.offers, job.output_layer)) * len(token_counts(recipe.workloads))
-    costs.append(StageCost("4 latency", start + 3 * run + _LAYER_SECONDS * cells, 0, 2 * weights + engine))
+    costs.append(StageCost("4 latency", start + 3 * run + _LAYER_SECONDS * cells, 0, weights + engine))
     measured = (search.measured_plans + 2) * (start + 2 * (1 + recipe.engine.repeats) * run)
     graph = parameters * getattr(torch, str(settled(recipe.engine).onnx_dtype)).itemsize if "onnx" in recipe.export else 0
     proven_by = graph + (float32 if 0 < graph < float32 else 0)  # the dense model's, and where numbers are rounded a float32 one
-    costs.append(StageCost("4 measure", measured, weights + proven_by, weights + rounded + (2 if held.engines else 1) * engine))
+    costs.append(StageCost("4 measure", measured, weights + proven_by, weights + (1 + held.engines) * engine))
     seconds, disk, memory = 0.0, 0, 0
     if settings.refinement != "none":
         walks = 1 + bool(settings.weights)  # at most: of the factors, and of what rounding leaves
@@ -191,7 +191,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     proof = 2 * job.windows["report"].numel() * forward.total
     proof += (_EAGER_START + start) * ("vllm" in recipe.export) + 2 * _ONNX_START * ("onnx" in recipe.export)
     artifact = weights * ("vllm" in recipe.export) + graph
-    costs.append(StageCost("6 export and prove", proof, artifact, 2 * weights + _proof(weights, float32, held)))
+    costs.append(StageCost("6 export and prove", proof, artifact, weights + _proof(weights, float32, held)))
     return [StageCost(cost.stage, cost.seconds, cost.disk, cost.memory + PROCESS_BYTES) for cost in costs]
 
 

@@ -82,9 +82,9 @@ class DenseEngine:
             self._engine = engine
         return self._engine
 
-    def leave_gpu(self) -> None:
-        """End the engine where it holds a GPU that the trials are about to use."""
-        if self._runtime.on_gpu:
+    def make_room(self) -> None:
+        """End the engine where it holds a GPU that the trials are about to use, or where memory is short."""
+        if self._runtime.on_gpu or not self.together:
             self._close()
 
     def compare(self, model: Path, workloads: Mapping[str, Workload], repeats: int, **options: Any) -> MixComparison:

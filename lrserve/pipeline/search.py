@@ -113,7 +113,7 @@ def tune(
         merged = MergedLevels(model, job.units, store, rounding, scratch)
         merged.to("cpu")  # an engine takes the GPU
         table, latency = measure_layers(job, runtime, dense, folder)
-        dense.leave_gpu()
+        dense.make_room()
         merged.to(device)
         windows, validated = choose_windows(job, merged, store, folder)
         stage, place = _study_place(job, folder, {"validation": validated, "spectra": store.folder.name}, latency, storage)
@@ -131,7 +131,7 @@ def tune(
         usual = _usual(job, table_speed.offers, merged, validation, table_speed)
         merged.to("cpu")
         measured = measure(usual)
-        dense.leave_gpu()
+        dense.make_room()
         merged.to(device)
         speed = table_speed.corrected([(m.candidate.plan, m.comparison.relative_times) for m in measured])
         speed, level_losses = known_losses(job, merged, store, speed, folder)
