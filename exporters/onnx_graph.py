@@ -27,7 +27,8 @@ from exporters.onnx_families import ACTIVATIONS, FAMILIES, check_renderable, hea
 from exporters.onnx_linear import MICROSOFT, Nodes, Transform, side_by_side
 from exporters.onnx_profiles import Positions, Profile, positions
 from lrserve.compression.embedding import RoundedEmbedding
-from lrserve.compression.groups import family_of, is_dense
+from lrserve.compression.groups import FAMILIES as LINEARS
+from lrserve.compression.groups import is_dense
 from lrserve.errors import UnsupportedModelError
 from lrserve.recipe import Dtype
 
@@ -56,7 +57,7 @@ class _Builder(Nodes):
         super().__init__(model, dtype)
         self.model, self.config = model, model.config
         self.family = FAMILIES[type(model).__name__]
-        self.groups = family_of(model.config).groups
+        self.groups = LINEARS[type(model).__name__].groups
         self.stream = "FLOAT" if self.family.gemma else self.real
         """Type of the residual stream."""
         self.head_dim = head_width(self.config)

@@ -109,9 +109,9 @@ def install_trainable(model: Any, ranks: Iterable[tuple[Group, int]], source: Fa
             if factors.feeding is None:
                 factors = replace(factors, feeding=stacked_weight(model, group.fed_by)[0])
         layer = TrainableGroup(factors, device)
+        rows = group.fed_by.stacked * rank if group.fed_by else 0
         for index, member in enumerate(group.fed_by.members if group.fed_by else ()):
             bias = model.get_submodule(member).bias
-            rows = group.fed_by.stacked * rank
             model.set_submodule(member, _Feeding(layer, index * rows, (index + 1) * rows, bias))
         start = 0
         for member, rows in zip(group.members, group.out_features, strict=True):

@@ -67,7 +67,8 @@ class Stacked:
 
     def pieces(self, tensor: torch.Tensor, dim: int) -> Sequence[torch.Tensor]:
         """Return each linear's part of a checkpoint tensor along `dim`."""
-        return tensor.split([part.full for part in self.parts], dim)
+        pieces: Sequence[torch.Tensor] = tensor.split([part.full for part in self.parts], dim)
+        return pieces
 
 
 Rows = Sequence[Slice | Stacked]
