@@ -13,6 +13,7 @@ from tiny import dense_model, write_dense, write_text
 
 from exporters.vllm import VllmExporter
 from lrserve.allocation.speed import Shape
+from lrserve.allocation.study import study_of
 from lrserve.engines.protocol import Throughput
 from lrserve.engines.runtimes import Runtime
 from lrserve.engines.timing import elements
@@ -127,12 +128,12 @@ def open_small(place: Path, lines: list[str] | None = None, **overrides: Any) ->
     return open_job(Recipe.load(None, settings), say=lambda line: None if lines is None else lines.append(line))
 
 
-def tuned(job: Job, folder: WorkFolder) -> Tuned:
+def tuned(job: Job, folder: WorkFolder, storage: str | None = None) -> Tuned:
     model = job.source.load(job.dtype)
     statistics = calibrate_blocks(job, model, folder)
     gradients = backpropagate(job, model, folder)
     store = factorize_groups(job, model, statistics, gradients, folder)
-    return tune(job, model, store, rounding_of(job, statistics, gradients), gradients, folder)
+    return tune(job, model, store, rounding_of(job, statistics, gradients), gradients, folder, storage)
 
 
 def test_the_front_is_measured_beside_one_dense_engine(place: Path, folder: WorkFolder, engines: Engines) -> None:
@@ -177,6 +178,28 @@ def test_a_second_run_measures_nothing_again(place: Path, folder: WorkFolder, en
     assert again.chosen.comparison.speedup == first.chosen.comparison.speedup
     for stage in ("probe", "validation", "latency", "search", "measure"):
         assert any(line.startswith(f"4/6 {stage}") and "reused" in line for line in lines), stage
+
+
+def test_machines_of_two_kinds_share_a_search(
+    place: Path, tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, lines, found = f"sqlite:///{tmp_path / 'shared.sqlite3'}", list[str](), list[Tuned]()
+    for number, (kind, seconds) in enumerate((("cpu", 1e-6), ("cpu", 2e-6), ("gpu", 1e-7))):
+        monkeypatch.setattr("lrserve.pipeline.measure.timing_conditions", lambda kind=kind: {"processor": kind})
+        engines.seconds_per_parameter = seconds
+        lines.clear()
+        with work_folder(tmp_path / str(number), lambda line: None) as own:
+            found.append(tuned(open_small(place, lines, **{"target.ratio": 0.3}), own, url))
+    first, same, other = found
+    assert same.trials == first.trials, "the first one's table, and its trials"
+    assert [trial.trial for trial in other.trials] == [*range(6), *[None] * 6]
+    assert [trial.plan for trial in other.trials[6:]] == [trial.plan for trial in first.trials]
+    assert any("6 plans judged on other machines" in line for line in lines)
+    assert other.validation.dense == first.validation.dense
+    per_second = {run.speed.dense_tokens_per_second for run in found}
+    assert len(per_second) == 2, "one table for each kind"
+    assert other.speed.dense_tokens_per_second == pytest.approx(10 * first.speed.dense_tokens_per_second, rel=1e-3)
+    assert len(study_of(other.study_path).trials) == 6
 
 
 def test_another_engine_setting_measures_anew(place: Path, folder: WorkFolder, engines: Engines) -> None:
