@@ -43,6 +43,13 @@ def cache_folder() -> Path:
         ).expanduser()
 
 
+def device_for(dtype: torch.dtype) -> str:
+    """Return where a model is computed: in 16 bits on the first CUDA device where there is one, else on the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and dtype.itemsize < 4 else "cpu"
+
+
 def cache_place(needed: int) -> Place:
     """Return the cache as a place into which so many bytes will be written (`space.require_space`)."""
     return Place("the cache (LRSERVE_CACHE)", cache_folder().absolute(), needed)
@@ -103,12 +110,11 @@ class Source:
         return build_skeleton(self.path)
 
     def load(self, dtype: torch.dtype) -> Any:
-        """Load the dense model for evaluation: in 16 bits on the first CUDA device where there is one, else on the CPU.
+        """Load the dense model for evaluation, where `device_for` says.
 
         Raises:
             InputError: the weights cannot be read.
         """
-        import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -117,7 +123,7 @@ class Source:
             model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"the weights in {self.path} cannot be loaded: {one_line(error)}; {_DOWNLOAD}") from None
-        return model.eval().to("cuda" if torch.cuda.is_available() and dtype.itemsize < 4 else "cpu")
+        return model.eval().to(device_for(dtype))
 
     def fingerprint(self) -> str:
         """Identify the content of weights, config and tokenizer: sha256, as hex. Reads every file once."""
