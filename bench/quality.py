@@ -289,7 +289,7 @@ class Bench:
         validation = Validation(windows, negative_log_likelihood(self.model, windows).tolist())
         target = Target(ratio=ratio)
         goal = Goal(target, recipe.search.speed_weight, validation.dense_perplexity)
-        offers = Offers(recipe.search.rank_step, row.structure)
+        offers = self.offers(row)
         levels = {group.name: offers.levels(group) for group in self.groups(row)}
         by_level = {base: allocate.by_level(self.groups(row), levels, of_ranks, {}) for base, of_ranks in losses.items()}
         space = SearchSpace(self.groups(row), target, recipe.search, by_level, speed, offers)
@@ -303,13 +303,17 @@ class Bench:
         merged.apply({})
         return min((trial for trial in trials if trial.complete), key=lambda trial: trial.perplexity).plan
 
+    def offers(self, row: Row) -> Offers:
+        """Return the ranks that a row's groups may have; nothing is rounded."""
+        step, width_step = self.job.steps
+        return Offers(step, row.structure, width_step=width_step)
+
     def probes(self, row: Row) -> dict[str, tuple[int | None, float]]:
         """Divergences of the groups one by one."""
         store = self.spectra(row)
         merged = MergedLevels(self.model, self.groups(row), store)
         with self.timed(f"probe-{row.factors}-{row.structure}"):
-            offers = Offers(self.job.recipe.search.rank_step, row.structure)
-            found = probe_units(self.job_of(row), merged, store, offers, self.folder)
+            found = probe_units(self.job_of(row), merged, store, self.offers(row), self.folder)
         merged.apply({})
         return ranks_probed(found)
 

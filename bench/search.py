@@ -272,7 +272,7 @@ class Bench:
         for ratio in RATIOS:
             trials, path = self.trials // len(RATIOS), stage / f"study-{ratio}.sqlite3"
             path.unlink(missing_ok=True)  # only a search that ran to the end keeps its points
-            bolaco(self.singles, (1 - ratio) * dense, self.job.recipe.search.rank_step, 4, trials, evaluate, path, seed=seed)
+            bolaco(self.singles, (1 - ratio) * dense, self.job.steps[0], 4, trials, evaluate, path, seed=seed)
         merged.apply({})
         return points
 

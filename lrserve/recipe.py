@@ -251,8 +251,11 @@ class Search(_Frozen):
     """Sampler of the study: a Gaussian process, a tree-structured Parzen estimator, or random search."""
     speed_weight: Annotated[float, Field(ge=0), "nats per log(speedup)"] = 1.0
     """Weight of speed under a ratio target: with 1, one percent of throughput counts as much as one percent of perplexity."""
-    rank_step: Annotated[int, Field(ge=1), "ranks"] = 16
-    """Ranks and numbers of neurons are multiples of this. 16 suits kernels on CPUs, 64 those on GPUs."""
+    rank_step: Annotated[int, Field(ge=1), "ranks"] | None = None
+    """Ranks are multiples of this. null is 16 on a CPU and 64 on a GPU, which suits their kernels."""
+    width_step: Annotated[int, Field(ge=1), "neurons"] | None = None
+    """Numbers of neurons that an MLP keeps are multiples of this. null is `rank_step`; where that is null too, 16 on a CPU and 256
+    on a GPU."""
     depth_groups: Annotated[int, Field(ge=1), "runs of layers"] = 3
     """Runs of consecutive layers that share one multiplier for each kind of layer."""
     probe_tokens: Annotated[int, Field(ge=64), "tokens"] = 1024
@@ -267,6 +270,11 @@ class Search(_Frozen):
     """Plans of the front that are exported and measured on the engine, besides the dense model."""
     choose: Annotated[int, Field(ge=0), "trial number"] | None = None
     """Trial to export in place of the best one; `--choose`. report.html lists the trials."""
+
+    def steps(self, *, gpu: bool) -> tuple[int, int]:
+        """Return `rank_step` and `width_step`, with null resolved for a GPU or a CPU."""
+        ranks, neurons = (64, 256) if gpu else (16, 16)
+        return self.rank_step or ranks, self.width_step or self.rank_step or neurons
 
 
 class Workload(_Frozen):

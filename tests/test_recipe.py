@@ -28,6 +28,20 @@ def test_defaults_overrides_and_round_trip(tmp_path: Path) -> None:
     assert str(Recipe.load(path, {"target.min_speedup": 1.3}).target) == "min-speedup 1.3"
 
 
+@pytest.mark.parametrize(
+    ("given", "cpu", "gpu"),
+    [
+        ({}, (16, 16), (64, 256)),
+        ({"rank_step": 8}, (8, 8), (8, 8)),
+        ({"width_step": 128}, (16, 128), (64, 128)),
+        ({"rank_step": 32, "width_step": 96}, (32, 96), (32, 96)),
+    ],
+)
+def test_steps_that_are_left_out_are_those_of_the_device(given: dict[str, int], cpu: tuple[int, int], gpu: tuple[int, int]) -> None:
+    search = Recipe.load(None, {"model": "m", "search": given}).search
+    assert (search.steps(gpu=False), search.steps(gpu=True)) == (cpu, gpu)
+
+
 def test_workloads_share_the_machines_time(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("model: m\nworkloads:\n  a: {concurrency: 2, share: 3}\n  b: {}\n")

@@ -129,8 +129,9 @@ def byte_cost(structure: Structure, itemsize: int) -> Cost:
 
 
 def rank_choices(group: Group, step: int, structure: Structure) -> list[int]:
-    """Ranks at which the factors are smaller than the dense linears: multiples of `step` below the break-even rank.
+    """Return the ranks, or numbers of neurons, at which a group is smaller than the dense linears.
 
+    They are multiples of `step` below the break-even rank.
     For a layer so small that not even `step` saves, the list is empty: the group stays dense.
     """
     stored = group.stored_as(structure)
@@ -141,6 +142,7 @@ def rank_choices(group: Group, step: int, structure: Structure) -> list[int]:
 class Offers:
     """Which levels units may have: multiples of `step` as ranks, these precisions, and residuals of these ranks.
 
+    `width_step`: of which numbers of neurons are multiples; None is `step`.
     Weights of fewer than 8 bits alone have residuals. Factors are rounded to 8 bits only, and have none. `embedding`: of all plans.
     `dense`: the names of units that are left as they are.
     """
@@ -151,12 +153,14 @@ class Offers:
     residuals: tuple[int, ...] = ()
     embedding: Precision | None = None
     dense: frozenset[str] = frozenset()
+    width_step: int | None = None
 
     def levels(self, group: Group) -> list[Level]:
         """List the levels of one unit, dense last."""
         if group.name in self.dense:
             return [DENSE]
-        ranks: list[int | None] = [*rank_choices(group, self.step, self.structure), None]
+        step = self.width_step or self.step if group.stored_as(self.structure) == "narrow_in" else self.step
+        ranks: list[int | None] = [*rank_choices(group, step, self.structure), None]
         levels = [
             Level(rank, weights, residual)
             for weights in self.precisions
@@ -190,7 +194,7 @@ class BudgetFit:
         if smallest > budget:
             raise InfeasibleTargetError(
                 f"the target leaves {budget / self.dense_cost:.1%} of the dense cost, but the smallest levels need "
-                f"{smallest / self.dense_cost:.1%}; ask for less compression or lower search.rank_step"
+                f"{smallest / self.dense_cost:.1%}; ask for less compression, or lower search.rank_step and search.width_step"
             )
 
     def levels(self, name: str) -> list[tuple[float, Level]]:

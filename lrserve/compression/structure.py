@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import scipy.linalg
 import torch
 
 from lrserve.compression.factorize import Factors
@@ -52,6 +51,8 @@ def structured(factors: Factors, stored: Stored) -> Factors:
 
 
 def _identity_block(factors: Factors) -> Factors:
+    import scipy.linalg
+
     A = factors.A.numpy()
     r = len(A)
     order = scipy.linalg.qr(A, mode="r", pivoting=True)[1]

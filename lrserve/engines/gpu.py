@@ -28,7 +28,7 @@ _SHORTAGES: Final = (
         "shorter requests",
     ),
     (
-        re.compile(r"CUDA out of memory.*|CUBLAS_STATUS_ALLOC_FAILED|Failed to allocate memory for .*"),
+        re.compile(r"CUDA out of memory.*|CUBLAS_STATUS_ALLOC_FAILED|CUDA failure 2: out of memory"),
         "lower engine.gpu_memory_share, which leaves more beside vLLM's weights and cache, raise engine.tensor_parallel_size, or "
         "end what else uses the GPU",
     ),

@@ -84,7 +84,7 @@ def load_transformers(settings: Mapping[str, Any]) -> Any:
 
     source = Source(settings["model"], Path(settings["model"]))
     model, tokenizer = source.load(getattr(torch, settings["dtype"])), source.tokenizer()
-    batch: Any = "auto" if torch.cuda.is_available() else _CPU_BATCH
+    batch: Any = "auto" if model.device.type == "cuda" else _CPU_BATCH
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=_longest(source))
 
 

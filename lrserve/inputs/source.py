@@ -43,6 +43,13 @@ def cache_folder() -> Path:
         ).expanduser()
 
 
+def device_for(dtype: torch.dtype) -> str:
+    """Return where a model is computed: in 16 bits on the first CUDA device where there is one, else on the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and dtype.itemsize < 4 else "cpu"
+
+
 def cache_place(needed: int) -> Place:
     """Return the cache as a place into which so many bytes will be written (`space.require_space`)."""
     return Place("the cache (LRSERVE_CACHE)", cache_folder().absolute(), needed)
@@ -103,7 +110,7 @@ class Source:
         return build_skeleton(self.path)
 
     def load(self, dtype: torch.dtype | None) -> Any:
-        """Load the dense model for evaluation: in 16 bits on the first CUDA device where there is one, else on the CPU.
+        """Load the dense model for evaluation, where `device_for` says.
 
         In the dtype in which it is stored (None), its weights are pages of its files on the CPU: read when they are first used,
         and memory that the system takes back where it is short.
@@ -111,7 +118,6 @@ class Source:
         Raises:
             InputError: the weights cannot be read.
         """
-        import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -124,7 +130,7 @@ class Source:
         for module in model.modules():  # Gemma's embedding rounds its scale to the weights' dtype by itself
             if (scale := getattr(module, "scalar_embed_scale", None)) is not None:
                 module.embed_scale = torch.tensor(float(scale))
-        return model.eval().to("cuda" if torch.cuda.is_available() and dtype.itemsize < 4 else "cpu")
+        return model.eval().to(device_for(dtype))
 
     def fingerprint(self) -> str:
         """Identify the content of weights, config and tokenizer: sha256 of their `content_id`, as hex."""

@@ -16,6 +16,7 @@ from lrserve.compression.groups import family_of
 from lrserve.compression.logits import logits_of
 from lrserve.engines.onnx_provider import settled
 from lrserve.errors import reading
+from lrserve.inputs.source import device_for
 from lrserve.pipeline.holding import ENGINE_BYTES, PROCESS_BYTES, Holding, holding
 from lrserve.pipeline.job import Job
 from lrserve.recipe import Workload
@@ -103,7 +104,7 @@ def _one_block(job: Job) -> Any:
         config.layer_types = list(config.layer_types)[:1]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=job.dtype)
-    model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+    model.to_empty(device=device_for(job.dtype))
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_floating_point():
             tensor.fill_(0.02)

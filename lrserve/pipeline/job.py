@@ -61,7 +61,14 @@ class Job:
     def offers(self) -> Offers:
         """The levels that the recipe allows; what the engine cannot run is not known yet."""
         settings = self.recipe.factorization
-        return Offers(self.recipe.search.rank_step, settings.structure, self.precisions, settings.residuals, self.embedding)
+        step, width_step = self.steps
+        rounded = self.precisions, settings.residuals, self.embedding
+        return Offers(step, settings.structure, *rounded, width_step=width_step)
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Of which ranks, and numbers of neurons, are multiples."""
+        return self.recipe.search.steps(gpu=torch.cuda.is_available())
 
     @property
     def precisions(self) -> tuple[Precision, ...]:

@@ -145,7 +145,7 @@ def measure_layers(job: Job, runtime: Runtime, dense: DenseEngine, folder: WorkF
         "machine": timing_conditions(),
         "settings": job.recipe.engine.model_dump(mode="json", exclude={"repeats"}),
         "workloads": {name: workload.model_dump(mode="json", exclude={"share"}) for name, workload in workloads.items()},
-        "rank_step": job.recipe.search.rank_step,
+        "steps": job.steps,
         "structure": job.recipe.structure,
         "shapes": fingerprint([asdict(shape) for shape in shapes]),
     }

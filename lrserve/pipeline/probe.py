@@ -77,12 +77,11 @@ def probe_units(
         By unit, under `structure` the `rank` of the first and the KL divergence in nats; and by precision the divergence and, for
         each rank of a residual, the share of the rounding's error that is `left`.
     """
-    settings = job.recipe.search
     windows = _probe_windows(job)
     identity = {
         "spectra": store.folder.name,
         "windows": tensor_sha256(windows),
-        "rank_step": settings.rank_step,
+        "steps": (offers.step, offers.width_step),
         "structure": offers.structure,
         "share": _PROBE_SHARE,
         "residuals": offers.residuals,
@@ -92,7 +91,7 @@ def probe_units(
     stage = folder.stage("probe", identity)
     path = stage / "probes.json"
     found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    structures = Offers(settings.rank_step, offers.structure, dense=offers.dense)
+    structures = Offers(offers.step, offers.structure, dense=offers.dense, width_step=offers.width_step)
     wanted: dict[str, list[Precision | None]] = {
         unit.name: [None, *(p for p in offers.precisions if Level(weights=p) in offers.levels(unit))] for unit in job.units
     }

@@ -33,7 +33,7 @@ from lrserve.pipeline.prove import Rendered, prove_agreement, report_perplexity
 from lrserve.pipeline.rounding import gradient_reader, rounding_of
 from lrserve.pipeline.search import tune
 from lrserve.pipeline.stages import MODULES, provenance
-from lrserve.pipeline.supported import require_engines
+from lrserve.pipeline.supported import require_divisible, require_engines
 from lrserve.recipe import EngineSettings, Recipe
 from lrserve.report import card
 from lrserve.report.advice import advice
@@ -88,6 +88,7 @@ def compress_and_export(
     job = replace(open_job(recipe, say), say=timed(say))
     recipe = job.recipe
     skeleton = job.source.skeleton()
+    require_divisible(job)
     for exporter in [runtime_of(recipe.engine).exporter, *exporters]:  # it measures the plans, whatever is exported
         exporter.preflight(skeleton)
     linears = sum(group.dense_parameters for group in job.groups)

@@ -282,7 +282,9 @@ def choose_windows(job: Job, merged: MergedLevels, store: SpectrumStore, folder:
     """
     settings, pool = job.recipe.search, _validation_pool(job)
     amount = max(1, settings.validation_tokens // settings.validation_length)
-    fit = BudgetFit(job.units, Offers(settings.rank_step, job.recipe.structure, dense=store.not_finite()))
+    step, width_step = job.steps
+    offers = Offers(step, job.recipe.structure, dense=store.not_finite(), width_step=width_step)
+    fit = BudgetFit(job.units, offers)
     budget = max((1 - (job.recipe.target.ratio or _REFERENCE_RATIO)) * fit.dense_cost, fit.smallest_cost)
     reference = losses.uniform(fit, budget)
     identity = {"spectra": store.folder.name, "pool": tensor_sha256(pool), "windows": amount, "reference": reference.to_json()}

@@ -18,10 +18,11 @@ import torch
 
 from exporters.base import Exporter, SelfProving
 from lrserve.compression.groups import family_of
+from lrserve.compression.level import SCHEMES
 from lrserve.engines.runtimes import Runtime, loader_of, runtime_of
 from lrserve.engines.timing import random_prompts
 from lrserve.engines.transcripts import transcribe_checkpoint, transcribe_model
-from lrserve.errors import ArtifactError, EngineError, UnsupportedModelError, reading
+from lrserve.errors import ArtifactError, EngineError, InputError, UnsupportedModelError, listed, reading
 from lrserve.inputs.source import cache_folder, cache_place
 from lrserve.pipeline.agreement import FACTOR, Pair, differences
 from lrserve.pipeline.job import Job
@@ -38,6 +39,25 @@ _PROMPTS, _NEW_TOKENS = 2, 4
 _PROMPT_TOKENS: Final = 24  # at most
 _ADVICE: Final = "choose another engine (--target, --export) or another model"
 _MARK_BYTES: Final = 1_000_000  # of what is kept in the cache, with room
+
+
+def require_divisible(job: Job) -> None:
+    """Check that the GPUs among which vLLM divides an MLP get equal parts of every number of neurons that a plan may keep.
+
+    Raises:
+        InputError: `search.width_step` does not divide.
+    """
+    recipe, (_, width_step) = job.recipe, job.steps
+    gpus = recipe.engine.tensor_parallel_size
+    if gpus == 1 or recipe.structure != "narrow" or "vllm" not in (recipe.engine.runtime, *recipe.export):
+        return
+    step = gpus * max([SCHEMES[precision].group or 1 for precision in job.precisions], default=1)
+    if width_step % step:
+        raise InputError(
+            f"search.width_step {width_step}: {gpus} GPUs (engine.tensor_parallel_size) divide an MLP evenly, and the weights of "
+            f"{listed(job.precisions, ', ') or recipe.engine.dtype} in whole groups, only in steps of {step} neurons; set "
+            f"search.width_step: {-(-width_step // step) * step}"
+        )
 
 
 def require_engines(job: Job, exporters: Sequence[Exporter]) -> None:

@@ -77,6 +77,15 @@ def test_an_mlp_that_loses_neurons_is_one_unit() -> None:
     assert plan.key()[0] == ("structure", "narrow")
 
 
+def test_neurons_may_have_a_step_of_their_own() -> None:
+    gate_up = Group("mlp.gate_up", "gate_up", 0, ("mlp.gate", "mlp.up"), out_features=(96, 96), in_features=32)
+    mlp = Group("mlp.down", "down", 0, ("mlp.down",), out_features=(32,), in_features=96, fed_by=gate_up)
+    offers = Offers(8, "narrow", width_step=32)
+    assert [level.rank for level in offers.levels(mlp)] == [32, 64, None]
+    assert offers.levels(GROUPS[1]) == Offers(8, "narrow").levels(GROUPS[1])  # two factors
+    assert Offers(8, "low_rank", width_step=32).levels(mlp) == Offers(8, "low_rank").levels(mlp)
+
+
 def test_a_group_too_small_to_save_stays_dense() -> None:
     assert all(rank_choices(GROUPS[3], 8, structure) == [] for structure in FACTORED)
     assert uniform(FIT, 0.5 * FIT.dense_cost).ranks["tiny"] is None

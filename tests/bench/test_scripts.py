@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = sorted(path for path in (Path(__file__).parents[2] / "bench").glob("*.py") if "\ndef main()" in path.read_text())
-TABLES = {"cost", "front", "memory", "onnx_graphs", "precision", "profiles", "quality", "readme", "search", "speed"}
+TABLES = {"cost", "front", "memory", "onnx_export", "onnx_graphs", "precision", "profiles", "quality", "readme", "search", "speed"}
 
 
 def help_of(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -30,4 +30,4 @@ def test_help_gives_the_command_and_the_options(
 
 
 def test_every_table_has_its_script() -> None:
-    assert {script.stem for script in SCRIPTS} == TABLES | {"shape"}
+    assert {script.stem for script in SCRIPTS} == TABLES | {"gpu", "shape"}

@@ -91,8 +91,8 @@ def test_more_gpus_than_there_are_are_refused_before_vllm_starts(monkeypatch: py
             r"^CUDA out of memory\. Tried to allocate 2\.00 GiB\..*; lower engine\.gpu_memory_share",
         ),
         (
-            "RuntimeException: [ONNXRuntimeError] Failed to allocate memory for requested buffer of size 9",
-            r"^Failed to allocate memory for requested buffer of size 9; lower",
+            "RuntimeException: [ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : CUDA failure 2: out of memory ; GPU=0",
+            r"^CUDA failure 2: out of memory; lower",
         ),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from tiny import RENDERED, dense_model, write_dense, write_text
 from transformers import AutoModelForCausalLM
 
 from lrserve.engines.onnx import OnnxEngine
-from lrserve.errors import ArtifactError, UnsupportedModelError
+from lrserve.errors import ArtifactError, InputError, UnsupportedModelError
 from lrserve.pipeline.job import Job, open_job
 from lrserve.pipeline.run import load_exporters
-from lrserve.pipeline.supported import require_engines
-from lrserve.recipe import Recipe
+from lrserve.pipeline.supported import require_divisible, require_engines
+from lrserve.recipe import Factorization, Recipe
 
 Open = Callable[..., tuple[Job, list[str]]]
 
@@ -48,6 +49,38 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
 
 def check(job: Job) -> None:
     require_engines(job, load_exporters(job.recipe.export, job.recipe.engine))
+
+
+@pytest.mark.parametrize(
+    ("engine", "search", "weights", "message"),
+    [
+        (
+            {"tensor_parallel_size": 2},
+            {},
+            None,
+            r"search\.width_step 16: 2 GPUs .* in steps of 64 neurons; set search\.width_step: 64",
+        ),
+        ({"tensor_parallel_size": 3}, {"width_step": 64}, [], r"width_step 64: 3 GPUs .* in steps of 3 neurons; set .*: 66"),
+        ({"tensor_parallel_size": 2}, {"width_step": 64}, None, None),
+        ({"tensor_parallel_size": 2}, {}, ["int8"], None),
+        ({}, {"rank_step": 7}, None, None),
+        ({"tensor_parallel_size": 3, "runtime": "onnx"}, {}, None, None),  # which uses one GPU
+    ],
+)
+def test_neurons_must_divide_among_gpus(
+    opened: Open, engine: dict[str, Any], search: dict[str, int], weights: list[str] | None, message: str | None
+) -> None:
+    job, _ = opened("LlamaForCausalLM", engine.get("runtime", "vllm"))
+    recipe = job.recipe
+    recipe = recipe.model_copy(
+        update={
+            "engine": recipe.engine.model_copy(update=engine),
+            "search": recipe.search.model_copy(update=search),
+            "factorization": Factorization(weights=weights),
+        }
+    )
+    with nullcontext() if message is None else pytest.raises(InputError, match=message):
+        require_divisible(replace(job, recipe=recipe))
 
 
 @pytest.mark.parametrize("architecture", RENDERED)

@@ -409,7 +409,7 @@ def share_of_neurons(prefix: str, neurons: int, ranks: int) -> int:
     if neurons % ranks:
         raise ArtifactError(
             f"{prefix}: {neurons} neurons cannot be divided among {ranks} ranks; serve with another tensor_parallel_size, or "
-            f"compress with search.rank_step a multiple of {ranks}"
+            f"compress with search.width_step a multiple of {ranks}"
         )
     return neurons // ranks
 
