@@ -81,14 +81,15 @@ def run_study(
         backend = connect(storage.url)
         study, salt = open_study(storage.name, backend, goal.metrics), worker_salt()
         others = partial(judged_elsewhere, storage, backend, space, speed)
-    first = list(space.first_trials().items())
+    first = space.first_trials()
     done, elsewhere = finished(study), others()
     progress(len(done), None)
     while len(done) < search.trials:
         index = live(study)
         sampler = _sampler(search.sampler, seed * 1_000_003 + salt + index, len(space.bases))
-        origin, parameters = first[index] if index < len(first) else ("", None)
-        run_trial(study, sampler, parameters, _objective(space, goal, speed, evaluate, [*elsewhere, *done]), origin)
+        begun = _origins(study)  # not the first of so many: two workers that begin at once would leave the second out
+        origin = next((name for name in first if name not in begun), "")
+        run_trial(study, sampler, first.get(origin), _objective(space, goal, speed, evaluate, [*elsewhere, *done]), origin)
         done, elsewhere = finished(study), others()
         progress(len(done), done[-1])
     return [*done[: search.trials], *elsewhere]
@@ -298,6 +299,11 @@ def live(study: optuna.Study) -> int:
     with quietly():
         optuna.storages.fail_stale_trials(study)
     return len(study.get_trials(deepcopy=False, states=_LIVE))
+
+
+def _origins(study: optuna.Study) -> set[Any]:
+    """Return the origins of the trials that did not fail."""
+    return {trial.user_attrs.get("origin") for trial in study.get_trials(deepcopy=False, states=_LIVE)}
 
 
 def gp_sampler(seed: int, random_trials: int = 10) -> optuna.samplers.BaseSampler:
