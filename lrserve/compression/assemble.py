@@ -130,7 +130,7 @@ def round_parameters(model: Any, dtype: torch.dtype) -> Any:
     """Round every parameter to `dtype`, but for float32 scales, and return the model, whose own, wider dtype stays."""
     exact = exact_names(model)
     for name, parameter in model.named_parameters():
-        if name not in exact:
+        if name not in exact and parameter.dtype != dtype:  # what is mapped from a file would be copied into memory
             parameter.copy_(parameter.to(dtype))
     return model
 
