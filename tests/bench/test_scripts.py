@@ -9,7 +9,20 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = sorted(path for path in (Path(__file__).parents[2] / "bench").glob("*.py") if "\ndef main()" in path.read_text())
-TABLES = {"cost", "front", "memory", "onnx_export", "onnx_graphs", "precision", "profiles", "quality", "readme", "search", "speed"}
+TABLES = {
+    "calibration_cost",
+    "cost",
+    "front",
+    "memory",
+    "onnx_export",
+    "onnx_graphs",
+    "precision",
+    "profiles",
+    "quality",
+    "readme",
+    "search",
+    "speed",
+}
 
 
 def help_of(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
