@@ -118,6 +118,7 @@ class Source:
         Raises:
             InputError: the weights cannot be read.
         """
+        import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 

@@ -42,7 +42,7 @@ def test_a_process_that_fails_ends_the_others_and_is_named(
     place: Path, folder: WorkFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(together, "_WORKER", "lrserve.pipeline.nowhere")
-    with pytest.raises(EngineError, match=r"process [01] of 2 of the recovery ended with code 1; the same command goes on from"):
+    with pytest.raises(EngineError, match=r"recovery: process [01] of 2 ended with code 1; the same command goes on from"):
         Run(place, folder, {"down": Level(64)}, recover_processes=2, **TOKENS).improved()
 
 
