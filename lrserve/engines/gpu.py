@@ -41,16 +41,22 @@ def device_memory() -> int | None:
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
-def both_fit(weights: int, memory: int, share: float, devices: int = 1) -> bool:
-    """Say whether the dense model's engine and a plan's have room beside each other.
+def fit(weights: int, memory: int, share: float, devices: int = 1, engines: int = 1) -> bool:
+    """Say whether engines have room on the GPU, beside each other.
 
     Args:
-        weights: bytes of the dense model's weights; those of a plan are no more.
+        weights: bytes of the weights of each.
         memory: bytes of one device.
-        share: part of it that both engines take together, half of it each.
+        share: part of it that all of them take together.
         devices: among how many an engine divides its weights.
+        engines: how many.
     """
-    return weights / devices + _BESIDE_WEIGHTS <= share * memory / 2
+    return weights / devices + _BESIDE_WEIGHTS <= share * memory / engines
+
+
+def both_fit(weights: int, memory: int, share: float, devices: int = 1) -> bool:
+    """Say whether the dense model's engine and a plan's, whose weights are no more, `fit` beside each other."""
+    return fit(weights, memory, share, devices, 2)
 
 
 def require_devices(count: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from lrserve.engines.gpu import both_fit, device_memory
+from lrserve.engines.gpu import both_fit, device_memory, fit
 from lrserve.engines.memory import free_memory
 from lrserve.engines.runtimes import runtime_of
 from lrserve.pipeline.job import Job
@@ -49,8 +49,10 @@ def holding(job: Job) -> Holding:
     engine, own = weights + ENGINE_BYTES, PROCESS_BYTES + weights
     runtime, device = runtime_of(job.recipe.engine), device_memory()
     if device is not None and runtime.on_gpu:
-        settings = job.recipe.engine
-        engines = both_fit(weights, device, settings.gpu_memory_share, settings.tensor_parallel_size)
+        share, devices = job.recipe.engine.gpu_memory_share, job.recipe.engine.tensor_parallel_size
+        engines = both_fit(weights, device, share, devices)
+        engine_in_float32 = fit(float32, device, share, devices)
     else:
         engines = PROCESS_BYTES + 2 * engine <= memory
-    return Holding(engines, own + float32 <= memory, own + float32 + ENGINE_BYTES <= memory)
+        engine_in_float32 = own + float32 + ENGINE_BYTES <= memory
+    return Holding(engines, own + float32 <= memory, engine_in_float32)

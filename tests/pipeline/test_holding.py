@@ -51,6 +51,21 @@ def test_the_machine_decides_where_the_recipe_does_not(job: Job, monkeypatch: py
     assert holding(job) == ALL
 
 
+@pytest.mark.parametrize(
+    ("gib", "expected"),
+    [
+        (8, Holding(engines=True, reference=True, engine_in_float32=True)),
+        (6, Holding(engines=False, reference=True, engine_in_float32=True)),
+        (3, Holding(engines=False, reference=True, engine_in_float32=False)),
+    ],
+)
+def test_on_a_gpu_its_own_memory_decides_of_engines(job: Job, gib: int, expected: Holding, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = replace(module.runtime_of(job.recipe.engine), on_gpu=True)
+    monkeypatch.setattr(module, "runtime_of", lambda settings: runtime)
+    monkeypatch.setattr(module, "device_memory", lambda: gib * 2**30)
+    assert holding(job) == expected
+
+
 def test_the_setting_does_not_change_what_a_result_is_made_from(job: Job) -> None:
     assert replace(job, recipe=job.recipe.model_copy(update={"memory": 3.0})).provenance() == job.provenance()
 
