@@ -459,7 +459,7 @@ _TYPES: Final[Mapping[str, str]] = {
 
 def _explain(error: ErrorDetails, path: Path | None, flags: Mapping[str, str]) -> str:
     """Say in one line what is wrong with a setting: by its flag, else by its dotted name and the recipe that it stands in."""
-    parts = [str(part) for part in error["loc"] if not str(part).startswith("[")]  # "[key]", and forms of one setting
+    parts = [_printable(str(part)) for part in error["loc"] if not str(part).startswith("[")]  # "[key]", forms of one setting
     where = ".".join(parts)[:_NAMED]
     kind, context, got = error["type"], error.get("ctx", {}), f"; got {shown(error['input'])}"
     if kind == "extra_forbidden":
@@ -474,6 +474,11 @@ def _explain(error: ErrorDetails, path: Path | None, flags: Mapping[str, str]) -
     if kind in _NEEDED:
         return f"{label}: {_NEEDED[kind].format(**context)}{got}"
     return f"{label}: must be {_TYPES.get(kind.partition('_')[0], 'text')}{got}"
+
+
+def _printable(name: str) -> str:
+    """Return a name that stays on its line: one of a recipe may hold line breaks."""
+    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def _origin(path: Path | None) -> str:
