@@ -151,8 +151,7 @@ class Divergence:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._rows = LOGIT_ROWS
-        self._probabilities = [logits_of(model, h).softmax(-1) for h in torch.split(hidden, self._rows)]
+        self._probabilities = [logits_of(model, h).softmax(-1) for h in torch.split(hidden, LOGIT_ROWS)]
         self._negative_entropy = sum(float(torch.special.entr(p).sum()) for p in self._probabilities) * -1
 
     @torch.inference_mode()
@@ -166,7 +165,7 @@ class Divergence:
         finally:
             hook.remove()
         total = self._negative_entropy
-        for p, h in zip(self._probabilities, torch.split(hidden, self._rows), strict=True):
+        for p, h in zip(self._probabilities, torch.split(hidden, LOGIT_ROWS), strict=True):
             logits = logits_of(model, h)
             total += float(logits.logsumexp(-1).double().sum() - (p * logits).sum(-1).double().sum())
         return total / len(hidden)
@@ -194,8 +193,7 @@ class Reference:
         for part, dense in zip(self._batches(), self._hidden, strict=True):
             hidden = _hidden(model, part)[:, :-1].flatten(0, 1)
             targets = part[:, 1:].flatten().to(hidden.device)
-            rows = LOGIT_ROWS
-            for h, d, t in zip(*(torch.split(x, rows) for x in (hidden, dense, targets)), strict=True):
+            for h, d, t in zip(*(torch.split(x, LOGIT_ROWS) for x in (hidden, dense, targets)), strict=True):
                 found, wanted = logits_of(model, h).log_softmax(-1), logits_of(model, d).log_softmax(-1)
                 nll -= float(found.gather(1, t[:, None]).double().sum())
                 divergence += float((wanted.exp() * (wanted - found)).double().sum())

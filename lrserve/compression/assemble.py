@@ -23,6 +23,7 @@ from lrserve.compression.lowrank import (
     load_residual,
     load_rounded,
     reorder_outputs,
+    rows_of_neurons,
 )
 from lrserve.compression.quantize import Rounded, inputs_in_units, round_to_nearest
 from lrserve.compression.rounding import Rounding, rounds_inputs
@@ -338,8 +339,7 @@ def parts(unit: Group) -> list[Group]:
 
 def rows_of(group: Group, kept: torch.Tensor) -> torch.Tensor:
     """Return the rows of a stacked weight that give the neurons `kept` (k,), linear after linear."""
-    starts = torch.arange(group.rows_per_neuron) * group.neurons
-    return (starts[:, None] + kept.long()).flatten()
+    return rows_of_neurons(kept, group.m, group.rows_per_neuron)
 
 
 def _rounds(weights: Precision, units: torch.Tensor, left: torch.Tensor) -> Callable[[Any, tuple[torch.Tensor, ...]], tuple[Any]]:

@@ -222,8 +222,8 @@ def calibrate(
                 last = min(first + batch, end)
                 yield first, last, last == end
 
+    unfinished = folder / "hidden.partial"
     if start == 0:
-        unfinished = folder / "hidden.partial"
         states = memory_map(unfinished, shape, dtype)
         receiver = Receiver()
         for first, last, _ in pooled_batches():
@@ -241,7 +241,6 @@ def calibrate(
                 feeds.append(_Feed(accumulators[group.name], token_weights and token_weights(group)))
                 hooks.append(model.get_submodule(group.members[0]).register_forward_pre_hook(feeds[-1]))
         before = memory_map(states_path(folder, index), shape, dtype)
-        unfinished = folder / "hidden.partial"
         after = memory_map(unfinished, shape, dtype)
         receiver, inputs = Receiver(), sent((before[first:last] for first, last, _ in pooled_batches()), device)
         try:

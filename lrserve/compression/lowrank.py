@@ -194,7 +194,7 @@ def keep_outputs(model: Any, group: Group, kept: torch.Tensor) -> None:
         linear = model.get_submodule(member)
         if not is_dense(linear):
             raise TypeError(f"{member} is a {type(linear).__name__}; outputs are removed before weights are rounded")
-        rows = _each(kept.to(linear.weight.device), linear.out_features, group.stacked)
+        rows = rows_of_neurons(kept.to(linear.weight.device), linear.out_features, group.stacked)
         smaller = nn.Linear(linear.in_features, len(rows), linear.bias is not None, device="meta", dtype=linear.weight.dtype)
         for name, parameter in linear.named_parameters():
             setattr(smaller, name, nn.Parameter(parameter[rows], requires_grad=parameter.requires_grad))
@@ -216,11 +216,11 @@ def reorder_outputs(model: Any, group: Group, order: torch.Tensor) -> None:
         if getattr(layer, "residual", 0):
             tensors.append(layer.residual_B.weight)
         for tensor in tensors:
-            tensor.copy_(tensor[_each(order.to(tensor.device), len(tensor), feeding.stacked)])
+            tensor.copy_(tensor[rows_of_neurons(order.to(tensor.device), len(tensor), feeding.stacked)])
 
 
-def _each(neurons: torch.Tensor, rows: int, stacked: int) -> torch.Tensor:
-    """Return the rows of some neurons in each of `stacked` linears that lie one after the other in so many rows."""
+def rows_of_neurons(neurons: torch.Tensor, rows: int, stacked: int) -> torch.Tensor:
+    """Return the rows of some neurons (k,) in each of `stacked` linears that lie one after the other in so many rows."""
     starts = torch.arange(0, rows, rows // stacked, device=neurons.device)
     return (starts[:, None] + neurons.long()).flatten()
 

@@ -131,8 +131,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     """Estimate every stage of a run that reuses nothing."""
     recipe = job.recipe
     settings, search = recipe.factorization, recipe.search
-    parameters = sum(parameter.numel() for parameter in job.source.skeleton().parameters())
-    weights, float32 = parameters * job.dtype.itemsize, parameters * 4
+    weights, float32 = job.parameters * job.dtype.itemsize, job.parameters * 4
     hidden = int(job.source.config().hidden_size)
     calibration = job.windows["calibration"].numel()
     batch = min(recipe.calibration.batch_tokens, calibration)
@@ -174,7 +173,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     cells = len(shapes_to_measure(job.units, job.offers, job.output_layer)) * len(token_counts(recipe.workloads))
     costs.append(StageCost("4 latency", start + 3 * run + _LAYER_SECONDS * cells, 0, weights + engine))
     measured = (search.measured_plans + 2) * (start + 2 * (1 + recipe.engine.repeats) * run)
-    graph = parameters * getattr(torch, str(settled(recipe.engine).onnx_dtype)).itemsize if "onnx" in recipe.export else 0
+    graph = job.parameters * getattr(torch, str(settled(recipe.engine).onnx_dtype)).itemsize if "onnx" in recipe.export else 0
     proven_by = graph + (float32 if 0 < graph < float32 else 0)  # the dense model's, and where numbers are rounded a float32 one
     costs.append(StageCost("4 measure", measured, weights + proven_by, weights + (1 + held.engines) * engine))
     seconds, disk, memory = 0.0, 0, 0

@@ -42,8 +42,7 @@ ALL: Final = Holding(engines=True, reference=True, engine_in_float32=True)
 
 def holding(job: Job) -> Holding:
     """Decide what a run holds, by the recipe's `memory` and that of the GPU."""
-    parameters = sum(parameter.numel() for parameter in job.source.skeleton().parameters())
-    weights, float32 = parameters * job.dtype.itemsize, 4 * parameters
+    weights, float32 = job.parameters * job.dtype.itemsize, 4 * job.parameters
     found = free_memory()
     memory = job.recipe.memory * 2**30 if job.recipe.memory else found.total if found else float("inf")
     engine, own = weights + ENGINE_BYTES, PROCESS_BYTES + weights

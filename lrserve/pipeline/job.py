@@ -35,16 +35,17 @@ WORK_VERSION = 3
 class Job:
     """A recipe with its model and texts opened.
 
-    `groups` are the model's, in layer order; `units` what a plan of the recipe's structure decides on. `output_layer` is the shape
-    (m, n) of the output layer's weight. `windows` holds int64 token
-    windows by use: calibration, validation, report, prompts; `fingerprints` identify the content of the model and of each text.
-    `held_out` are the documents that nothing may be trained on.
+    `groups` are the model's, in layer order; `units` what a plan of the recipe's structure decides on. `parameters` are those of
+    the dense model, tied weights counted once. `output_layer` is the shape (m, n) of the output layer's weight. `windows` holds
+    int64 token windows by use: calibration, validation, report, prompts; `fingerprints` identify the content of the model and of
+    each text. `held_out` are the documents that nothing may be trained on.
     """
 
     recipe: Recipe
     source: Source
     architecture: str
     groups: list[Group]
+    parameters: int
     output_layer: tuple[int, int]
     windows: dict[str, torch.Tensor]
     fingerprints: dict[str, str]
@@ -207,6 +208,7 @@ def open_job(recipe: Recipe, say: Say) -> Job:
         source=source,
         architecture=config.architectures[0],
         groups=groups,
+        parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
         output_layer=tuple(skeleton.get_output_embeddings().weight.shape),
         windows=windows,
         fingerprints={

@@ -33,14 +33,7 @@ from lrserve.engines.runtimes import runtime_of
 from lrserve.errors import CalibrationError, InputError, NotFiniteError
 from lrserve.pipeline.holding import holding
 from lrserve.pipeline.job import Job, first_tokens, tensor_sha256
-from lrserve.pipeline.measure import (
-    DenseEngine,
-    Measured,
-    dense_checkpoint,
-    measure_front,
-    measure_layers,
-    speed_model,
-)
+from lrserve.pipeline.measure import DenseEngine, Measured, dense_checkpoint, measure_front, measure_layers, speed_model
 from lrserve.pipeline.probe import probed_losses
 from lrserve.pipeline.rounding import weigh_tokens
 from lrserve.report.console import progress_bar, reused
