@@ -206,7 +206,7 @@ class Bench:
         stage = self.folder.stage(name, inputs)
         with self.timed(name):
             write_spectra(self.model, groups, decompose, stage)
-        return SpectrumStore(stage, groups)
+        return SpectrumStore(stage, groups, statistics)
 
     def plan(self, row: Row, ratio: float) -> tuple[Plan, list[str]]:
         """Allocate the ranks, or read the plan that another row left; returns it with the names of its timed stages."""

@@ -193,7 +193,9 @@ class MergedLevels:
                 if level.weights is None:
                     assert factors is not None
                     device = self._own[unit.members[0]][0].device
-                    self._set(unit, factors.B.to(device) @ factors.A.to(device), factors.b)
+                    B = factors.B.to(device)
+                    merged = B @ factors.A.to(device) if factors.order is None else _spread(B, factors.order, unit.n)
+                    self._set(unit, merged, factors.b)
                 else:
                     self._round(unit, level, factors)
             self._levels[name] = level
@@ -249,7 +251,7 @@ class MergedLevels:
             spectrum = self._rounding.residual(group, W[used], part, inputs=inputs, outputs=rows, ranks=level.residual)
             merged[used] += spectrum.cut(min(level.residual, len(spectrum.values))).dense()
         if inputs is not None:
-            merged = torch.zeros(group.m, group.n).index_copy_(1, inputs, merged)
+            merged = _spread(merged, inputs, group.n)
         self._set(group, merged, bias)
         if rounds_inputs(level):
             self._hook(group, level.weights, scales, inputs)
@@ -330,6 +332,11 @@ class MergedLevels:
             for member in group.members:
                 linear = self.model.get_submodule(member)
                 linear.weight, linear.bias = self._own[member]
+
+
+def _spread(W: torch.Tensor, inputs: torch.Tensor, n: int) -> torch.Tensor:
+    """Return a weight (m, n) that reads of n inputs those that W (m, k) reads."""
+    return W.new_zeros(len(W), n).index_copy_(1, inputs.long().to(W.device), W)
 
 
 def parts(unit: Group) -> list[Group]:

@@ -117,8 +117,13 @@ class Spectrum:
 
         In squared units of the output or, of a two-sided factorization, twice the expected loss in nats per token.
         """
-        values = self.eigenvalues.double()
-        return torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
+        return tails(self.eigenvalues)
+
+
+def tails(eigenvalues: torch.Tensor) -> torch.Tensor:
+    """Return the sums of all but the first 0..k of k eigenvalues, float64 (k + 1,)."""
+    values = eigenvalues.double()
+    return torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
 
 
 class FactorSource(Protocol):
@@ -150,7 +155,8 @@ def factorize(
     Raises:
         NotFiniteError: a weight or statistic that is not finite.
     """
-    W64, C64, mu64 = checked(W, C, mu, gradient)
+    require_finite(W, C, mu, gradient)
+    W64, C64, mu64 = W.double(), C.double(), mu.double()
     if not _weighs(gradient):
         U, V, values = _unweighted(W64, C64)
     elif gradient[0] == "output":
@@ -160,19 +166,15 @@ def factorize(
     return Spectrum.of(U, V, values, W64, mu64, beta)
 
 
-def checked(
-    W: torch.Tensor, C: torch.Tensor, mu: torch.Tensor, gradient: tuple[Side, torch.Tensor] | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return W, C and mu in float64.
+def require_finite(W: torch.Tensor, C: torch.Tensor, mu: torch.Tensor, gradient: tuple[Side, torch.Tensor] | None) -> None:
+    """Refuse numbers that nothing can be solved from.
 
     Raises:
         NotFiniteError: one of them, or the gradient's moment, is not finite.
     """
-    W64, C64, mu64 = W.double(), C.double(), mu.double()
     moments = () if gradient is None else (gradient[1],)
-    if not all(torch.isfinite(tensor).all() for tensor in (W64, C64, mu64, *moments)):
+    if not all(torch.isfinite(tensor).all() for tensor in (W, C, mu, *moments)):
         raise NotFiniteError("a weight, covariance or gradient is not finite; check the checkpoint and the calibration text")
-    return W64, C64, mu64
 
 
 def moved(gradient: tuple[Side, torch.Tensor] | None, device: torch.device) -> tuple[Side, torch.Tensor] | None:

@@ -1,28 +1,70 @@
 """Removing neurons of an MLP in closed form: its `down` projection reads fewer inputs, and makes up for the others.
 
 Notation, besides that of factorize.py (W, C, mu, beta, Gamma; x (n,) are the MLP's neurons)
-    J            the k neurons that stay, in the order in which they were chosen
+    J            the k neurons that stay, the first k of one order
+    s (n,)       standard deviation of each neuron, the ridge included;  R (n, n) = C / (s s^T), their correlation
     F (p, n)     what a change of x costs: the loss grows by E|F (x - x')|^2 / 2;  F = Gamma W, or W where outputs count alike
-    S (n, n)     covariance of what the chosen neurons do not predict of x
+    S (n, n)     covariance of what the chosen neurons do not predict of x / s;  G = F s S
 
 Given x_J the best linear guess of x is mu + C_.J C_JJ^-1 (x_J - mu_J), so the layer becomes y' = B x_J + b with
 B = W C_.J C_JJ^-1 (m, k) and b = beta + W mu - B mu_J: a dense layer of k inputs, after k rows of `gate` and `up`. That is the
 compensation of MoDeGPT's MLPs (arXiv 2408.09632, section 3.2) with a bias, which a centred C needs. They choose J by ridge leverage
-scores of C; here J grows by the neuron that lowers E|F (x - x')|^2 most, |F S_.j|^2 / S_jj, so that one order serves every width.
+scores of C; here J grows by the neuron that lowers E|F (x - x')|^2 most, |G_.j|^2 / S_jj, so that one order serves every width.
 
-With C = L L^T in that order, B = (W L)_.k (L_kk)^-1 for the first k columns: a `Spectrum` with U = W L and V = L^-1, whose first k
-rows know J alone.
+What it takes to solve for any width is the order and W s R (m, n). C is read again where a width is cut, so nothing of (n, n) is
+stored beside the statistics.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from lrserve.compression.factorize import Side, Spectrum, checked, sensitivity
+from lrserve.compression.factorize import Factors, Side, require_finite, sensitivity, tails
 
 _RIDGE = 1e-3  # of each neuron's own variance: the guess of x is fitted on the calibration tokens, and has to hold on others
 _BLOCK = 32  # neurons chosen between two updates of S
 _CANDIDATES = 8  # times the block: neurons that are looked at more closely
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """An MLP's neurons by what they are worth, and what its `down` projection is solved from for any number of them.
+
+    order (n,) int32: most important first. eigenvalues (n,): what each of them is worth in that order, never negative. WR (m, n) =
+    W s R, scales (n,) = s, offset (m,) = W mu, mean (n,) = mu, beta (m,). C (n, n) is the covariance that they come from.
+    """
+
+    order: torch.Tensor
+    eigenvalues: torch.Tensor
+    WR: torch.Tensor
+    scales: torch.Tensor
+    offset: torch.Tensor
+    mean: torch.Tensor
+    beta: torch.Tensor
+    C: torch.Tensor
+
+    def cut(self, width: int) -> Factors:
+        """Solve for a number of neurons from 1 to n: factors by the order (k,) of their inputs, ascending. Solves in float64.
+
+        Raises:
+            ValueError: a width outside 1..n.
+        """
+        n = len(self.order)
+        if not 1 <= width <= n:
+            raise ValueError(f"width {width} is outside 1..{n}")
+        J = self.order[:width].long().sort().values
+        s = self.scales[J].double()
+        correlation = self.C.index_select(0, J.to(self.C.device)).to(J.device).index_select(1, J).double()
+        correlation.div_(s).div_(s[:, None]).fill_diagonal_(1.0)
+        root = torch.linalg.cholesky(correlation)
+        B = (torch.cholesky_solve(self.WR[:, J].T.double(), root).T / s).to(self.WR.dtype)
+        return Factors(A=B.new_zeros(width, 0), B=B, b=self.beta + self.offset - B @ self.mean[J], order=J.int())
+
+    def errors(self) -> torch.Tensor:
+        """Expected squared error of every width 0..n (`Spectrum.errors`)."""
+        return tails(self.eigenvalues)
 
 
 def narrow(
@@ -31,53 +73,68 @@ def narrow(
     mu: torch.Tensor,
     beta: torch.Tensor | None = None,
     gradient: tuple[Side, torch.Tensor] | None = None,
-) -> Spectrum:
-    """Order the inputs of a weight by what they are worth, and find the weight of every number of them; in float64.
+) -> Neurons:
+    """Order the inputs of a weight by what they are worth.
 
     Args:
         W: (m, n).
-        C: (n, n), symmetric positive semidefinite.
+        C: (n, n), symmetric positive semidefinite; kept by what is returned.
         mu: (n,).
         beta: (m,), the layer's own bias.
         gradient: second moment of the loss gradient, as for `factorize`.
 
+    The order is found in float32, in units in which every neuron varies by 1; two matrices of C's size and dtype are held.
+
     Raises:
-        CalibrationError: a weight or statistic that is not finite.
+        NotFiniteError: a weight or statistic that is not finite.
     """
-    W, C, mu = checked(W, C, mu, gradient)
-    scale = float(C.diagonal().mean())
-    scale = scale if scale > 0 else 1.0
-    C = C / scale  # so that V is of the order of 1, whatever the units of x
-    C = C + _RIDGE * torch.diag(C.diagonal() + _RIDGE)
-    F = sensitivity(W, gradient)
-    order = _order(F, C)
-    L = torch.linalg.cholesky(C[order][:, order])
-    V = torch.zeros_like(C)
-    V[:, order] = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
-    return Spectrum.of(W[:, order] @ L, V, scale * (F[:, order] @ L).square().sum(0), W, mu, beta)
+    require_finite(W, C, mu, gradient)
+    variance = C.diagonal().double()
+    unit = float(variance.mean())
+    variance = variance + _RIDGE * (variance + _RIDGE * (unit if unit > 0 else 1.0))
+    s = variance.sqrt()
+    R = (C / s[:, None].to(C)).div_(s.to(C)).fill_diagonal_(1.0)
+    WR = (W.double() * s).to(C) @ R
+    F = sensitivity(W.double(), gradient) * s
+    size = float(F.square().mean().sqrt())
+    size = size if size > 0 else 1.0
+    order, worth = _order((F / size).float(), R.float())
+    return Neurons(
+        order=order.int(),
+        eigenvalues=size**2 * worth.double(),
+        WR=WR,
+        scales=s,
+        offset=W.double() @ mu.double(),
+        mean=mu.to(WR),
+        beta=WR.new_zeros(len(W)) if beta is None else beta.to(WR),
+        C=C,
+    )
 
 
-def _order(F: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
-    """Return the inputs (n,) in the order in which they are chosen.
+def _order(F: torch.Tensor, S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the inputs (n,) in the order in which they are chosen, and what each lowers the error by (n,); S is used up.
 
     A block of them at a time: the most promising candidates are chosen among one by one, and then taken out of S together. Nothing
     here is read back by the host, which would have to wait for a GPU each time.
     """
-    S, G = C.clone(), F @ C
-    left = torch.ones(len(C), dtype=torch.bool, device=C.device)
+    G, n = F @ S, len(S)
+    left = torch.ones(n, dtype=torch.bool, device=S.device)
     order: list[torch.Tensor] = []
-    for done in range(0, len(C), _BLOCK):
+    worths: list[torch.Tensor] = []
+    for done in range(0, n, _BLOCK):
         worth = (G.square().sum(0) / S.diagonal()).masked_fill(~left, -1.0)
-        block = min(_BLOCK, len(C) - done)
-        candidates = worth.topk(min(_CANDIDATES * block, len(C) - done)).indices
+        block = min(_BLOCK, n - done)
+        candidates = worth.topk(min(_CANDIDATES * block, n - done)).indices
         chosen = candidates[_greedy(G[:, candidates], S[candidates][:, candidates], block)]
         L = torch.linalg.cholesky(S[chosen][:, chosen])
         known = torch.linalg.solve_triangular(L, S[chosen], upper=False)
-        G -= torch.linalg.solve_triangular(L, G[:, chosen].T, upper=False).T @ known
-        S -= known.T @ known
+        columns = torch.linalg.solve_triangular(L, G[:, chosen].T, upper=False)  # of F times the Cholesky factor of the first S
+        G.addmm_(columns.T, known, alpha=-1)
+        S.addmm_(known.T, known, alpha=-1)
         left.index_fill_(0, chosen, False)
         order.append(chosen)
-    return torch.cat(order)
+        worths.append(columns.square().sum(1))
+    return torch.cat(order), torch.cat(worths)
 
 
 def _greedy(G: torch.Tensor, S: torch.Tensor, count: int) -> torch.Tensor:

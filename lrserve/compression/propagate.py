@@ -27,7 +27,7 @@ import torch
 
 from lrserve.compression.factorize import Factors, GradientOf, Side, Spectrum, factorize, moved
 from lrserve.compression.groups import Group
-from lrserve.compression.narrow import narrow
+from lrserve.compression.narrow import Neurons, narrow
 from lrserve.compression.sequential import PairedCovariance, Step, group_by_group
 
 STRENGTH = 0.75
@@ -52,8 +52,8 @@ def factorize_compensated(
     *,
     damping: float = 1e-2,
     strength: float = 1.0,
-    solve: Callable[..., Spectrum] = factorize,
-) -> Spectrum:
+    solve: Callable[..., Spectrum | Neurons] = factorize,
+) -> Spectrum | Neurons:
     """Decompose a weight for its compressed inputs, for every rank at once, in float64.
 
     Args:

@@ -1,4 +1,8 @@
-"""Spectra on disk: every group decomposed once, published block by block, read back through memory maps."""
+"""Spectra on disk: every group decomposed once, published block by block, read back through memory maps.
+
+A spectrum is what the factors of any rank are cut from: `Spectrum` or, where neurons of an MLP are removed, `Neurons`, whose
+covariance is not stored again but read from the statistics.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,14 @@ import torch
 from safetensors import safe_open
 
 from lrserve.compression.calibrate import read_statistics
-from lrserve.compression.factorize import Factors, GradientOf, Spectrum, factorize, moved
+from lrserve.compression.factorize import Factors, GradientOf, Spectrum, factorize, moved, tails
 from lrserve.compression.groups import Group
-from lrserve.compression.narrow import narrow
+from lrserve.compression.narrow import Neurons, narrow
 from lrserve.errors import CalibrationError, NotFiniteError
 from lrserve.storage.store import write_tensors
 
 _FIELDS = ("U", "V", "eigenvalues", "offset", "mean", "beta")
+_FIELDS_OF_NEURONS = ("order", "eigenvalues", "WR", "scales", "offset", "mean", "beta")
 
 
 def stacked_weight(model: Any, group: Group) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -31,7 +36,7 @@ def stacked_weight(model: Any, group: Group) -> tuple[torch.Tensor, torch.Tensor
     return weight, torch.cat(biases)
 
 
-Decompose = Callable[[Group, torch.Tensor, torch.Tensor | None], Spectrum]
+Decompose = Callable[[Group, torch.Tensor, torch.Tensor | None], Spectrum | Neurons]
 """Factorizes one group's stacked weight (m, n) with its bias (m,) or None, on their device."""
 
 
@@ -43,7 +48,7 @@ def features(statistics: Path, gradient: GradientOf = lambda group: None) -> Dec
         gradient: a group's gradient moment (`GradientStore.read`), or None to weigh its outputs alike.
     """
 
-    def decompose(group: Group, weight: torch.Tensor, bias: torch.Tensor | None) -> Spectrum:
+    def decompose(group: Group, weight: torch.Tensor, bias: torch.Tensor | None) -> Spectrum | Neurons:
         covariance, device = read_statistics(statistics, group), weight.device
         solve = narrow if group.fed_by else factorize
         return solve(weight, covariance.C.to(device), covariance.mu.to(device), bias, moved(gradient(group), device))
@@ -63,7 +68,7 @@ def write_spectra(
     """Factorize every group at every rank, one file per block; blocks that are already there are kept.
 
     One group at a time is factorized on the model's device, or on the CPU where it does not fit there. A group whose decomposition
-    fails or is not finite in float32 has a spectrum of NaN (`SpectrumStore.not_finite`).
+    fails or is not finite in float32 has eigenvalues of NaN and nothing else (`SpectrumStore.not_finite`).
 
     Args:
         model: the dense model.
@@ -88,20 +93,23 @@ def write_spectra(
 
 
 def _stored(group: Group, decompose: Decompose, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Return a group's spectrum as it is stored."""
+    """Return a group's spectrum as it is stored: in float32."""
     try:
         spectrum = _decomposed(group, decompose, weight, bias)
-        found = {field: getattr(spectrum, field).float().cpu().contiguous() for field in _FIELDS}
+        fields = {field: getattr(spectrum, field).cpu().contiguous() for field in _fields(group)}
+        found = {field: value.float() if value.is_floating_point() else value for field, value in fields.items()}
     except (NotFiniteError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # which does not converge
         found = {}
     if not found or not all(torch.isfinite(tensor).all() for tensor in found.values()):
-        m, k, n = group.m, group.full_rank, group.n
-        shapes = (m, k), (k, n), (k,), (m,), (k,), (m,)
-        found = {field: torch.full(shape, torch.nan) for field, shape in zip(_FIELDS, shapes, strict=True)}
+        found = {"eigenvalues": torch.full((group.full_rank,), torch.nan)}
     return {f"{group.name}.{field}": tensor for field, tensor in found.items()}
 
 
-def _decomposed(group: Group, decompose: Decompose, weight: torch.Tensor, bias: torch.Tensor | None) -> Spectrum:
+def _fields(group: Group) -> tuple[str, ...]:
+    return _FIELDS_OF_NEURONS if group.fed_by else _FIELDS
+
+
+def _decomposed(group: Group, decompose: Decompose, weight: torch.Tensor, bias: torch.Tensor | None) -> Spectrum | Neurons:
     """Decompose a group on its device, or on the CPU where a GPU has no room for it beside the model."""
     with suppress(torch.OutOfMemoryError):
         return decompose(group, weight, bias)
@@ -113,24 +121,36 @@ def _path(folder: Path, layer: int) -> Path:
 
 
 class SpectrumStore:
-    """Reads spectra back. Tensors are views of the file's memory map: what is not touched is not read."""
+    """Reads spectra back. Tensors are views of the file's memory map: what is not touched is not read.
 
-    def __init__(self, folder: Path, groups: Sequence[Group]) -> None:
-        self.folder = folder
+    Args:
+        folder: what `write_spectra` filled.
+        groups: the groups that it factorized.
+        statistics: folder of their statistics; needed to cut groups of which neurons are removed.
+        device: where such a group is solved.
+    """
+
+    def __init__(
+        self, folder: Path, groups: Sequence[Group], statistics: Path | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.folder, self._statistics, self._device = folder, statistics, device
         self.groups = {group.name: group for group in groups}
         self._errors: dict[str, torch.Tensor] | None = None
 
-    def spectrum(self, name: str) -> Spectrum:
+    def spectrum(self, name: str) -> Spectrum | Neurons:
         """Return the spectrum of a group, float32.
 
         Raises:
-            CalibrationError: the factorization that should have written it did not finish.
+            CalibrationError: the factorization that should have written it did not finish, or its numbers were not finite.
         """
-        path = _path(self.folder, self.groups[name].layer)
-        if not path.is_file():
-            raise CalibrationError(f"{path} is missing: the factorization did not finish; run the same command again")
-        with safe_open(path, framework="pt") as file:
-            return Spectrum(**{field: file.get_tensor(f"{name}.{field}") for field in _FIELDS})
+        group = self.groups[name]
+        tensors = self._read(group, _fields(group))
+        if not group.fed_by:
+            return Spectrum(**tensors)
+        if self._statistics is None:
+            raise ValueError(f"{name}: without statistics there is no covariance to solve from")
+        C = read_statistics(self._statistics, group).C  # stays in its file: a cut reads what it needs
+        return Neurons(**{field: tensor.to(self._device) for field, tensor in tensors.items()}, C=C)
 
     def cut(self, name: str, rank: int) -> Factors:
         """Return a group's factors at one rank, float32."""
@@ -143,5 +163,12 @@ class SpectrumStore:
     def errors(self) -> dict[str, torch.Tensor]:
         """Return every group's expected squared error at ranks 0..k (`Spectrum.errors`)."""
         if self._errors is None:
-            self._errors = {name: self.spectrum(name).errors() for name in self.groups}
+            self._errors = {name: tails(self._read(group, ("eigenvalues",))["eigenvalues"]) for name, group in self.groups.items()}
         return self._errors
+
+    def _read(self, group: Group, fields: Sequence[str]) -> dict[str, torch.Tensor]:
+        path = _path(self.folder, group.layer)
+        if not path.is_file():
+            raise CalibrationError(f"{path} is missing: the factorization did not finish; run the same command again")
+        with safe_open(path, framework="pt") as file:
+            return {field: file.get_tensor(f"{group.name}.{field}") for field in fields}

@@ -29,22 +29,18 @@ kept; exchanges to get there become many below 2."""
 def structured(factors: Factors, stored: Stored) -> Factors:
     """Return two factors A (r, n), B (m, r) as they are to be stored, in float64.
 
-    `low_rank`: A with orthonormal rows. `identity_block`: `order` (n,) int32 and T in the place of A. `narrow_in`: `order` (r,)
-    int32, B for those inputs alone, and nothing in the place of A; factors that are so already stay as they are.
+    `low_rank`: A with orthonormal rows. `identity_block`: `order` (n,) int32 and T in the place of A. `narrow_in`: as they are, for
+    only `Neurons.cut` makes such factors.
 
     Raises:
-        ValueError: factors that read more than r inputs, for `narrow_in`; or that are no two factors any more, for the others.
+        ValueError: two factors for `narrow_in`, or factors that are no two factors any more for the others.
     """
     A, B = factors.A.double(), factors.B.double()
-    if factors.order is not None:
-        if stored != "narrow_in":
-            raise ValueError(f"factors that are stored by the order of their inputs cannot become {stored}")
-        return replace(factors, A=A, B=B, b=factors.b.double())
+    if (factors.order is not None) != (stored == "narrow_in"):
+        found = "factors that read all inputs" if factors.order is None else "factors that are stored by the order of their inputs"
+        raise ValueError(f"{found} cannot become {stored}")
     if stored == "narrow_in":
-        J = A.count_nonzero(0).nonzero()[:, 0]
-        if len(J) != len(A):
-            raise ValueError(f"factors of rank {len(A)} read {len(J)} inputs; narrow ones read as many as their rank")
-        return Factors(A=A[:, :0], B=B @ A[:, J], b=factors.b.double(), order=J.int(), feeding=factors.feeding)
+        return replace(factors, A=A, B=B, b=factors.b.double())
     Q, R = torch.linalg.qr(A.T)
     orthonormal = Factors(A=Q.T.contiguous(), B=B @ R.T, b=factors.b.double())
     return orthonormal if stored == "low_rank" else _identity_block(orthonormal)

@@ -138,7 +138,8 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     largest = max(max(group.n, min(group.m, group.n)) for group in job.units)
     covariances = 4 * sum(group.n**2 for group in job.groups)
     moments = 4 * sum(min(group.n, group.m) ** 2 for group in job.groups if group.kind in settings.fisher)
-    spectra = 4 * sum(unit.full_rank * (unit.m + unit.n) for unit in job.units)
+    spectra = 4 * sum(unit.m * unit.n if unit.fed_by else unit.full_rank * (unit.m + unit.n) for unit in job.units)
+    solved = max(8 * unit.n**2 if unit.fed_by else 8 * 6 * unit.n**2 for unit in job.units)
     feeding = sum(unit.fed_by.m * unit.fed_by.n for unit in job.units if unit.fed_by)
     trained = 4 * (sum(unit.full_rank * (unit.m if unit.fed_by else unit.m + unit.n) for unit in job.units) + feeding)
     activations = 20 * batch * hidden * job.dtype.itemsize
@@ -161,7 +162,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
         tokens = min(settings.fisher_tokens, calibration)
         kept = activations * job.layers // 2
         costs.append(StageCost("2 gradients", _GRADIENTS * tokens * forward.total, 2 * moments, weights + moments + kept))
-    costs.append(StageCost("3 factorize", _DECOMPOSE * cubes * _seconds_per_cube(), spectra, weights + 8 * 6 * largest**2))
+    costs.append(StageCost("3 factorize", _DECOMPOSE * cubes * _seconds_per_cube(), spectra, weights + solved))
     precisions = 1 + len(job.precisions)  # at most
     probes = precisions * len(job.units) * search.probe_tokens * (forward.decoder / 2 + forward.head)
     judged = search.trials * search.validation_tokens + 2 * min(search.validation_pool, job.windows["validation"].numel())

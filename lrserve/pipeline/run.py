@@ -246,7 +246,8 @@ def factorize_groups(job: Job, model: Any, statistics: Path, gradients: Gradient
     with progress_bar(job.layers, "3/6 factorize") as progress:
         write_spectra(model, job.units, features(statistics, gradient_reader(job, gradients)), stage, progress=progress)
     job.say(f"3/6 factorize: {len(job.units)} groups at every rank{reused(before, job.layers)}")
-    return SpectrumStore(stage, job.units)
+    device = next(model.parameters()).device
+    return SpectrumStore(stage, job.units, statistics, device)
 
 
 def _export(job: Job, rendered: Rendered, exporters: Sequence[Exporter], staging: Path) -> None:

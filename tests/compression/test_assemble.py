@@ -43,7 +43,7 @@ def made(architecture: str, folder: Path, structure: Structure) -> tuple[Spectru
     rounding = Rounding(
         lambda group: read_statistics(folder / "statistics", group).second_moment(), gradients.outputs, torch.float32
     )
-    return SpectrumStore(folder / "spectra", units), rounding
+    return SpectrumStore(folder / "spectra", units, folder / "statistics"), rounding
 
 
 def suits(unit: Group, level: Level, structure: Structure) -> bool:

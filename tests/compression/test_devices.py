@@ -17,7 +17,7 @@ from lrserve.compression.calibrate import calibrate, read_statistics
 from lrserve.compression.covariance import exact_products
 from lrserve.compression.factorize import GradientOf, Side, Spectrum, factorize
 from lrserve.compression.groups import Group, allocated, find_groups
-from lrserve.compression.narrow import narrow
+from lrserve.compression.narrow import Neurons, narrow
 from lrserve.compression.propagate import propagation
 from lrserve.compression.rounding import Rounding
 from lrserve.compression.sequential import walk
@@ -54,14 +54,15 @@ def same(found: Any, expected: Any) -> bool:
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("solve", [factorize, narrow])
-def test_factors_are_found_on_the_device(solve: Callable[..., Spectrum], side: Side | None) -> None:
+def test_factors_are_found_on_the_device(solve: Callable[..., Spectrum | Neurons], side: Side | None) -> None:
     reads = []
     for n in (40, 160):
         given = problem(24, n, side)
         with pretended() as read:
             spectrum = solve(*map(there, given))
-            assert spectrum.U.device == spectrum.V.device == DEVICE
+            assert all(getattr(spectrum, field.name).device == DEVICE for field in fields(spectrum))
             assert same(spectrum, solve(*given))
+            assert same(spectrum.cut(8), solve(*given).cut(8))
             reads.append(len(read))
     assert reads[0] == reads[1] <= 10  # not one for each row
 
@@ -88,10 +89,10 @@ def test_the_walks_through_a_model_on_the_device_give_what_they_give_on_the_cpu(
                 put(model)
             calibrate(model, groups, windows, place / "c", pool_sequences=3, batch_tokens=32)
             write_spectra(model, units, features(place / "c", gradient), place / "s")
-            store = SpectrumStore(place / "s", units)
+            store = SpectrumStore(place / "s", units, place / "c", next(model.parameters()).device)
             walked = walk(model, [(unit, 8) for unit in units], windows, place / "w", propagation(gradient), batch_tokens=32)
-        found = {group.name: read_statistics(place / "c", group).C for group in groups}
-        found |= {unit.name + ".U": store.spectrum(unit.name).U for unit in units}
+            found = {unit.name + ".B": store.cut(unit.name, 8).B.cpu() for unit in units}
+        found |= {group.name: read_statistics(place / "c", group).C for group in groups}
         results.append(found | walked.tensors())
     assert results[0].keys() == results[1].keys()
     for name, expected in results[0].items():

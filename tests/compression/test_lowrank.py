@@ -37,7 +37,7 @@ def make_store(architecture: str, folder: Path, structure: Structure = "low_rank
     calibrate(model, groups, tokens(), folder / "statistics", pool_sequences=8, batch_tokens=48)
     units = allocated(groups, structure)
     write_spectra(model, units, features(folder / "statistics"), folder / "spectra")
-    return SpectrumStore(folder / "spectra", units)
+    return SpectrumStore(folder / "spectra", units, folder / "statistics")
 
 
 def test_groups_count_the_linears_parameters(architecture: str) -> None:

@@ -123,7 +123,7 @@ def test_degenerate_covariances_give_finite_factors(kind: str) -> None:
     else:
         C[:4] = C[:, :4] = 0
     spectrum = narrow(W, C, mu)
-    for tensor in (spectrum.U, spectrum.V, spectrum.mean, spectrum.offset):
+    for tensor in (spectrum.WR, spectrum.scales, spectrum.eigenvalues, spectrum.mean, spectrum.offset):
         assert torch.isfinite(tensor.float()).all()
     for width in range(1, 9):
         factors = structured(spectrum.cut(width), "narrow_in")
@@ -140,7 +140,7 @@ def test_statistics_that_are_not_finite_are_refused() -> None:
 
 def test_factors_that_read_every_input_are_no_narrow_ones() -> None:
     W, C, mu, _ = problem(5, 8, 0)
-    with pytest.raises(ValueError, match="factors of rank 3 read 8 inputs"):
+    with pytest.raises(ValueError, match="read all inputs cannot become narrow_in"):
         structured(factorize(W, C, mu).cut(3), "narrow_in")
 
 
@@ -154,7 +154,10 @@ def test_improvements_leave_the_neurons_where_they_are(tmp_path: Path, monkeypat
     calibrate(model, groups, windows, tmp_path / "statistics", pool_sequences=8, batch_tokens=48)
     units = allocated(groups, "narrow")
     write_spectra(model, units, features(tmp_path / "statistics"), tmp_path / "spectra")
-    store = SpectrumStore(tmp_path / "spectra", units)
+    store = SpectrumStore(tmp_path / "spectra", units, tmp_path / "statistics")
+    stored = sum(path.stat().st_size for path in (tmp_path / "spectra").iterdir())
+    needed = 4 * sum(unit.m * unit.n if unit.fed_by else unit.full_rank * (unit.m + unit.n) for unit in units)
+    assert stored < 1.2 * needed  # no (n, n) of neurons: their covariance is read again
     ranks = [(unit, 48 if unit.kind == "down" else 24) for unit in units]
 
     def walked(name: str, step: Step) -> FactorSource:
@@ -199,11 +202,11 @@ def test_trained_rows_are_rounded_and_have_to_be_finite() -> None:
     model = dense_model("LlamaForCausalLM", layers=1)
     unit = next(unit for unit in allocated(find_groups(model), "narrow") if unit.fed_by)
     assert unit.fed_by is not None
-    A, B = torch.eye(unit.n)[[1, 4, 5]], torch.randn(unit.m, 3)
+    A, B, order = torch.zeros(3, 0), torch.randn(unit.m, 3), torch.tensor([1, 4, 5], dtype=torch.int32)
     rows = torch.randn(6, unit.fed_by.n)
 
     def exported(feeding: torch.Tensor, dtype: torch.dtype) -> Any:
-        source = TrainedFactors({unit.name: Factors(A=A, B=B, b=torch.zeros(unit.m), feeding=feeding)})
+        source = TrainedFactors({unit.name: Factors(A=A, B=B, b=torch.zeros(unit.m), order=order, feeding=feeding)})
         kept = TrainedFactors.from_tensors(source.tensors())
         return compress_model(dense_model("LlamaForCausalLM", layers=1), [(unit, Level(3))], "narrow", kept, dtype)
 

@@ -51,7 +51,7 @@ class Case:
         units = allocated(groups, "narrow")
         calibrate(self.dense, groups, self.tokens, folder / "statistics", pool_sequences=24, batch_tokens=96)
         write_spectra(self.dense, units, features(folder / "statistics"), folder / "spectra")
-        self.store = SpectrumStore(folder / "spectra", units)
+        self.store = SpectrumStore(folder / "spectra", units, folder / "statistics")
         self.rounding = Rounding(
             lambda group: read_statistics(folder / "statistics", group).second_moment(), lambda group: None, torch.float32
         )

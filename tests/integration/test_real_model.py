@@ -76,7 +76,7 @@ def stores(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Spec
     units = allocated(job.groups, "narrow")
     write_spectra(model, units, features(statistics, gradients.read), folder / "narrow")
     stores = {name: SpectrumStore(folder / name, job.groups) for name in ("features", "fisher")}
-    return stores | {"narrow": SpectrumStore(folder / "narrow", units)}
+    return stores | {"narrow": SpectrumStore(folder / "narrow", units, statistics)}
 
 
 def test_two_sided_features_keep_more_than_features(job: Job, plan: Plan, stores: dict[str, SpectrumStore]) -> None:
