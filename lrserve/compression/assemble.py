@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
 
-from lrserve.compression.calibrate import memory_map
 from lrserve.compression.factorize import Factors, FactorSource
+from lrserve.compression.filed import Filed
 from lrserve.compression.groups import Group, Structure
 from lrserve.compression.layers import LowRankLinear, exact_names
 from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
@@ -32,6 +32,8 @@ from lrserve.compression.spec import specs_of
 from lrserve.compression.spectra import SpectrumStore, stacked_weight
 from lrserve.compression.structure import structured
 
+_IN_MEMORY: Final = Filed()
+
 
 @torch.no_grad()
 def compress_model(
@@ -41,6 +43,7 @@ def compress_model(
     source: FactorSource,
     dtype: torch.dtype,
     rounding: Rounding | None = None,
+    filed: Filed = _IN_MEMORY,
 ) -> Any:
     """Put compressed layers in the place of a dense model's linears and return the model.
 
@@ -54,6 +57,7 @@ def compress_model(
         source: gives the factors of the units that have a rank.
         dtype: of what is not rounded to fewer bits.
         rounding: rounds weights; needed where a level says so.
+        filed: where the new weights are.
     """
     ranks = [(unit, level.rank) for unit, level in changed if level.rank is not None]
     specs, orders, kept = specs_of([(unit, Level(rank)) for unit, rank in ranks], structure), [], {}
@@ -70,11 +74,12 @@ def compress_model(
             keep_outputs(model, unit.fed_by, factors.order)
             if factors.feeding is not None:
                 load_feeding(model, unit.fed_by, factors.feeding, dtype)
+        filed.modules(_modules(model, unit))
     for unit, order in orders:  # now that the factors of the layers before are in place
         reorder_outputs(model, unit, order)
     round_parameters(model, dtype)
     if rounding is not None:
-        _round_weights(model, changed, rounding, kept, kept_rows)
+        _round_weights(model, changed, rounding, kept, kept_rows, filed)
     return model
 
 
@@ -84,6 +89,7 @@ def _round_weights(
     rounding: Rounding,
     kept: Mapping[str, torch.Tensor],
     kept_rows: Mapping[str, torch.Tensor],
+    filed: Filed,
 ) -> None:
     """Round the weights of a model whose structure is in place.
 
@@ -108,6 +114,14 @@ def _round_weights(
                 load_rounded(model, group, name, found.weight)
                 if found.residual is not None:
                     load_residual(model, group, found.residual)
+        if level.weights is not None:
+            filed.modules(_modules(model, unit))
+
+
+def _modules(model: Any, unit: Group) -> Iterator[nn.Module]:
+    """Yield what a unit is made of; what its members share is among their own."""
+    for group in parts(unit):
+        yield from map(model.get_submodule, group.members)
 
 
 def _input_scales(
@@ -143,8 +157,8 @@ class MergedLevels:
     Differs from the layers that are exported by the rounding of merged weights to the model's dtype and, for factors of 8 bits, by
     what rounding the inputs of the second one costs.
 
-    Memory: the weights of the units that are not dense. What was rounded is kept for the next plan, a byte for each weight and
-    precision: in files of the folder `scratch` if there is one, of which the system keeps in memory what it has room for.
+    Memory: the weights of the units that are not dense, where `filed` puts them. What was rounded is kept for the next plan, a byte
+    for each weight and precision, in files of the folder `scratch` if there is one.
     """
 
     def __init__(
@@ -154,8 +168,9 @@ class MergedLevels:
         store: SpectrumStore,
         rounding: Rounding | None = None,
         scratch: Path | None = None,
+        filed: Filed = _IN_MEMORY,
     ) -> None:
-        self.model, self._scratch = model, scratch
+        self.model, self._filed, self._rounded_in = model, filed, Filed(scratch)
         self._units = {unit.name: unit for unit in units}
         self._store, self._rounding = store, rounding
         self._levels = dict.fromkeys(self._units, DENSE)
@@ -264,15 +279,8 @@ class MergedLevels:
         key = group.name, weights
         if key not in self._rounded:
             found, scales = self._fresh(group, self._dense(group).float().cpu(), weights, None)
-            self._rounded[key] = replace(found, values=self._filed(found.values)), scales
+            self._rounded[key] = replace(found, values=self._rounded_in(found.values)), scales
         return self._rounded[key]
-
-    def _filed(self, values: torch.Tensor) -> torch.Tensor:
-        if self._scratch is None:
-            return values
-        filed = memory_map(self._scratch / f"rounded-{len(self._rounded)}.bin", values.shape, torch.int8)
-        filed.copy_(values.view(torch.int8))
-        return filed.view(values.dtype)
 
     def _fresh(
         self, group: Group, W: torch.Tensor, weights: Precision, inputs: torch.Tensor | None
@@ -300,7 +308,7 @@ class MergedLevels:
         rows = list(group.out_features)
         linears = [self.model.get_submodule(member) for member in group.members]
         device, dtype = linears[0].weight.device, linears[0].weight.dtype
-        for linear, w in zip(linears, torch.split(W.to(device=device, dtype=dtype), rows), strict=True):
+        for linear, w in zip(linears, torch.split(self._filed(W.to(device=device, dtype=dtype)), rows), strict=True):
             linear.weight = nn.Parameter(w, requires_grad=False)
         if bias is not None:
             for linear, b in zip(linears, torch.split(bias.to(device=device, dtype=dtype), rows), strict=True):

@@ -21,23 +21,26 @@ class Holding:
     """What fits.
 
     engines: the dense model's engine beside a plan's; otherwise they run one after the other.
+    plan: the weights of a plan; otherwise they are pages of files in the work folder.
     reference: the compressed model in float32; otherwise one decoder block at a time.
     engine_in_float32: an engine with the model in float32; otherwise an engine that serves in 16 bits is proved as it serves only.
     """
 
     engines: bool
+    plan: bool
     reference: bool
     engine_in_float32: bool
 
     def __str__(self) -> str:
         return (
             f"engines of the dense model and of a plan {'side by side' if self.engines else 'one after the other'}; "
+            f"weights of a plan {'in memory' if self.plan else 'in files'}; "
             f"the reference in float32 {'at once' if self.reference else 'block by block'}"
             + ("" if self.engine_in_float32 else "; engines that serve in 16 bits are not proved in float32")
         )
 
 
-ALL: Final = Holding(engines=True, reference=True, engine_in_float32=True)
+ALL: Final = Holding(engines=True, plan=True, reference=True, engine_in_float32=True)
 
 
 def holding(job: Job) -> Holding:
@@ -54,4 +57,5 @@ def holding(job: Job) -> Holding:
     else:
         engines = PROCESS_BYTES + 2 * engine <= memory
         engine_in_float32 = own + float32 + ENGINE_BYTES <= memory
-    return Holding(engines, own + float32 <= memory, engine_in_float32)
+    plan = own + weights + engine <= memory
+    return Holding(engines, plan, own + float32 <= memory, engine_in_float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lrserve.allocation.plan import Offers, Plan
 from lrserve.compression.assemble import compress_model
 from lrserve.compression.embedding import round_embedding
 from lrserve.compression.factorize import FactorSource
+from lrserve.compression.filed import Filed
 from lrserve.compression.groups import Group, allocated, family_of, find_groups
 from lrserve.compression.level import Precision
 from lrserve.compression.repair import Repairs
@@ -38,7 +39,7 @@ class Job:
     `groups` are the model's, in layer order; `units` what a plan of the recipe's structure decides on. `parameters` are those of
     the dense model, tied weights counted once. `output_layer` is the shape (m, n) of the output layer's weight. `windows` holds
     int64 token windows by use: calibration, validation, report, prompts; `fingerprints` identify the content of the model and of
-    each text. `held_out` are the documents that nothing may be trained on.
+    each text. `held_out` are the documents that nothing may be trained on. `filed` is where weights of compressed models are.
     """
 
     recipe: Recipe
@@ -52,6 +53,7 @@ class Job:
     calibration_text: Documents
     held_out: frozenset[str]
     say: Say
+    filed: Filed = field(default_factory=Filed)
 
     @property
     def units(self) -> list[Group]:
@@ -134,7 +136,9 @@ class Job:
         `repairs` are what an improvement left of these factors; `units` are the plan's, if they are no fused groups.
         """
         changed = plan.changed(allocated(self.groups, plan.structure) if units is None else units)
-        compressed = compress_model(self.source.load(self.dtype), changed, plan.structure, factors, self.dtype, rounding)
+        compressed = compress_model(
+            self.source.load(self.dtype), changed, plan.structure, factors, self.dtype, rounding, self.filed
+        )
         if plan.embedding:
             round_embedding(compressed, plan.embedding, self.dtype)
         return compressed if repairs is None else repairs.apply(compressed)

@@ -14,6 +14,7 @@ from exporters.registry import exporter_points
 from lrserve.allocation.database import connect, study_errors_named, without_password
 from lrserve.allocation.losses import uniform
 from lrserve.allocation.plan import BudgetFit, byte_cost
+from lrserve.compression.filed import Filed
 from lrserve.compression.gradients import GradientStore
 from lrserve.compression.matmul import float32_matmuls
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
@@ -131,6 +132,8 @@ def compress_and_export(
         memory_errors_named(batches),
         float32_matmuls(),
     ):
+        if not held.plan:
+            job = replace(job, filed=Filed(folder.root))
         require_shards(job, folder)
         model = job.source.load(job.dtype)
         require_finite(model, job.source.path)

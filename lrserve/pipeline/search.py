@@ -38,7 +38,6 @@ from lrserve.pipeline.probe import probed_losses
 from lrserve.pipeline.rounding import weigh_tokens
 from lrserve.report.console import progress_bar, reused
 from lrserve.storage.store import write_json
-from lrserve.storage.temporary import temporary_folder
 from lrserve.storage.work import WorkFolder
 
 _STUDY_VERSION = 4  # raised when the same suggestions make other plans, or trials keep other figures
@@ -102,8 +101,7 @@ def tune(
     together = holding(job).engines
     device = next(model.parameters()).device
     with DenseEngine(runtime, checkpoint, job.recipe.requests, log, together=together) as dense, ExitStack() as stack:
-        scratch = Path(stack.enter_context(temporary_folder(folder.root)))
-        merged = MergedLevels(model, job.units, store, rounding, scratch)
+        merged = MergedLevels(model, job.units, store, rounding, folder.root, job.filed)
         merged.to("cpu")  # an engine takes the GPU
         table, latency = measure_layers(job, runtime, dense, folder)
         dense.make_room()

@@ -11,6 +11,7 @@ from tiny import FAMILIES_TESTED, VOCABULARY, WITH_MLPS, dense_model
 
 from lrserve.compression.assemble import MergedLevels, compress_model, rows_of
 from lrserve.compression.calibrate import calibrate, read_statistics
+from lrserve.compression.filed import Filed
 from lrserve.compression.gradients import GradientStore, collect_gradients
 from lrserve.compression.groups import Group, Structure, allocated, find_groups
 from lrserve.compression.level import DENSE, Level
@@ -46,6 +47,12 @@ def made(architecture: str, folder: Path, structure: Structure) -> tuple[Spectru
     return SpectrumStore(folder / "spectra", units, folder / "statistics"), rounding
 
 
+def in_files_of(folder: Path) -> list[str]:
+    """List what this process maps of files in a folder, none of which has a name any more."""
+    assert not list(folder.iterdir())
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if f"{folder}/" in line]
+
+
 def suits(unit: Group, level: Level, structure: Structure) -> bool:
     whole = level.rank is None or (unit.fed_by is not None and level.rank < unit.n)
     factors = level.rank is not None and level.rank < unit.full_rank and level.weights in (None, "int8")
@@ -58,7 +65,10 @@ def suits(unit: Group, level: Level, structure: Structure) -> bool:
     ids=str,
 )
 @torch.no_grad()
-def test_what_is_judged_is_what_is_exported(level: Level, architecture: str, tmp_path: Path) -> None:
+def test_what_is_judged_is_what_is_exported(
+    level: Level, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrserve.compression.filed._SMALL", 0)
     store, rounding = made(architecture, tmp_path, "narrow")
     changed = [(unit, level) for unit in store.groups.values() if suits(unit, level, "narrow")]
     assert changed
@@ -68,13 +78,15 @@ def test_what_is_judged_is_what_is_exported(level: Level, architecture: str, tmp
     scratch.mkdir()
     merged = MergedLevels(model, list(store.groups.values()), store, rounding, scratch)
     merged.apply({unit.name: Level(weights="int8") for unit in store.groups.values()})
-    kept = len(list(scratch.iterdir()))
+    kept = len(in_files_of(scratch))
     assert kept == len(find_groups(model))
     merged.apply({unit.name: level for unit, level in changed})
     if level == Level(weights="int8"):
-        assert len(list(scratch.iterdir())) == kept
+        assert len(in_files_of(scratch)) == kept
     judged = model(WINDOWS).logits
-    exported = compress_model(dense_model(architecture), changed, "narrow", store, torch.float32, rounding)(WINDOWS).logits
+    exported = compress_model(dense_model(architecture), changed, "narrow", store, torch.float32, rounding, Filed(scratch))(
+        WINDOWS
+    ).logits
     assert (judged - before).abs().max() > 1e-4
     difference, spread = (judged - exported).abs(), before.std()
     if level == Level(32, "int8"):  # the inputs of second factors are rounded in what is exported only
@@ -101,6 +113,55 @@ def test_a_residual_takes_most_of_the_error_of_rounding_back(tmp_path: Path) -> 
     assert 1 > left[8] > left[32] >= 0
     merged.apply(dict.fromkeys(store.groups, DENSE))
     assert torch.equal(model(WINDOWS).logits, before)
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+@torch.no_grad()
+def test_weights_in_files_are_those_in_memory(level: Level, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrserve.compression.filed._SMALL", 0)
+    store, rounding = made("Phi3ForCausalLM", tmp_path, "narrow")
+    units = list(store.groups.values())
+    changed = [(unit, level) for unit in units if suits(unit, level, "narrow")]
+    states, logits, files = [], [], []
+    for place in (None, tmp_path / "files"):
+        if place:
+            place.mkdir()
+        model = dense_model("Phi3ForCausalLM")
+        merged = MergedLevels(model, units, store, rounding, None, Filed(place))
+        merged.apply({unit.name: level for unit, level in changed})
+        logits.append(model(WINDOWS).logits)
+        exported = compress_model(dense_model("Phi3ForCausalLM"), changed, "narrow", store, torch.bfloat16, rounding, Filed(place))
+        states.append(exported.state_dict())
+        if place:
+            files = in_files_of(place)
+            before = len(files)
+            merged.apply({})
+            assert len(in_files_of(place)) < before  # let go of with the tensor
+    assert torch.equal(*logits)
+    assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
+    weights = [name for name, tensor in states[1].items() if tensor.ndim == 2 and "proj" in name]
+    assert len(files) >= len(weights) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_a_tensor_in_a_file_keeps_its_kind(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensor = torch.arange(1 << 17).view(256, 512).remainder(100).to(dtype).T  # not contiguous
+    filed = Filed(tmp_path)(tensor)
+    assert in_files_of(tmp_path)
+    assert (filed.dtype, filed.shape) == (dtype, tensor.shape)
+    assert torch.equal(filed.float(), tensor.float())
+    assert Filed()(tensor) is tensor
+    assert Filed(tmp_path)(tensor[:4, :4]).data_ptr() == tensor.data_ptr()  # not worth a file
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        Filed(tmp_path)(torch.zeros(1 << 16))
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_of_the_outputs_that_are_kept() -> None:
