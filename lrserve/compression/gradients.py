@@ -10,11 +10,13 @@ Notation
 With such labels E[g g^T] is the group's block of the Fisher matrix of KL(dense || compressed), not only an empirical stand-in
 (Kunstner et al., arXiv 1905.12558, section 3). One backward pass gives every group at once; no gradient of a weight is formed.
 
-Memory: the model, the activations of one batch, and 4 bytes per entry of every group's moment and for each token and group.
+Memory: the model, the activations of one batch, and 4 bytes per entry of every group's moment and for each token and group. Where
+that is too much, the moments are pages of files, and activations are computed again on the way back.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -27,13 +29,16 @@ from safetensors.torch import load_file
 
 from lrserve.compression.covariance import exact_products
 from lrserve.compression.factorize import Side
+from lrserve.compression.filed import Filed
 from lrserve.compression.groups import Group
 from lrserve.compression.logits import LOGIT_ROWS, logits_of
+from lrserve.compression.recompute import recomputed
 from lrserve.errors import CalibrationError
 from lrserve.storage.store import write_tensors
 
 _FILE = "moments.safetensors"
 _TOKENS, _OUTPUTS = "tokens", "outputs"
+_IN_MEMORY = Filed()
 _SAVED_TOKENS = 8192  # between two saves of the running sums: what an interruption costs
 
 
@@ -49,8 +54,9 @@ def _width(group: Group) -> int:
 class _Moment:
     """Sum of g g^T over the tokens seen."""
 
-    def __init__(self, width: int, device: torch.device, start: torch.Tensor | None) -> None:
-        self.sum = torch.zeros(width, width, device=device) if start is None else start.to(device)
+    def __init__(self, width: int, device: torch.device, start: torch.Tensor | None, filed: Filed) -> None:
+        self.sum = filed(torch.zeros(width, width, device=device) if start is None else start.to(device))
+        self._watched: weakref.ref[torch.Tensor] | None = None
 
     def watch(self, model: Any, group: Group) -> Any:
         """Hook into the forward pass; returns the handle."""
@@ -60,8 +66,11 @@ class _Moment:
         return module.register_forward_pre_hook(lambda _, inputs: self._take(inputs[0]))
 
     def _take(self, tensor: torch.Tensor) -> None:
-        if tensor.requires_grad:
+        # a block that computes again is given its input, perhaps the group's own, a second time
+        known = self._watched is not None and self._watched() is tensor
+        if tensor.requires_grad and not known:
             tensor.register_hook(self._add)
+            self._watched = weakref.ref(tensor)
 
     def _add(self, gradient: torch.Tensor) -> None:
         g = gradient.detach().flatten(0, -2)
@@ -114,6 +123,8 @@ def collect_gradients(
     batch_tokens: int,
     seed: int,
     first: int = 0,
+    recompute: bool = False,
+    filed: Filed = _IN_MEMORY,
     progress: Callable[[int], None] = lambda done: None,
 ) -> int:
     """Collect every group's gradient moment into `folder`; resumes where it last saved.
@@ -127,6 +138,8 @@ def collect_gradients(
         seed: of the labels, which depend on the batches too.
         first: index of the first of the windows among those of which several passes each see some, whole batches; what they leave
             is for `merge_gradients`, and the labels are those of one pass over all.
+        recompute: keep only the states between blocks for the way back; the moments are the same.
+        filed: where the moments are until they are published.
         progress: called with the number of windows that are done.
 
     Returns:
@@ -142,18 +155,19 @@ def collect_gradients(
     batch = max(1, batch_tokens // length)
     path = folder / _FILE
     reused, saved = windows_done(folder), {}
-    if reused:
-        saved = load_file(path)
     progress(reused)
     if reused >= len(windows):
         return reused
-    moments = {group.name: _Moment(_width(group), device, saved.get(group.name)) for group in groups}
+    if reused:
+        saved = load_file(path)
+    moments = {group.name: _Moment(_width(group), device, saved.pop(group.name, None), filed) for group in groups}
     powers = {
         group.name: _Powers(group, windows, device, saved.get(f"{group.name}.{_TOKENS}"), saved.get(f"{group.name}.{_OUTPUTS}"))
         for group in groups
     }
     published = reused
     with ExitStack() as hooks:
+        hooks.enter_context(recomputed(model, recompute))
         for group in groups:
             hooks.callback(moments[group.name].watch(model, group).remove)
             for member in group.members:

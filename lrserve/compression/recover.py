@@ -33,8 +33,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lrserve.compression.factorize import FactorSource
-from lrserve.compression.groups import Group, family_of
+from lrserve.compression.groups import Group
 from lrserve.compression.logits import logits_of
+from lrserve.compression.recompute import recompute_blocks
 from lrserve.compression.team import ALONE, Team
 from lrserve.compression.training import TrainedFactors, install_trainable
 from lrserve.errors import NotFiniteError
@@ -223,7 +224,7 @@ def distil(
     teacher.requires_grad_(False)
     student = make()
     if schedule.recompute:
-        _recompute_blocks(student.model)
+        recompute_blocks(student.model)
     device, learning = next(teacher.parameters()).device, list(student.parameters())
     optimizer = torch.optim.AdamW(learning, lr=_LEARNING_RATE, betas=_BETAS, weight_decay=0.0, fused=True)
     state = _Progress()
@@ -281,13 +282,6 @@ def distil(
 def is_finished(folder: Path) -> bool:
     """Whether `distil` has finished in a folder: it then needs neither the teacher nor the student."""
     return (folder / _FINISHED).is_file()
-
-
-def _recompute_blocks(model: Any) -> None:
-    """Let a model keep only the states between its decoder blocks for the backward pass (Chen et al., arXiv 1604.06174)."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for block in model.get_submodule(family_of(model.config).layers):
-        block.training = True  # which transformers asks for; not the modules in it, so there is no dropout
 
 
 def _mean(values: Sequence[float]) -> float:

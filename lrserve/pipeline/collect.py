@@ -17,6 +17,7 @@ from lrserve.compression.matmul import float32_matmuls
 from lrserve.errors import InputError, listed
 from lrserve.inputs.finite import require_finite
 from lrserve.pipeline.estimate import estimate, time_forward
+from lrserve.pipeline.holding import holding
 from lrserve.pipeline.job import Job, open_job, tensor_sha256
 from lrserve.pipeline.rounding import gradient_windows
 from lrserve.pipeline.shard import Shard
@@ -127,6 +128,8 @@ def backpropagate(job: Job, model: Any, folder: WorkFolder, shard: Shard | None 
             batch_tokens=inputs["batch_tokens"],
             seed=job.recipe.seed,
             first=first,
+            recompute=not holding(job).activations,
+            filed=job.filed,
             progress=progress,
         )
     how = _merged(parts) or reused(before, len(windows))
@@ -139,9 +142,8 @@ def _merged(parts: Sequence[Path]) -> str:
 
 
 def _gradient_inputs(job: Job) -> dict[str, Any]:
-    batch = max(1, job.recipe.calibration.batch_tokens // 2)  # activations are kept for the way back
     windows = tensor_sha256(gradient_windows(job))
-    return {**job.model_inputs(), "windows": windows, "seed": job.recipe.seed, "batch_tokens": batch}
+    return {**job.model_inputs(), "windows": windows, "seed": job.recipe.seed, "batch_tokens": job.gradient_batch_tokens}
 
 
 def _gradient_part(job: Job, shard: Shard) -> slice:

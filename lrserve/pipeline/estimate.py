@@ -17,7 +17,7 @@ from lrserve.compression.logits import logits_of
 from lrserve.engines.onnx_provider import settled
 from lrserve.errors import reading
 from lrserve.inputs.source import device_for
-from lrserve.pipeline.holding import ENGINE_BYTES, PROCESS_BYTES, Holding, holding
+from lrserve.pipeline.holding import ACTIVATIONS, ENGINE_BYTES, PROCESS_BYTES, Holding, backward_bytes, holding
 from lrserve.pipeline.job import Job
 from lrserve.recipe import Workload
 from lrserve.report.card import table
@@ -137,12 +137,12 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     batch = min(recipe.calibration.batch_tokens, calibration)
     largest = max(max(group.n, min(group.m, group.n)) for group in job.units)
     covariances = 4 * sum(group.n**2 for group in job.groups)
-    moments = 4 * sum(min(group.n, group.m) ** 2 for group in job.groups if group.kind in settings.fisher)
+    moments, kept = backward_bytes(job)
     spectra = 4 * sum(unit.m * unit.n if unit.fed_by else unit.full_rank * (unit.m + unit.n) for unit in job.units)
     solved = max(8 * unit.n**2 if unit.fed_by else 8 * 6 * unit.n**2 for unit in job.units)
     feeding = sum(unit.fed_by.m * unit.fed_by.n for unit in job.units if unit.fed_by)
     trained = 4 * (sum(unit.full_rank * (unit.m if unit.fed_by else unit.m + unit.n) for unit in job.units) + feeding)
-    activations = 20 * batch * hidden * job.dtype.itemsize
+    activations = ACTIVATIONS * batch * hidden * job.dtype.itemsize
     compiled = recipe.engine.runtime == "vllm" and not recipe.engine.enforce_eager
     start = _ONNX_START if recipe.engine.runtime == "onnx" else _COMPILED_START if compiled else _EAGER_START
     run = workload_seconds(recipe.workloads, forward)
@@ -160,8 +160,10 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     ]
     if settings.fisher:
         tokens = min(settings.fisher_tokens, calibration)
-        kept = activations * job.layers // 2
-        costs.append(StageCost("2 gradients", _GRADIENTS * tokens * forward.total, 2 * moments, weights + moments + kept))
+        seconds = (_GRADIENTS + (not held.activations)) * tokens * forward.total
+        kept = kept if held.activations else kept // job.layers
+        disk = (2 + (not held.tensors)) * moments
+        costs.append(StageCost("2 gradients", seconds, disk, weights + held.tensors * moments + kept))
     costs.append(StageCost("3 factorize", _DECOMPOSE * cubes * _seconds_per_cube(), spectra, weights + solved))
     precisions = 1 + len(job.precisions)  # at most
     probes = precisions * len(job.units) * search.probe_tokens * (forward.decoder / 2 + forward.head)
@@ -170,7 +172,8 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     logits = 4 * search.probe_tokens * int(job.source.config().vocab_size)
     linears = sum(group.m * group.n for group in job.groups)
     rounded = len(job.precisions) * linears  # a byte each
-    costs.append(StageCost("4 search", searched, rounded, 2 * weights + activations + logits + held.engines * engine))
+    tried = weights + held.tensors * weights + activations + logits
+    costs.append(StageCost("4 search", searched, rounded + (not held.tensors) * weights, tried + held.engines * engine))
     cells = len(shapes_to_measure(job.units, job.offers, job.output_layer)) * len(token_counts(recipe.workloads))
     costs.append(StageCost("4 latency", start + 3 * run + _LAYER_SECONDS * cells, 0, weights + engine))
     measured = (search.measured_plans + 2) * (start + 2 * (1 + recipe.engine.repeats) * run)

@@ -115,6 +115,11 @@ class Job:
         return {"version": WORK_VERSION, "model": self.fingerprints["model"], "dtype": self.recipe.engine.dtype}
 
     @property
+    def gradient_batch_tokens(self) -> int:
+        """Tokens in one backward pass: fewer than in a forward pass, since activations are kept for the way back."""
+        return max(1, self.recipe.calibration.batch_tokens // 2)
+
+    @property
     def recovery_processes(self) -> int:
         """How many processes recover together."""
         return self.recipe.factorization.recover_processes or max(1, torch.cuda.device_count())

@@ -132,7 +132,7 @@ def compress_and_export(
         memory_errors_named(batches),
         float32_matmuls(),
     ):
-        if not held.plan:
+        if not held.tensors:
             job = replace(job, filed=Filed(folder.root))
         require_shards(job, folder)
         model = job.source.load(job.dtype)

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import FAMILIES_TESTED, VOCABULARY, dense_model
 
+from lrserve.compression.filed import Filed
 from lrserve.compression.gradients import GradientStore, collect_gradients, gradient_side
 from lrserve.compression.groups import find_groups
 from lrserve.compression.spectra import stacked_weight
@@ -65,6 +67,27 @@ def test_half_the_moment_predicts_the_divergence_of_small_errors(tmp_path: Path)
     # an error in one token's output moves later tokens too: those cross terms are what the Kronecker block leaves out
     predicted = float(error.double() @ moment @ error.double()) / 2
     assert 0.5 < measured / predicted < 2
+
+
+@pytest.mark.parametrize("architecture", FAMILIES_TESTED)
+def test_with_less_memory_the_moments_are_the_same(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrserve.compression.filed._SMALL", 0)
+    ran: list[int] = []
+    model = dense_model(architecture)
+    layer = find_groups(model)[0].members[0]
+    model.get_submodule(layer).register_forward_pre_hook(lambda *_: ran.append(1))
+    collect(model, tmp_path / "usual")
+    times = len(ran)
+    folder = tmp_path / "files"
+    folder.mkdir()
+    collect(model, tmp_path / "spare", recompute=True, filed=Filed(folder))
+    assert len(ran) - times == 2 * times  # again on the way back
+    assert not model.is_gradient_checkpointing
+    assert not any(module.training for module in model.modules())
+    usual, spare = (load_file(tmp_path / name / "moments.safetensors") for name in ("usual", "spare"))
+    assert usual.keys() == spare.keys()
+    for name, moment in usual.items():
+        torch.testing.assert_close(spare[name], moment, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_an_interrupted_pass_resumes_to_the_same_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,9 +33,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     ("gib", "expected"),
     [
         (6.0, ALL),
-        (5.5, Holding(engines=False, plan=True, reference=True, engine_in_float32=True)),
-        (3.0, Holding(engines=False, plan=False, reference=True, engine_in_float32=False)),
-        (0.5, Holding(engines=False, plan=False, reference=False, engine_in_float32=False)),
+        (5.5, Holding(engines=False, tensors=True, activations=True, reference=True, engine_in_float32=True)),
+        (3.0, Holding(engines=False, tensors=False, activations=True, reference=True, engine_in_float32=False)),
+        (0.5, Holding(engines=False, tensors=False, activations=False, reference=False, engine_in_float32=False)),
     ],
 )
 def test_what_fits_is_held(job: Job, gib: float, expected: Holding) -> None:
@@ -54,9 +54,9 @@ def test_the_machine_decides_where_the_recipe_does_not(job: Job, monkeypatch: py
 @pytest.mark.parametrize(
     ("gib", "expected"),
     [
-        (8, Holding(engines=True, plan=True, reference=True, engine_in_float32=True)),
-        (6, Holding(engines=False, plan=True, reference=True, engine_in_float32=True)),
-        (3, Holding(engines=False, plan=True, reference=True, engine_in_float32=False)),
+        (8, Holding(engines=True, tensors=True, activations=True, reference=True, engine_in_float32=True)),
+        (6, Holding(engines=False, tensors=True, activations=True, reference=True, engine_in_float32=True)),
+        (3, Holding(engines=False, tensors=True, activations=True, reference=True, engine_in_float32=False)),
     ],
 )
 def test_on_a_gpu_its_own_memory_decides_of_engines(job: Job, gib: int, expected: Holding, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,10 +72,11 @@ def test_the_setting_does_not_change_what_a_result_is_made_from(job: Job) -> Non
 
 def test_it_is_said_in_words() -> None:
     assert str(ALL) == (
-        "engines of the dense model and of a plan side by side; weights of a plan in memory; the reference in float32 at once"
+        "engines of the dense model and of a plan side by side; weights of a plan and moments of gradients in memory; "
+        "the reference in float32 at once"
     )
-    told = str(Holding(engines=False, plan=False, reference=False, engine_in_float32=False))
+    told = str(Holding(engines=False, tensors=False, activations=False, reference=False, engine_in_float32=False))
     assert "one after the other" in told
-    assert "weights of a plan in files" in told
+    assert "moments of gradients in files; activations computed again in backward passes" in told
     assert "block by block" in told
     assert told.endswith("engines that serve in 16 bits are not proved in float32")
