@@ -114,14 +114,19 @@ def narrow(
 def _order(F: torch.Tensor, S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the inputs (n,) in the order in which they are chosen, and what each lowers the error by (n,); S is used up.
 
-    A block of them at a time: the most promising candidates are chosen among one by one, and then taken out of S together. Nothing
-    here is read back by the host, which would have to wait for a GPU each time.
+    A block of them at a time: the most promising candidates are chosen among one by one, and then taken out of S together. Rows and
+    columns of inputs that are chosen are cut out once they are a quarter. Nothing here is read back by the host, which would have
+    to wait for a GPU each time.
     """
     G, n = F @ S, len(S)
+    inputs = torch.arange(n, device=S.device)  # of which S still has rows
     left = torch.ones(n, dtype=torch.bool, device=S.device)
     order: list[torch.Tensor] = []
     worths: list[torch.Tensor] = []
     for done in range(0, n, _BLOCK):
+        if n - done <= 0.75 * len(S):
+            stay = left.byte().argsort(descending=True, stable=True)[: n - done]
+            G, S, inputs, left = G[:, stay], S[stay][:, stay], inputs[stay], left[stay]
         worth = (G.square().sum(0) / S.diagonal()).masked_fill(~left, -1.0)
         block = min(_BLOCK, n - done)
         candidates = worth.topk(min(_CANDIDATES * block, n - done)).indices
@@ -132,7 +137,7 @@ def _order(F: torch.Tensor, S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         G.addmm_(columns.T, known, alpha=-1)
         S.addmm_(known.T, known, alpha=-1)
         left.index_fill_(0, chosen, False)
-        order.append(chosen)
+        order.append(inputs[chosen])
         worths.append(columns.square().sum(1))
     return torch.cat(order), torch.cat(worths)
 
