@@ -104,8 +104,26 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": True,
     },
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
 }
-"""SmolLM2-135M, TinyLlama-1.1B and Llama-3.2-1B."""
+"""SmolLM2-135M, TinyLlama-1.1B, Llama-3.2-1B, Qwen2.5-0.5B and Llama-3.1-8B."""
 
 
 @dataclass(frozen=True)

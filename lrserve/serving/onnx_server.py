@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import json
 import os
 import sys
@@ -33,6 +34,9 @@ _LARGEST_BODY: Final = 4 * 2**20  # bytes
 _MOST_READ: Final = 16 * _LARGEST_BODY  # of a body that is too large, and thrown away
 _BODY_SECONDS: Final = 60  # in which it has to come, for it holds a place
 _DEFAULT_CONTEXT: Final = 4096  # tokens; the KV cache of an answer is allocated for it where a client sets no limit
+_KEEP_ALIVE: Final = 65  # seconds: more than clients keep a connection, or a request could meet its end
+_M_MMAP_THRESHOLD: Final = -3  # of glibc's malloc.h
+_LARGE: Final = 128 * 2**10  # bytes
 _GRACE_SECONDS: Final = 1  # of answers that are under way when the server is told to end
 _GONE: Final = 499  # of answers that nobody waits for
 
@@ -90,6 +94,7 @@ def serve(out: str, arguments: Sequence[str] = ()) -> None:
         raise InputError(f"--max-model-len {flags.max_model_len} is more than the model's context, {context}")
     import uvicorn
 
+    _return_large_blocks()
     with bound(flags.host, flags.port) as address:
         host, port = address.getsockname()[:2]
         warn_if_open(flags.host, port, flags.api_key, "the model", f"Set {API_KEY}")
@@ -105,7 +110,8 @@ def serve(out: str, arguments: Sequence[str] = ()) -> None:
                     super().handle_exit(sig, frame)
 
             # h11 bounds a request's head, whatever other parser is installed; there are no web sockets here
-            limits: dict[str, Any] = {"http": "h11", "ws": "none", "timeout_graceful_shutdown": _GRACE_SECONDS}
+            limits: dict[str, Any] = {"http": "h11", "ws": "none", "timeout_keep_alive": _KEEP_ALIVE}
+            limits["timeout_graceful_shutdown"] = _GRACE_SECONDS
             server = Server(uvicorn.Config(build_app(service), server_header=False, **limits))
             service.on_failure = lambda: setattr(server, "should_exit", True)
             shown = f"[{host}]" if ":" in host else host
@@ -114,6 +120,16 @@ def serve(out: str, arguments: Sequence[str] = ()) -> None:
                 server.run(sockets=[address])
             if service.failure is not None:
                 raise service.failure
+
+
+def _return_large_blocks() -> None:
+    """Let malloc give the memory of large bodies back to the system.
+
+    glibc keeps blocks up to the size of the largest that was freed, 32 MB at most, unless it is told what is large. Other libraries
+    of C have no such function.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def build_app(service: Service) -> Starlette:

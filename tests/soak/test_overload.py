@@ -191,7 +191,8 @@ class Client:
 async def overload(target: Target, expected: dict[str, str], tally: Tally, clients: int, seconds: float) -> None:
     """Run so many clients at once."""
     until = time.monotonic() + seconds
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
+    # connections are kept for less than the 5 seconds of vLLM's server, which would close some just as they are used again
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients, keepalive_expiry=2.0)
     async with httpx.AsyncClient(base_url=target.url, timeout=PATIENCE, limits=limits) as http:
         await asyncio.gather(*(Client(target, http, expected, tally, seed).run(until) for seed in range(clients)))
 
