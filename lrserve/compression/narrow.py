@@ -143,22 +143,19 @@ def _order(F: torch.Tensor, S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _greedy(G: torch.Tensor, S: torch.Tensor, count: int) -> torch.Tensor:
-    """Choose `count` of a few inputs one by one, given F S (p, c) and S (c, c)."""
+    """Choose `count` of a few inputs one by one, given F S (p, c) and S (c, c), which is used up."""
     gram = G.T @ G
-    worth = gram.diagonal().clone()
-    S = S.clone()
-    variance = S.diagonal().clone()
+    worth, variance = gram.diagonal(), S.diagonal()
     left = torch.ones(len(S), dtype=torch.bool, device=S.device)
     chosen: list[torch.Tensor] = []
     for _ in range(count):
-        j = (worth / variance).masked_fill(~left, -1.0).argmax(0, keepdim=True)  # (1,)
+        gain = torch.where(left, worth / variance, -1.0)  # those that were chosen may have no variance left
+        j = gain.argmax(0, keepdim=True)  # (1,)
         chosen.append(j)
         left.index_fill_(0, j, False)
         root = variance[j].sqrt()
         s, g = S.index_select(1, j)[:, 0] / root, gram.index_select(1, j)[:, 0] / root
         # G_.i loses g_j s_i: its inner products follow from those of G
-        gram = gram - torch.outer(g, s) - torch.outer(s, g) + (worth[j] / variance[j]) * torch.outer(s, s)
-        S = S - torch.outer(s, s)
-        worth, variance = gram.diagonal(), S.diagonal().clamp_min(0)
-        variance = torch.where(left, variance, 1.0)
+        gram.addmm_(torch.stack([s, g], 1), torch.stack([g - gain[j] * s, s]), alpha=-1)
+        S.addr_(s, s, alpha=-1)
     return torch.cat(chosen)
