@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -441,3 +444,25 @@ def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         assert parser().parse_args([]).api_key == key
     assert parser().parse_args(["--api-key", "other"]).api_key == "other"
     assert parser().parse_args([]).host == "127.0.0.1"
+
+
+_FREES: str = """
+import psutil
+from lrserve.serving.onnx_server import _return_large_blocks
+_return_large_blocks()
+size = 2**20
+del [bytearray(4 * size)][0]  # after which glibc would keep blocks of that size
+before = psutil.Process().memory_full_info().uss
+large, small = [], []
+for _ in range(100):
+    large.append(bytearray(b"x" * size))
+    small.append(bytearray(100_000))
+del large
+print((psutil.Process().memory_full_info().uss - before) / size)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have no mallopt, and no such habit")
+def test_memory_of_large_bodies_goes_back_to_the_system() -> None:
+    found = subprocess.run([sys.executable, "-c", _FREES], check=True, capture_output=True, text=True)
+    assert float(found.stdout) < 30  # of 100, beside 10 that are still held
