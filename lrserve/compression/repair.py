@@ -295,7 +295,8 @@ class _RoundedStudent:
         self._parts = {name: _Learning(model, name, masters) for name, masters in own.items()}
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {f"{name}.{own}": value for name, part in self._parts.items() for own, value in part.masters.named_parameters()}
+        named = ((f"{name}.{own}", value) for name, part in self._parts.items() for own, value in part.masters.named_parameters())
+        return {name: value for name, value in named if value.requires_grad}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
