@@ -215,11 +215,10 @@ def test_processes_with_parts_hold_half_of_blocks_and_moments(one: Alone, done: 
             assert size < 0.56 * one.held[what], what
 
 
+@pytest.mark.parametrize("one", ["factors"], indirect=True)
 def test_a_process_that_is_told_to_end_ends_all_after_the_next_step_and_one_that_is_killed_loses_what_was_not_saved(
     one: Alone, done: Path
 ) -> None:
-    if one.kind != "factors":
-        return
     assert len(curve(done / "told")) == 4
     assert_same(one.goes_on(done / "told"), one.learnt)
     assert len(curve(done / "killed")) == 2
