@@ -13,7 +13,7 @@ Text counts as well as minutes: what a second pass over the same windows gains o
 
 With minutes for a budget the machine decides how many steps are taken. With tokens, steps and learning rates are the same
 everywhere; so are, with both, the order of the text and the tokens drawn. Several processes (team.py) share the windows of each
-step: gradients are sums over tokens, so the steps are those of one process.
+step, and perhaps the models (sharding.py): gradients are sums over tokens, so the steps are those of one process.
 """
 
 from __future__ import annotations
