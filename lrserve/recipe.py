@@ -216,6 +216,10 @@ class Factorization(_Frozen):
     """Processes of this machine that recover together, each on its part of the windows of a step; null is one for each GPU, and one
     on a machine without.
     """
+    recover_sharded: bool | None = None
+    """Let each of several processes keep a part of both models and of what is trained (FSDP), in place of copies: less memory, more
+    communication. null does so on GPUs.
+    """
 
     @property
     def recovers(self) -> bool:

@@ -15,8 +15,33 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Gemma3ForCausalLM": "gemma3",
+    "SmolLM3ForCausalLM": "smollm3",
+    "GraniteForCausalLM": "granite",
+    "Olmo2ForCausalLM": "olmo2",
+    "Phi3ForCausalLM": "phi3",
+    "Starcoder2ForCausalLM": "starcoder2",
 }
+_NOT_STATED: dict[str, dict[str, Any]] = {
+    "Gemma3ForCausalLM": {"query_pre_attn_scalar": 32},
+    "SmolLM3ForCausalLM": {"no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0]},
+    "Starcoder2ForCausalLM": {"sliding_window": None},
+}
+"""What llama.cpp takes for granted, since files do not say it."""
+_ROTATED_IN_PAIRS = ("llama", "smollm3", "granite")
 _TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
+
+
+def storable_model(architecture: str) -> Any:
+    """A tiny model that a file says everything of."""
+    if architecture not in _NOT_STATED:
+        return dense_model(architecture)
+    taken = _NOT_STATED[architecture]
+    found = dense_model(architecture, layers=len(taken.get("no_rope_layers", (1, 1))))
+    for name, value in taken.items():
+        setattr(found.config, name, value)
+    model = type(found)(found.config).eval()
+    model.load_state_dict(found.state_dict())
+    return model
 
 
 def write_gguf(
@@ -87,8 +112,7 @@ def gguf_metadata(model: Any) -> dict[str, Any]:
         f"{own}.feed_forward_length": config.intermediate_size,
         f"{own}.attention.head_count": config.num_attention_heads,
         f"{own}.attention.head_count_kv": config.num_key_value_heads,
-        f"{own}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        f"{own}.attention.key_length": None if own == "qwen2" else config.head_dim,
+        f"{own}.attention.key_length": getattr(config, "head_dim", None),
         f"{own}.rope.freq_base": rope["rope_theta"],
         "general.name": "tiny",
         "tokenizer.ggml.model": "gpt2",
@@ -102,9 +126,32 @@ def gguf_metadata(model: Any) -> dict[str, Any]:
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
     }
+    if own == "starcoder2":
+        keys["starcoder2.attention.layer_norm_epsilon"] = config.norm_epsilon
+    else:
+        keys[f"{own}.attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
+    if own in _ROTATED_IN_PAIRS:
+        keys |= {f"{own}.vocab_size": config.vocab_size, f"{own}.rope.dimension_count": _head_dim(config)}
+    if own == "granite":
+        keys |= {
+            "granite.embedding_scale": config.embedding_multiplier,
+            "granite.residual_scale": config.residual_multiplier,
+            "granite.attention.scale": config.attention_multiplier,
+            "granite.logit_scale": config.logits_scaling,
+        }
+    if own == "phi3":
+        keys |= {
+            "phi3.rope.dimension_count": int(config.rope_parameters["partial_rotary_factor"] * _head_dim(config)),
+            "phi3.rope.scaling.original_context_length": config.original_max_position_embeddings,
+            "phi3.attention.sliding_window": config.sliding_window,
+        }
     if own == "gemma3":
         keys |= {"gemma3.attention.sliding_window": config.sliding_window, "gemma3.attention.sliding_window_pattern": 1}
     return {"general.architecture": own, **keys}
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", config.hidden_size // config.num_attention_heads))
 
 
 def gguf_tensors(model: Any) -> dict[str, np.ndarray[Any, Any]]:
@@ -117,8 +164,8 @@ def gguf_tensors(model: Any) -> dict[str, np.ndarray[Any, Any]]:
             continue
         stem, _, kind = name.rpartition(".")
         value = tensor.float().numpy()
-        if own == "llama" and (".q_proj" in name or ".k_proj" in name):
-            pairs = value.reshape(-1, 2, model.config.head_dim // 2, *value.shape[1:])
+        if own in _ROTATED_IN_PAIRS and (".q_proj" in name or ".k_proj" in name):
+            pairs = value.reshape(-1, 2, _head_dim(model.config) // 2, *value.shape[1:])
             value = pairs.swapaxes(1, 2).reshape(value.shape)
         elif own == "gemma3" and name.endswith("norm.weight"):
             value = value + 1

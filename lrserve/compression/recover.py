@@ -13,7 +13,7 @@ Text counts as well as minutes: what a second pass over the same windows gains o
 
 With minutes for a budget the machine decides how many steps are taken. With tokens, steps and learning rates are the same
 everywhere; so are, with both, the order of the text and the tokens drawn. Several processes (team.py) share the windows of each
-step: gradients are sums over tokens, so the steps are those of one process.
+step, and perhaps the models (sharding.py): gradients are sums over tokens, so the steps are those of one process.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -36,6 +36,7 @@ from lrserve.compression.factorize import FactorSource
 from lrserve.compression.groups import Group
 from lrserve.compression.logits import logits_of
 from lrserve.compression.recompute import recompute_blocks
+from lrserve.compression.sharding import divided_as, shard, whole
 from lrserve.compression.team import ALONE, Team
 from lrserve.compression.training import TrainedFactors, install_trainable
 from lrserve.errors import NotFiniteError
@@ -52,6 +53,7 @@ _ROWS: Final = 256  # tokens whose logits, of both models, are in memory at once
 _CACHED_ROWS: Final = 16  # tokens whose probabilities are formed at once
 _SAVE_SECONDS: Final = 120.0
 _FINISHED: Final = "factors.safetensors"
+_STATE: Final = "state.pt"
 _AVERAGED: Final = 20  # steps whose divergence is averaged for the outcome
 
 
@@ -88,17 +90,8 @@ class Student(Protocol):
     def model(self) -> Any:
         """The model that it is, or is computed from."""
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """Return what learns."""
-
-    def applied(self, run: Callable[[], float]) -> float:
-        """Call `run`, in which the model runs forwards and backwards by what is learnt, and return what it returns."""
-
-    def state(self) -> dict[str, Any]:
-        """Return what `restore` needs to go on."""
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up a state."""
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return what learns, by unique names."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what was learnt, by unique names."""
@@ -111,18 +104,9 @@ class _FactorStudent:
         self.model = model
         self._trainable = install_trainable(model, ranks, source)
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self._trainable.values() for parameter in group.parameters()]
-
-    def applied(self, run: Callable[[], float]) -> float:
-        return run()
-
-    def state(self) -> dict[str, Any]:
-        return {name: group.state_dict() for name, group in self._trainable.items()}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        for name, group in self._trainable.items():
-            group.load_state_dict(state[name])
+    def parameters(self) -> dict[str, nn.Parameter]:
+        named = ((f"{name}.{own}", value) for name, group in self._trainable.items() for own, value in group.named_parameters())
+        return {name: value for name, value in named if value.requires_grad}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return TrainedFactors({name: group.factors() for name, group in self._trainable.items()}).tensors()
@@ -160,7 +144,7 @@ class _Progress:
 
 def recover(
     teacher: Any,
-    student: Any,
+    load: Callable[[], Any],
     ranks: Sequence[tuple[Group, int]],
     source: FactorSource,
     windows: torch.Tensor,
@@ -175,7 +159,8 @@ def recover(
 
     Args:
         teacher: the dense model.
-        student: a second copy of it; its factorized linears are replaced by trainable factors.
+        load: returns a second copy of it, whose factorized linears are replaced by trainable factors. It is not called where a
+            finished run is found, and in a team that shards the models only when the teacher is divided.
         ranks: the factorized groups and their ranks.
         source: the factors to start from.
         windows, folder, schedule, seed, team, progress: as of `distil`.
@@ -184,7 +169,7 @@ def recover(
         NotFiniteError: the divergence is no longer finite.
     """
     how: dict[str, Any] = {"schedule": schedule, "seed": seed, "team": team, "progress": progress}
-    found = distil(teacher, lambda: _FactorStudent(student, ranks, source), windows, folder, **how)
+    found = distil(teacher, lambda: _FactorStudent(load(), ranks, source), windows, folder, **how)
     return Recovered(TrainedFactors.from_tensors(found.tensors), *found[1:])
 
 
@@ -208,7 +193,8 @@ def distil(
         folder: private to these inputs; the processes of a team share it.
         schedule: the budget, in which what an interruption lost does not count, and its portions.
         seed: of the order of the text and of the tokens drawn.
-        team: the processes that train together; all are given the same, and have the same result.
+        team: the processes that train together; all are given the same, and have the same result. One that shards divides the
+            teacher and the student.
         progress: called with the seconds or tokens that are spent.
 
     Raises:
@@ -222,61 +208,69 @@ def distil(
         progress(round(schedule.budget))
         return Distilled(load_file(done), reused=True, **outcome)
     teacher.requires_grad_(False)
+    if team.sharded:
+        shard(teacher)
     student = make()
     if schedule.recompute:
         recompute_blocks(student.model)
-    device, learning = next(teacher.parameters()).device, list(student.parameters())
-    optimizer = torch.optim.AdamW(learning, lr=_LEARNING_RATE, betas=_BETAS, weight_decay=0.0, fused=True)
+    if team.sharded:
+        shard(student.model)
+    device, learning = next(teacher.parameters()).device, student.parameters()
+    optimizer = torch.optim.AdamW(learning.values(), lr=_LEARNING_RATE, betas=_BETAS, weight_decay=0.0, fused=True)
     state = _Progress()
-    checkpoint = folder / "state.pt"
+    checkpoint = folder / _STATE
     if checkpoint.is_file():
-        _restore(checkpoint, student, optimizer, state)
+        _restore(checkpoint, learning, optimizer, state)
     team.wait()  # all have read it before the first writes the next
     texts = _texts(windows)
     batch = min(max(1, schedule.batch_tokens // texts.shape[1]), len(texts))
     began, saved = time.monotonic() - state.seconds, state.seconds
-    try:
-        while (spent := schedule.spent(state)) < 1:
-            step = len(state.divergences)
-            rate = min(1.0, (step + 1) / _WARMUP_STEPS) * max(_FLOOR, 1 - spent)
-            for group in optimizer.param_groups:
-                group["lr"] = _LEARNING_RATE * rate
-            drawn = _batch(texts, step, batch, seed)
-            divergence = _accumulate(teacher, student, drawn, seed + step, schedule.pass_tokens, team)
-            elapsed = time.monotonic() - began if team.index == 0 else 0.0
-            team.add_up([common := torch.tensor([divergence, elapsed], dtype=torch.float64, device=device)])
-            divergence, elapsed = common.tolist()
-            if not math.isfinite(divergence):
-                raise NotFiniteError(
-                    f"recovery: the divergence is {divergence} after {step} steps; try bfloat16, or leave --recover out"
-                )
-            team.add_up_gradients(learning)
-            optimizer.step()
-            optimizer.zero_grad()
-            state.divergences.append(divergence)
-            state.seconds, state.tokens = elapsed, state.tokens + drawn.numel()
-            progress(round(schedule.budget * schedule.spent(state)))
-            if state.seconds - saved > _SAVE_SECONDS:
-                _save(checkpoint, student, optimizer, state, team)
-                saved, began = state.seconds, time.monotonic() - state.seconds  # saving is not training
-    except (KeyboardInterrupt, SystemExit):
-        _save(checkpoint, student, optimizer, state, team)
-        raise
-    tensors = student.tensors()
-    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise NotFiniteError("recovery: a factor is not finite; leave --recover out")
-    found = state.divergences
-    outcome = {
-        "steps": len(found),
-        "tokens": state.tokens,
-        "first_divergence": _mean(found[:_AVERAGED]),
-        "last_divergence": _mean(found[-_AVERAGED:]),
-    }
-    if team.index == 0:
-        write_tensors(done, tensors, {"outcome": json.dumps(outcome)})
-        checkpoint.unlink(missing_ok=True)
-    team.wait()
-    return Distilled(tensors, reused=False, **outcome)
+    with team.signals_held() as signals:
+        try:
+            while (spent := schedule.spent(state)) < 1:
+                step = len(state.divergences)
+                rate = min(1.0, (step + 1) / _WARMUP_STEPS) * max(_FLOOR, 1 - spent)
+                for group in optimizer.param_groups:
+                    group["lr"] = _LEARNING_RATE * rate
+                drawn = _batch(texts, step, batch, seed)
+                divergence = _accumulate(teacher, student.model, drawn, seed + step, schedule.pass_tokens, team)
+                elapsed = time.monotonic() - began if team.index == 0 else 0.0
+                team.add_up([common := torch.tensor([divergence, elapsed, len(signals)], dtype=torch.float64, device=device)])
+                divergence, elapsed, ending = common.tolist()
+                if not math.isfinite(divergence):
+                    raise NotFiniteError(
+                        f"recovery: the divergence is {divergence} after {step} steps; try bfloat16, or leave --recover out"
+                    )
+                if not team.sharded:  # whose gradients are added up on the backward pass
+                    team.add_up_gradients(learning.values())
+                optimizer.step()
+                optimizer.zero_grad()
+                state.divergences.append(divergence)
+                state.seconds, state.tokens = elapsed, state.tokens + drawn.numel()
+                progress(round(schedule.budget * schedule.spent(state)))
+                if ending:  # after the step, so that all processes end in the same state
+                    raise KeyboardInterrupt
+                if state.seconds - saved > _SAVE_SECONDS:
+                    _save(checkpoint, learning, optimizer, state, team)
+                    saved, began = state.seconds, time.monotonic() - state.seconds  # saving is not training
+        except (KeyboardInterrupt, SystemExit):
+            _save(checkpoint, learning, optimizer, state, team)
+            raise
+        tensors = student.tensors()
+        if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+            raise NotFiniteError("recovery: a factor is not finite; leave --recover out")
+        found = state.divergences
+        outcome = {
+            "steps": len(found),
+            "tokens": state.tokens,
+            "first_divergence": _mean(found[:_AVERAGED]),
+            "last_divergence": _mean(found[-_AVERAGED:]),
+        }
+        if team.index == 0:
+            write_tensors(done, tensors, {"outcome": json.dumps(outcome)})
+            checkpoint.unlink(missing_ok=True)
+        team.wait()
+        return Distilled(tensors, reused=False, **outcome)
 
 
 def is_finished(folder: Path) -> bool:
@@ -318,7 +312,7 @@ def last_hidden_states(model: Any, windows: torch.Tensor) -> torch.Tensor:
 
 
 @torch.enable_grad()
-def _accumulate(teacher: Any, student: Student, windows: torch.Tensor, seed: int, pass_tokens: int, team: Team) -> float:
+def _accumulate(teacher: Any, student: Any, windows: torch.Tensor, seed: int, pass_tokens: int, team: Team) -> float:
     """Add the gradients of this process's part of a step's windows to those of what learns.
 
     Returns the sum of its tokens' KL divergences, over the number of tokens that all processes together draw.
@@ -326,13 +320,14 @@ def _accumulate(teacher: Any, student: Student, windows: torch.Tensor, seed: int
     length, device = windows.shape[1], next(teacher.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(windows.numel(), generator=generator)[: max(1, int(_TOKEN_SHARE * windows.numel()))]
-    own = team.part(len(windows))
     total = 0.0
-    for start in own[:: max(1, pass_tokens // length)]:
-        part = windows[start : min(start + max(1, pass_tokens // length), own.stop)]
-        rows = drawn - start * length
-        rows = rows[(rows >= 0) & (rows < part.numel())].to(device)
-        total += student.applied(partial(_backward, teacher, student.model, part.to(device), rows))
+    for own in team.passes(len(windows), max(1, pass_tokens // length)):
+        if not own and not team.sharded:
+            continue
+        part = windows[own.start : own.stop] if own else windows[:1]  # a pass that is only for the others' collectives
+        rows = drawn - own.start * length
+        rows = rows[(rows >= 0) & (rows < len(own) * length)].to(device)
+        total += _backward(teacher, student, part.to(device), rows)
     return total / len(drawn)
 
 
@@ -368,23 +363,40 @@ def _divergence(teacher: Any, student: Any, wanted: torch.Tensor, hidden: torch.
     return divergence, gradient
 
 
-def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, state: _Progress, team: Team = ALONE) -> None:
-    """Keep what a run needs to go on; of a team, whose processes hold the same, the first does so."""
+def _save(
+    path: Path, learning: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: _Progress, team: Team = ALONE
+) -> None:
+    """Keep what a run needs to go on, whole, whatever each process of a team has of it; the first one writes it."""
+    if team.index and not team.sharded:
+        return
+
+    def kept(tensor: torch.Tensor) -> torch.Tensor | None:
+        found = whole(tensor.detach())
+        return None if team.index else found.cpu()
+
+    saved = optimizer.state_dict()
+    saved["state"] = {index: {name: kept(value) for name, value in moments.items()} for index, moments in saved["state"].items()}
+    learnt = {name: kept(value) for name, value in learning.items()}
     if team.index:
         return
-    saved = {"groups": student.state(), "optimizer": optimizer.state_dict(), "progress": asdict(state)}
     with atomic_path(path) as partial, partial.open("wb") as file:
         try:
-            torch.save(saved, file)
+            torch.save({"learnt": learnt, "optimizer": saved, "progress": asdict(state)}, file)
         except RuntimeError as error:  # at the end of a file that a full disk has cut short
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
-def _restore(path: Path, student: Student, optimizer: torch.optim.Optimizer, state: _Progress) -> None:
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    student.restore(saved["groups"])
+@torch.no_grad()
+def _restore(path: Path, learning: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: _Progress) -> None:
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # of which a process of a team reads its rows
+    for name, parameter in learning.items():
+        parameter.copy_(divided_as(parameter, saved["learnt"][name]))
+    parameters = list(learning.values())
+    for index, moments in saved["optimizer"]["state"].items():
+        parameter = parameters[index]
+        moments.update({name: divided_as(parameter, value) for name, value in moments.items() if value.shape == parameter.shape})
     optimizer.load_state_dict(saved["optimizer"])
     for name, value in saved["progress"].items():
         setattr(state, name, value)

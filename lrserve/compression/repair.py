@@ -5,9 +5,9 @@ Notation
     A (r, n), B (m, r)       a residual beside it: the layer multiplies by Q + B A
 
 What is trained of the groups that a plan changes: s, A and B as real numbers, biases, and factors that are not rounded; with them
-the norms of their decoder blocks. `Masters` holds all that in float32, each in a unit in which one learning rate fits. The
-compressed model's own forward pass runs on what the masters stand for (`torch.func.functional_call`), rounded to the served dtype:
-what is trained is what the exported layers compute, but for A and B, which are rounded to int8 again in the end.
+the norms of their decoder blocks. `Masters` holds all that in float32, each in a unit in which one learning rate fits. The blocks'
+own forward passes run on what the masters stand for (`torch.func.functional_call`), rounded to the served dtype: what is trained is
+what the exported layers compute, but for A and B, which are rounded to int8 again in the end.
 
 `repair` trains block by block (`refine.train`) on the walk of sequential.py, each block behind the stored form of those before.
 `recover_rounded` distils the dense model into the whole (`recover.distil`).
@@ -22,6 +22,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from lrserve.compression.assemble import parts
 from lrserve.compression.calibrate import run_block
@@ -32,6 +33,7 @@ from lrserve.compression.recover import Distilled, Schedule, distil
 from lrserve.compression.refine import train
 from lrserve.compression.residual import rounded_factors
 from lrserve.compression.sequential import Streams, walk_blocks
+from lrserve.compression.sharding import gathered
 from lrserve.compression.team import ALONE, Team
 from lrserve.errors import CalibrationError
 
@@ -136,24 +138,13 @@ class _Residual(_Master):
 
 
 class Masters(nn.Module):
-    """What is trained of a compressed model, in float32, from its present values; the model itself is only read."""
+    """What is trained of a part of a compressed model, in float32, from its present values; the model itself is only read."""
 
-    def __init__(self, model: Any, changed: Changed, *, whole: bool) -> None:
-        """Take a model, the units that its plan changes, and whether norms outside of the decoder blocks are trained as well."""
+    def __init__(self, masters: Iterable[_Master]) -> None:
+        """Hold masters; `masters_of` and `outer_norms` make them."""
         super().__init__()
-        modules = dict(model.named_modules())
-        found: list[_Master] = []
-        groups = [group for unit, _ in changed for group in parts(unit)]
-        for group in groups:
-            found += _group_masters(group, modules)
-        layers = family_of(model.config).layers
-        blocks = tuple(f"{layers}.{index}." for index in sorted({group.layer for group in groups}))
-        for name, module in modules.items():
-            inside = name.startswith(blocks) if name.startswith(f"{layers}.") else whole
-            if inside and "Norm" in type(module).__name__:
-                for own, weight in module.named_parameters(recurse=False):
-                    found.append(_Values(f"{name}.{own}", weight, _norm_unit(weight)))
-        self._masters, self._registered = found, nn.ModuleList(found)
+        self._masters = list(masters)
+        self._registered = nn.ModuleList(self._masters)
 
     def forward(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """Return what the masters stand for, by the names that a submodule `prefix` of the model has for it."""
@@ -163,6 +154,32 @@ class Masters(nn.Module):
     def stored(self) -> dict[str, torch.Tensor]:
         """Return what is to be stored, on the CPU, by its names in the model's state dict."""
         return {name: tensor.cpu().contiguous() for part in self._masters for name, tensor in part.stored().items()}
+
+
+def masters_of(model: Any, changed: Changed) -> Masters:
+    """Make the masters of the units that a plan changes, and of the norms in their decoder blocks."""
+    modules = dict(model.named_modules())
+    groups = [group for unit, _ in changed for group in parts(unit)]
+    found = [master for group in groups for master in _group_masters(group, modules)]
+    blocks = tuple(f"{family_of(model.config).layers}.{index}." for index in sorted({group.layer for group in groups}))
+    norms = ((name, module) for name, module in modules.items() if name.startswith(blocks) and _is_norm(module))
+    return Masters([*found, *(master for name, norm in norms for master in _norm_masters(name, norm))])
+
+
+def outer_norms(model: Any) -> dict[str, Masters]:
+    """Make the masters of the norms outside of the decoder blocks, by the norms' names."""
+    inside = f"{family_of(model.config).layers}."
+    norms = {name: module for name, module in model.named_modules() if _is_norm(module) and not name.startswith(inside)}
+    return {name: Masters(_norm_masters(name, norm)) for name, norm in norms.items()}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__
+
+
+def _norm_masters(name: str, norm: nn.Module) -> Iterator[_Master]:
+    for own, weight in norm.named_parameters(recurse=False):
+        yield _Values(f"{name}.{own}", weight, _norm_unit(weight))
 
 
 def _group_masters(group: Group, modules: Mapping[str, nn.Module]) -> Iterator[_Master]:
@@ -229,7 +246,7 @@ def repair(
         layer, own = layers[streams.index], [(unit, level) for unit, level in changed if unit.layer == streams.index]
         if not own:
             return layer, {}
-        masters = Masters(compressed, own, whole=False)
+        masters = masters_of(compressed, own)
 
         def run(x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
             substitutes = masters(f"{path}.{streams.index}.")
@@ -246,42 +263,47 @@ def repair(
     return repairs
 
 
-class _Around(nn.Module):
-    """Holds a model while something is done with it: what `functional_call` substitutes stays until the backward pass has ended."""
+class _Learning(nn.Module):
+    """A part of a compressed model that computes by what its masters stand for."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, name: str, masters: Masters) -> None:
+        """Take the place of the model's part of this name."""
         super().__init__()
-        self.model = model
+        self.part, self.masters, self._prefix = model.get_submodule(name), masters, f"{name}."
+        self.training = False
+        model.set_submodule(name, self)
 
-    def forward(self, run: Callable[[], float]) -> float:
-        """Do it."""
-        return run()
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """Run the part; what the masters stand for is computed anew where the part is."""
+        if self.training:  # `recover` recomputes this block
+            return checkpoint(self._run, *inputs, use_reentrant=False, **options)
+        return self._run(*inputs, **options)
+
+    def _run(self, *inputs: Any, **options: Any) -> Any:
+        return functional_call(self.part, self.masters(self._prefix), inputs, options)
 
 
 class _RoundedStudent:
-    """A compressed model whose masters learn."""
+    """A compressed model; the decoder blocks that its plan changes, and the norms outside of them, have masters that learn."""
 
     def __init__(self, model: Any, changed: Changed) -> None:
         self.model = model.requires_grad_(False)
-        self._masters = Masters(model, changed, whole=True)
-        self._around = _Around(model)
+        layers = family_of(model.config).layers
+        own: dict[str, Masters] = outer_norms(model)
+        for index in sorted({unit.layer for unit, _ in changed}):
+            own[f"{layers}.{index}"] = masters_of(model, [(unit, level) for unit, level in changed if unit.layer == index])
+        self._parts = {name: _Learning(model, name, masters) for name, masters in own.items()}
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return self._masters.parameters()
-
-    def applied(self, run: Callable[[], float]) -> float:
-        substitutes = {f"model.{name}": tensor for name, tensor in self._masters().items()}
-        found: float = functional_call(self._around, substitutes, (run,))
-        return found
-
-    def state(self) -> dict[str, Any]:
-        return self._masters.state_dict()
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self._masters.load_state_dict(state)
+    def parameters(self) -> dict[str, nn.Parameter]:
+        named = ((f"{name}.{own}", value) for name, part in self._parts.items() for own, value in part.masters.named_parameters())
+        return {name: value for name, value in named if value.requires_grad}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return self._masters.stored()
+        found: dict[str, torch.Tensor] = {}
+        for part in self._parts.values():
+            with gathered(part):
+                found |= part.masters.stored()
+        return found
 
 
 def recover_rounded(
@@ -300,7 +322,7 @@ def recover_rounded(
 
     Args:
         teacher: the dense model.
-        compressed: the compressed model; it stays as it is.
+        compressed: the compressed model; its values stay, and its modules are replaced by those that learn.
         changed: the units that its plan changes, and their levels.
         windows, folder, schedule, seed, team, progress: as of `recover.distil`.
 

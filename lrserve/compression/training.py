@@ -18,6 +18,7 @@ from torch import nn
 from lrserve.compression.factorize import Factors, FactorSource
 from lrserve.compression.groups import Group
 from lrserve.compression.lowrank import keep_outputs
+from lrserve.compression.sharding import whole
 from lrserve.compression.spectra import stacked_weight
 from lrserve.compression.structure import structured
 
@@ -62,8 +63,8 @@ class TrainableGroup(nn.Module):
         self._last = None
 
     def factors(self) -> Factors:
-        """Return the present values, on the CPU."""
-        return Factors(**{name: tensor.cpu().clone() for name, tensor in self.state_dict().items()})
+        """Return the present values, on the CPU; a collective operation if they are divided among processes."""
+        return Factors(**{name: whole(tensor).cpu().clone() for name, tensor in self.state_dict().items()})
 
 
 class _Member(nn.Module):

@@ -23,22 +23,26 @@ from safetensors.torch import save_file
 
 from lrserve.errors import InputError, reading, shown
 from lrserve.inputs.checkpoint import counted
-from lrserve.inputs.gguf_config import ROPE_FACTORS, config_of
+from lrserve.inputs.gguf_config import LONG_FACTORS, ROPE_FACTORS, config_of
 from lrserve.inputs.gguf_file import GgufFile, part_stem, read_gguf
 from lrserve.storage.space import Place, require_space
 from lrserve.storage.store import file_sha256, staged
 from lrserve.storage.temporary import temporary_folder
 
-_VERSION: Final = 2
+_VERSION: Final = 3
 """Of what a conversion holds. Another one in the cache is made again."""
 _STAMP: Final = ".conversion"
 _MAX_SHARD_SIZE: Final = "5GB"
 _LEFTOVERS: Final = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")
 """Tensors of old files that no program reads: rotary frequencies."""
+_ROTATED_IN_PAIRS: Final = ("llama", "smollm3", "granite")
+"""Architectures whose queries and keys llama.cpp stores in another order."""
 _LLAMA3_SPLITS: Final = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 """Values of tokenizer.ggml.pre by which llama.cpp adds BOS unless told otherwise, and takes a word that is a token as it is."""
 _GPT2_SPLITS: Final = ("default", "gpt-2", "gpt2", "smollm", "starcoder", "refact", "command-r")
 """Those whose texts are cut into words as GPT-2's are, apart from digits."""
+_PHI3_KEEPS_SPACE: Final = ("<unk>", "<s>", "<|endoftext|>")
+"""Special tokens of Phi-3 that do not swallow the space behind them; files do not say."""
 _PROBE: Final = "It's 12 o'clock,\n  and  all is well."
 _ADVICE: Final = "give the model in Hugging Face layout"
 
@@ -114,7 +118,8 @@ def _names(file: GgufFile, skeleton: Any) -> dict[str, str]:
         names[name] = f"{of.get_name(stem)}.{kind}"
     if missing := sorted(set(names.values()) - file.tensors.keys()):
         raise InputError(f"{file.path} lacks {counted(missing)} of the model; download it again")
-    left = sorted(name for name in file.tensors.keys() - set(names.values()) - {ROPE_FACTORS} if not _LEFTOVERS.fullmatch(name))
+    scaling = {ROPE_FACTORS, *(LONG_FACTORS if "long_factor" in skeleton.config.rope_parameters else ())}
+    left = sorted(name for name in file.tensors.keys() - set(names.values()) - scaling if not _LEFTOVERS.fullmatch(name))
     if left:
         raise InputError(
             f"{file.path} holds {counted(left)} that a model of the architecture {architecture} does not have; {_ADVICE}"
@@ -142,9 +147,9 @@ def _tensor(file: GgufFile, name: str, config: Any) -> torch.Tensor:
         values = stored.values()
     except NotImplementedError:
         raise InputError(f"{file.path}: the package gguf cannot dequantize {name} ({stored.type.name}); {_ADVICE}") from None
-    if architecture == "llama" and ".attn_q." in name:
+    if architecture in _ROTATED_IN_PAIRS and ".attn_q." in name:
         values = _halves(values, config.num_attention_heads)
-    elif architecture == "llama" and ".attn_k." in name:
+    elif architecture in _ROTATED_IN_PAIRS and ".attn_k." in name:
         values = _halves(values, config.num_key_value_heads)
     elif architecture == "gemma3" and name.endswith("norm.weight"):
         values = values - 1
@@ -184,12 +189,15 @@ def _tokenizer(file: GgufFile, rows: int) -> Any:
         if split not in (None, *_GPT2_SPLITS) and content["pre_tokenizer"]["type"] == "ByteLevel":
             raise InputError(f"{file.path}: transformers does not know tokenizer.ggml.pre {shown(split)}; {_ADVICE}")
         content["model"]["ignore_merges"] = split in _LLAMA3_SPLITS
-    elif (
-        file.metadata.get("tokenizer.ggml.add_space_prefix") is False
-        and (content["pre_tokenizer"] or {}).get("type") == "Metaspace"
-    ):
-        content["pre_tokenizer"]["prepend_scheme"] = "never"
-        content["decoder"]["decoders"] = [own for own in content["decoder"]["decoders"] if own["type"] != "Strip"]
+    elif file.metadata.get("tokenizer.ggml.add_space_prefix") is False:
+        if (content["pre_tokenizer"] or {}).get("type") == "Metaspace":
+            content["pre_tokenizer"]["prepend_scheme"] = "never"
+            content["decoder"]["decoders"] = [own for own in content["decoder"]["decoders"] if own["type"] != "Strip"]
+        elif file.metadata["general.architecture"] == "phi3":
+            raise InputError(f"{file.path}: tokenizer.ggml.add_space_prefix is false, which lrserve cannot convert here; {_ADVICE}")
+    if re.search("phi-?3", str(file.metadata.get("general.name", "")).lower()):  # as llama.cpp tells them
+        for token in content["added_tokens"]:
+            token["rstrip"] = token["content"] not in _PHI3_KEEPS_SPACE
     special = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in special.items()}
     with reading(file.path, _ADVICE):

@@ -15,11 +15,25 @@ import numpy as np
 from lrserve.errors import InputError, reading, shown
 from lrserve.inputs.gguf_file import GgufFile
 
-_MODEL_TYPES: Final = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
+_MODEL_TYPES: Final = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3_text",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+    "starcoder2": "starcoder2",
+}
 """Architectures of GGUF, and of transformers. Mistral's models have llama's in GGUF."""
+_OWN_HEAD_DIM: Final = ("llama", "qwen3", "gemma3")
+"""Those whose heads may be wider or narrower than the hidden states divided by their number."""
 _IRRELEVANT: Final = ("tensor_data_layout", "rope.scaling.finetuned")
 ROPE_FACTORS: Final = "rope_freqs.weight"
 """By what each rotary frequency is divided; llama.cpp's form of the scaling that transformers calls llama3."""
+LONG_FACTORS: Final = ("rope_factors_long.weight", "rope_factors_short.weight")
+"""The same for long and for short texts: Phi-3's scaling, which transformers calls longrope."""
 _ADVICE: Final = "give the model in Hugging Face layout"
 _REQUIRED: Final[Any] = object()
 
@@ -46,9 +60,10 @@ def config_of(file: GgufFile) -> Any:
         raise InputError(f"{file.path} lacks the tensor token_embd.weight; download it again")
     hidden, heads = keys.whole("embedding_length"), keys.whole("attention.head_count")
     rotated = keys.whole("rope.dimension_count", hidden // heads)
-    head_dim = keys.whole("attention.key_length", rotated)
+    head_dim = keys.whole("attention.key_length", hidden // heads if architecture == "phi3" else rotated)
     keys.must("attention.value_length", head_dim)
-    keys.must("rope.dimension_count", head_dim)
+    if architecture != "phi3":
+        keys.must("rope.dimension_count", head_dim)
     keys.must("vocab_size", embedding.shape[0])
     keys.must("attention.causal", True)
     layers = keys.whole("block_count")
@@ -57,19 +72,29 @@ def config_of(file: GgufFile) -> Any:
             f"{file.path}: {architecture}.block_count is {layers}, its tensors are of {found} layers; download it again"
         )
     context = keys.whole("context_length")
-    rope = _rope(keys, head_dim, context)
-    fields: dict[str, Any] = {}
-    if architecture in ("llama", "qwen3", "gemma3"):
+    rope = _rope(keys, rotated, context)
+    fields: dict[str, Any] = {"rope_parameters": rope}
+    if architecture in _OWN_HEAD_DIM:
         fields["head_dim"] = head_dim
     else:
         keys.must("attention.key_length", hidden // heads)
-    if architecture == "llama":
+    if architecture in ("llama", "smollm3", "granite"):
         fields["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
         fields["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
     if architecture == "gemma3":
         fields |= _gemma3(keys, head_dim, rope)
+    elif architecture == "smollm3":
+        fields["no_rope_layer_interval"] = 4  # which llama.cpp takes for granted
+    elif architecture == "granite":
+        fields |= _granite(keys, head_dim)
+    elif architecture == "phi3":
+        fields |= _phi3(keys, rope, context, rotated / head_dim)
+    if architecture == "starcoder2":
+        fields["norm_epsilon"] = keys.real("attention.layer_norm_epsilon")
+        fields["use_bias"] = "blk.0.attn_q.bias" in file.tensors
+        fields["sliding_window"] = _window(keys)
     else:
-        fields["rope_parameters"] = rope
+        fields["rms_norm_eps"] = keys.real("attention.layer_norm_rms_epsilon")
     fields |= {
         "vocab_size": embedding.shape[0],
         "max_position_embeddings": context,
@@ -78,7 +103,6 @@ def config_of(file: GgufFile) -> Any:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": keys.whole("attention.head_count_kv", heads),
-        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         **_special_ids(file),
     }
@@ -91,7 +115,7 @@ class _Keys:
     """The keys of a file's architecture; it notes which were read."""
 
     def __init__(self, file: GgufFile, architecture: str) -> None:
-        self.file, self._prefix = file, f"{architecture}."
+        self.file, self.architecture, self._prefix = file, architecture, f"{architecture}."
         self._read = {self._prefix + key for key in _IRRELEVANT}
 
     def get(self, key: str, default: Any = _REQUIRED) -> Any:
@@ -160,8 +184,38 @@ def _gemma3(keys: _Keys, head_dim: int, rope: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def _rope(keys: _Keys, head_dim: int, context: int) -> dict[str, Any]:
-    """Return the `rope_parameters` of transformers."""
+def _granite(keys: _Keys, head_dim: int) -> dict[str, Any]:
+    """What Granite multiplies by; no key, or 0, leaves it out."""
+    keys.must("rope.scaling.finetuned", True)  # without it llama.cpp rotates nothing
+
+    def scale(key: str, left_out: float) -> float:
+        return keys.real(key, left_out) if keys.get(key, 0) != 0 else left_out
+
+    return {
+        "embedding_multiplier": scale("embedding_scale", 1.0),
+        "residual_multiplier": scale("residual_scale", 1.0),
+        "attention_multiplier": scale("attention.scale", head_dim**-0.5),
+        "logits_scaling": keys.real("logit_scale"),
+    }
+
+
+def _phi3(keys: _Keys, rope: Mapping[str, Any], context: int, rotated_share: float) -> dict[str, Any]:
+    if rope["rope_type"] not in ("default", "longrope"):
+        keys.refuse("rope.scaling.type", rope["rope_type"], "which transformers does not have for Phi-3")
+    return {
+        "rope_parameters": {**rope, "partial_rotary_factor": rotated_share},
+        "original_max_position_embeddings": keys.whole("rope.scaling.original_context_length", context),
+        "sliding_window": _window(keys),
+    }
+
+
+def _window(keys: _Keys) -> int | None:
+    """Return how many tokens attention sees; None, which is 0 in GGUF, is all of them."""
+    return keys.whole("attention.sliding_window") if keys.get("attention.sliding_window", 0) != 0 else None
+
+
+def _rope(keys: _Keys, rotated: int, context: int) -> dict[str, Any]:
+    """Return the `rope_parameters` of transformers, for so many rotated entries of a head."""
     base = {"rope_theta": keys.real("rope.freq_base", 10_000.0)}
     kind = keys.get("rope.scaling.type", "linear")
     factor = keys.real("rope.scaling.factor", keys.get("rope.scale_linear", 1.0))
@@ -170,10 +224,12 @@ def _rope(keys: _Keys, head_dim: int, context: int) -> dict[str, Any]:
     divisors = keys.file.tensors.get(ROPE_FACTORS)
     if kind == "none":
         factor = 1.0
+    if keys.architecture == "phi3" and any(name in keys.file.tensors for name in LONG_FACTORS):
+        return base | _longrope(keys, kind, scale, context / original) | {"original_max_position_embeddings": original}
     if divisors is not None and np.any(divisors.values() != 1):
         if kind == "yarn" or factor != 1:
             keys.refuse("rope.scaling.type", kind, f"beside the tensor {ROPE_FACTORS}")
-        found = _llama3(keys, divisors.values().reshape(-1), head_dim)
+        found = _llama3(keys, divisors.values().reshape(-1), rotated)
     elif kind in ("none", "linear"):
         found = {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
@@ -194,11 +250,25 @@ def _rope(keys: _Keys, head_dim: int, context: int) -> dict[str, Any]:
     return base | found
 
 
-def _llama3(keys: _Keys, divisors: np.ndarray[Any, Any], head_dim: int) -> dict[str, Any]:
+def _longrope(keys: _Keys, kind: Any, scale: float, longer: float) -> dict[str, Any]:
+    """Return both divisors of each frequency; transformers and vLLM compute the scale from how much longer texts may become."""
+    if kind not in ("linear", "longrope"):  # linear stands for no key
+        keys.refuse("rope.scaling.type", kind, f"beside the tensor {LONG_FACTORS[0]}")
+    if missing := [name for name in LONG_FACTORS if name not in keys.file.tensors]:
+        raise InputError(f"{keys.file.path} lacks the tensor {missing[0]}; download it again")
+    original = keys.whole("rope.scaling.original_context_length")
+    usual = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
+    if not math.isclose(scale, usual, rel_tol=1e-3):
+        keys.refuse("rope.scaling.attn_factor", scale, f"where lrserve can convert only the usual {usual:.4f}")
+    long, short = ([float(value) for value in keys.file.tensors[name].values().reshape(-1)] for name in LONG_FACTORS)
+    return {"rope_type": "longrope", "long_factor": long, "short_factor": short}
+
+
+def _llama3(keys: _Keys, divisors: np.ndarray[Any, Any], rotated: int) -> dict[str, Any]:
     """Find the scaling that gives these divisors: Llama's bounds of the wavelengths, and the largest divisor as the factor."""
     original = keys.whole("rope.scaling.original_context_length", 8192)
     low, high, factor = 1.0, 4.0, float(divisors.max())
-    wavelengths = 2 * math.pi * keys.real("rope.freq_base", 10_000.0) ** (np.arange(0, head_dim, 2) / head_dim)
+    wavelengths = 2 * math.pi * keys.real("rope.freq_base", 10_000.0) ** (np.arange(0, rotated, 2) / rotated)
     smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
     if divisors.shape != wavelengths.shape or not np.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
         raise InputError(f"{keys.file.path}: {ROPE_FACTORS} is not the scaling of Llama 3, the only one that is known; {_ADVICE}")

@@ -189,7 +189,9 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
         processes = job.recovery_processes
         seconds += 60 * settings.recover_minutes + _RECOVER * settings.recover_tokens * forward.total / processes
         disk = 3 * trained + (4 * settings.recover_tokens if recipe.text.recovery else 0)
-        memory = processes * (2 * weights + 4 * trained)
+        whole = 2 * weights + 4 * trained
+        sharded = processes > 1 and job.recovery_sharded  # each builds the student before it keeps a part
+        memory = whole + processes * (weights + trained) if sharded else processes * whole
     if seconds:
         costs.append(StageCost("5 improve", seconds, disk, memory))
     proof = 2 * job.windows["report"].numel() * forward.total

@@ -126,8 +126,7 @@ def improve_factors(
                 if stage.name.startswith("distil"):
                     repairs, outcome = recover_rounded(model, student, changed, texts, stage, **how)
                 else:
-                    student = None if is_finished(stage) else job.source.load(job.dtype)
-                    outcome = recover(model, student, ranks, factors, texts, stage, **how)
+                    outcome = recover(model, lambda: job.source.load(job.dtype), ranks, factors, texts, stage, **how)
                     factors = outcome.factors
             job.say(
                 f"5/6 recover: {outcome.steps} steps of {outcome.tokens} tokens, {outcome.tokens / texts.numel():.2g} times the "

@@ -19,7 +19,7 @@ from lrserve.compression.level import Precision
 from lrserve.compression.repair import Repairs
 from lrserve.compression.rounding import Rounding
 from lrserve.inputs.config_file import require_known_tokens
-from lrserve.inputs.source import Source, open_source
+from lrserve.inputs.source import Source, device_for, open_source
 from lrserve.inputs.stream import origin_fingerprint
 from lrserve.inputs.text import Documents, load_texts, shortage, token_windows
 from lrserve.pipeline.context import context_length, fitted
@@ -123,6 +123,12 @@ class Job:
     def recovery_processes(self) -> int:
         """How many processes recover together."""
         return self.recipe.factorization.recover_processes or max(1, torch.cuda.device_count())
+
+    @property
+    def recovery_sharded(self) -> bool:
+        """Whether each of several such processes keeps a part of the models in place of copies."""
+        asked = self.recipe.factorization.recover_sharded
+        return device_for(self.dtype) == "cuda" if asked is None else asked
 
     def recovery_windows(self) -> torch.Tensor:
         """Cut all of the calibration text into windows: training goes through more of it than the covariances need."""

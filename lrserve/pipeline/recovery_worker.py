@@ -6,13 +6,13 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from lrserve.allocation.plan import Plan
 from lrserve.compression.matmul import float32_matmuls
-from lrserve.compression.team import Team
+from lrserve.compression.team import ENDINGS, Team
 from lrserve.errors import LrserveError
 from lrserve.pipeline.collect import backpropagate, calibrate_blocks
 from lrserve.pipeline.improve import improve_factors
@@ -23,12 +23,11 @@ from lrserve.pipeline.stages import MODULES
 from lrserve.recipe import Recipe
 from lrserve.storage.work import WorkFolder
 
-_ENDINGS: Final = (signal.SIGINT, signal.SIGTERM)
-
 
 def recover_in(task: dict[str, Any], team: Team) -> None:
     """Go to the recovery, through stages that are finished, and train there with the team."""
     job = open_job(Recipe.model_validate(task["recipe"]), print)
+    job.say(f"5/6 recover: process {team.index + 1} of {team.count}, with {'parts' if team.sharded else 'copies'} of the models")
     folder = WorkFolder(Path(task["work"]), print, MODULES)
     model = job.source.load(job.dtype)
     with float32_matmuls():
@@ -44,14 +43,14 @@ def recover_in(task: dict[str, Any], team: Team) -> None:
 
 def _end(number: int, frame: object) -> None:
     """End the process so that what was learnt is saved, which a second signal is not to interrupt."""
-    for each in _ENDINGS:
+    for each in ENDINGS:
         signal.signal(each, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
 def main(task: Path, index: int) -> None:
     """Join the others, by a file beside the task, and train."""
-    for number in _ENDINGS:
+    for number in ENDINGS:
         signal.signal(number, _end)
     found = json.loads(task.read_text(encoding="utf-8"))
     if torch.cuda.is_available():
@@ -59,10 +58,12 @@ def main(task: Path, index: int) -> None:
     meeting = task.with_name("meeting").absolute().as_uri()
     torch.distributed.init_process_group(init_method=meeting, rank=index, world_size=found["processes"])
     try:
-        recover_in(found, Team(index, found["processes"]))
+        recover_in(found, Team(index, found["processes"], found["sharded"]))
     except LrserveError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # one of the processes was told to end, and all have saved
+        sys.exit(128 + signal.SIGINT)
     torch.distributed.destroy_process_group()
 
 

@@ -48,6 +48,7 @@ def recover_together(job: Job, plan: Plan, folder: WorkFolder, *, weighed: bool,
         "plan": [plan.to_json(), plan.structure, plan.embedding],
         "weighed": weighed,
         "processes": processes,
+        "sharded": job.recovery_sharded,
     }
     path = folder.root / "recovery.log"
     release_memory()

@@ -163,12 +163,19 @@ def test_improvements_leave_the_neurons_where_they_are(tmp_path: Path, monkeypat
     def walked(name: str, step: Step) -> FactorSource:
         return walk(dense_model("LlamaForCausalLM"), ranks, windows, tmp_path / name, step, batch_tokens=96)
 
-    dense, student = dense_model("LlamaForCausalLM"), dense_model("LlamaForCausalLM")
+    dense = dense_model("LlamaForCausalLM")
     found = {
         "propagated": walked("propagate", propagation()),
         "trained": walked("adam", adam(store, steps=20, learning_rate=3e-3)),
         "recovered": recover(
-            dense, student, ranks, store, windows, tmp_path / "recover", schedule=Schedule(seconds=20.0), seed=0
+            dense,
+            lambda: dense_model("LlamaForCausalLM"),
+            ranks,
+            store,
+            windows,
+            tmp_path / "recover",
+            schedule=Schedule(seconds=20.0),
+            seed=0,
         ).factors,
     }
     divergence = Divergence(dense_model("LlamaForCausalLM"), windows)

@@ -46,7 +46,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(plan: Any, folder: Path, schedule: Schedule = THREE_SECONDS, **options: Any) -> Recovered:
     ranks, store = plan
     dense = dense_model("Qwen2ForCausalLM")
-    return recover(dense, dense_model("Qwen2ForCausalLM"), ranks, store, WINDOWS, folder, schedule=schedule, seed=0, **options)
+    return recover(
+        dense, lambda: dense_model("Qwen2ForCausalLM"), ranks, store, WINDOWS, folder, schedule=schedule, seed=0, **options
+    )
 
 
 def test_divergence_falls_and_ranks_stay(plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,4 +187,4 @@ def test_a_diverging_model_is_refused(plan: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         teacher.model.norm.weight[0] = float("nan")
     with pytest.raises(CalibrationError, match="divergence is nan"):
-        recover(teacher, dense_model("Qwen2ForCausalLM"), ranks, store, WINDOWS, tmp_path, schedule=Schedule(seconds=2.0), seed=0)
+        recover(teacher, lambda: dense_model("Qwen2ForCausalLM"), ranks, store, WINDOWS, tmp_path, schedule=THREE_SECONDS, seed=0)

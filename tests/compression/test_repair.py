@@ -24,7 +24,7 @@ from lrserve.compression.layers import LowRankLinear, RoundedLinear
 from lrserve.compression.level import Level
 from lrserve.compression.quantize import Residual
 from lrserve.compression.recover import Schedule
-from lrserve.compression.repair import Masters, Repairs, recover_rounded, repair
+from lrserve.compression.repair import Repairs, masters_of, outer_norms, recover_rounded, repair
 from lrserve.compression.residual import rounded_factors
 from lrserve.compression.rounding import Rounding
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
@@ -108,11 +108,9 @@ def test_what_is_trained(tmp_path: Path) -> None:
         *(f"{layer}self_attn.qkv_proj.residual_A.{leaf}" for leaf in ("weight", "weight_scale")),
         *(f"{layer}{x}_proj.weight_scale" for x in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down")),
     }
-    assert set(Masters(compressed, case.changed, whole=False)()) == expected
-    assert set(Masters(compressed, case.changed, whole=True)()) == expected | {"model.norm.weight"}
-    assert all(
-        name.startswith("self_attn.") for name in Masters(compressed, case.changed[:1], whole=False)(layer) if "proj" in name
-    )
+    assert set(masters_of(compressed, case.changed)()) == expected
+    assert {name: set(own()) for name, own in outer_norms(compressed).items()} == {"model.norm": {"model.norm.weight"}}
+    assert all(name.startswith("self_attn.") for name in masters_of(compressed, case.changed[:1])(layer) if "proj" in name)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -121,7 +119,8 @@ def test_before_the_first_step_the_masters_stand_for_the_model(name: str, tmp_pa
     case = Case(name, tmp_path, layers=1)
     compressed = case.compressed()
     before = compressed(case.tokens).logits
-    Repairs(Masters(compressed, case.changed, whole=True).stored()).apply(compressed)
+    for masters in (masters_of(compressed, case.changed), *outer_norms(compressed).values()):
+        Repairs(masters.stored()).apply(compressed)
     after = compressed(case.tokens).logits
     assert (after - before).abs().mean() < 1e-3 * before.std()  # inputs of 8 bits may fall on the other side of a half
 

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
@@ -184,17 +183,11 @@ def search_in(path: Path) -> object:
     return run_study(space(target), goal(target), SPEED, evaluate, settings, path, seed=0)
 
 
-class _Student:
-    def state(self) -> dict[str, torch.Tensor]:
-        return {"A": torch.zeros(64, 1024)}
-
-
 def train_to(path: Path) -> None:
     from lrserve.compression.recover import _Progress
 
-    optimizer: Any = torch.optim.SGD([torch.zeros(1)])
-    student: Any = _Student()
-    _save(path, student, optimizer, _Progress(seconds=0.0, divergences=[]))
+    learning = {"A": torch.nn.Parameter(torch.zeros(64, 1024))}
+    _save(path, learning, torch.optim.SGD(learning.values()), _Progress(seconds=0.0, divergences=[]))
 
 
 WRITERS: dict[str, Callable[[Path], object]] = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from tiny import dense_model
-from tiny_gguf import ARCHITECTURES, gguf_metadata, gguf_tensors, write_gguf, write_parts
+from tiny_gguf import ARCHITECTURES, gguf_metadata, gguf_tensors, storable_model, write_gguf, write_parts
 from transformers import GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -37,22 +37,22 @@ def opened(path: Path) -> Source:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_file_becomes_its_model(tmp_path: Path, architecture: str) -> None:
-    model = dense_model(architecture)
+    model = storable_model(architecture)
     source = opened(write_gguf(tmp_path / "tiny.GGUF", model))
     found = source.load(torch.bfloat16)
     assert found.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor.to(torch.bfloat16)), name
     config, wanted = source.config().to_dict(), model.config.to_dict()
-    wanted |= {"dtype": "bfloat16", "rms_norm_eps": pytest.approx(model.config.rms_norm_eps)}
-    if architecture == "Gemma3ForCausalLM":
-        wanted |= {"query_pre_attn_scalar": 32}
+    wanted = {key: pytest.approx(value) if isinstance(value, float) else value for key, value in wanted.items()}
+    wanted["dtype"] = "bfloat16"
     del wanted["_name_or_path"]
     assert {key: config[key] for key in wanted} == wanted
 
 
-def test_both_copies_of_attention_heads_work_alike(tmp_path: Path) -> None:
-    model = dense_model("LlamaForCausalLM")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_file_computes_what_its_model_does(tmp_path: Path, architecture: str) -> None:
+    model = storable_model(architecture)
     ids = torch.arange(3, 40)[None]
     logits = opened(write_gguf(tmp_path / "tiny.gguf", model)).load(torch.float32)(ids).logits
     for parameter in model.parameters():
@@ -199,6 +199,59 @@ def test_rotary_scaling_is_carried_over(
         np.testing.assert_allclose(frequencies.numpy(), 1 / (10_000 ** (np.arange(0, 32, 2) / 32)) / divisors, rtol=1e-5)
 
 
+@pytest.mark.parametrize("longer", [4.0, 0.5])
+def test_the_scaling_of_phi_3_is_carried_over(tmp_path: Path, longer: float) -> None:
+    model = storable_model("Phi3ForCausalLM")
+    original = int(256 / longer)
+    factor = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
+    keys = {"original_context_length": original, "attn_factor": factor}
+    long, short = np.linspace(1, 8, 8, dtype=np.float32), np.linspace(1, 2, 8, dtype=np.float32)
+    metadata = {f"phi3.rope.scaling.{key}": value for key, value in keys.items()}
+    tensors = {"rope_factors_long.weight": long, "rope_factors_short.weight": short}
+    config = opened(write_gguf(tmp_path / "tiny.gguf", model, metadata=metadata, tensors=tensors)).config()
+    frequencies = 10_000.0 ** -(np.arange(0, 16, 2) / 16)
+    for length, divisors in ((8, short), (original + 1, long)):
+        found, scale = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=length)
+        np.testing.assert_allclose(found.numpy(), frequencies / divisors, rtol=1e-5)
+        assert scale == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "metadata", "tensors", "message"),
+    [
+        ("Olmo2ForCausalLM", {"olmo2.attention.sliding_window": 64}, (), r"olmo2.attention.sliding_window \(64\) would be lost"),
+        ("GraniteForCausalLM", {"granite.rope.scaling.finetuned": False}, (), "rope.scaling.finetuned is False"),
+        ("GraniteForCausalLM", {"granite.logit_scale": None}, (), "lacks granite.logit_scale"),
+        ("Phi3ForCausalLM", {"phi3.rope.scaling.factor": 2.0}, (), "phi3.rope.scaling.type is 'linear'"),
+        ("Phi3ForCausalLM", {}, ("long",), "lacks the tensor rope_factors_short.weight"),
+        ("Phi3ForCausalLM", {"phi3.rope.scaling.attn_factor": 1.5}, ("long", "short"), r"attn_factor is 1.5, .* the usual 1.0000"),
+        ("Starcoder2ForCausalLM", {}, ("long", "short"), "rope_factors_long.weight"),
+    ],
+)
+def test_what_cannot_be_carried_over_is_refused_by_name(
+    tmp_path: Path, architecture: str, metadata: dict[str, Any], tensors: tuple[str, ...], message: str
+) -> None:
+    factors = {f"rope_factors_{name}.weight": np.ones(8, dtype=np.float32) for name in tensors}
+    path = write_gguf(tmp_path / "tiny.gguf", storable_model(architecture), metadata=metadata, tensors=factors)
+    with pytest.raises(InputError, match=message):
+        opened(path)
+
+
+def test_what_granite_does_not_multiply_by(tmp_path: Path) -> None:
+    keys = {"granite.residual_scale": None, "granite.embedding_scale": 0.0, "granite.attention.scale": None}
+    config = opened(write_gguf(tmp_path / "tiny.gguf", storable_model("GraniteForCausalLM"), metadata=keys)).config()
+    found = config.residual_multiplier, config.embedding_multiplier, config.attention_multiplier, config.logits_scaling
+    assert found == pytest.approx((1.0, 1.0, 32**-0.5, 2.0))
+
+
+def test_special_tokens_of_phi_3_swallow_the_space_behind_them(tmp_path: Path) -> None:
+    for name, swallowed in (("tiny", False), ("Phi 3 Mini", False), ("Phi-3 Mini", True)):
+        path = write_gguf(tmp_path / f"{name}.gguf", storable_model("Phi3ForCausalLM"), metadata={"general.name": name})
+        tokenizer = opened(path).tokenizer()
+        end = tokenizer.eos_token
+        assert (tokenizer(f"{end} the")["input_ids"] == tokenizer(f"{end}the")["input_ids"]) == swallowed
+
+
 def test_both_ends_of_a_text_and_of_a_turn_end_generation(tmp_path: Path) -> None:
     source = opened(write_gguf(tmp_path / "tiny.gguf", metadata={"tokenizer.ggml.eot_token_id": 7}))
     assert GenerationConfig.from_pretrained(source.path).eos_token_id == [2, 7]
@@ -246,7 +299,7 @@ def test_a_conversion_that_is_not_whole_is_made_again(tmp_path: Path, damage: st
     if damage == "older":
         stamp.unlink()
     elif damage == "stamp of another":
-        stamp.write_text(stamp.read_text().replace('"version": 2', '"version": 1'))
+        stamp.write_text(stamp.read_text().replace('"version": 3', '"version": 1'))
     elif damage == "cut":
         weights.write_bytes(content[:-10])
     elif damage == "gone":

@@ -100,6 +100,15 @@ def test_disk_and_memory_hold_what_is_written(job: Job) -> None:
     assert costs["2 calibrate"].disk > 2 * hidden
 
 
+def test_processes_that_shard_a_recovery_share_what_copies_hold_each(job: Job) -> None:
+    def memory(**settings: Any) -> int:
+        return costs_of(changed(job, "factorization", recover_minutes=1.0, **settings))["5 improve"].memory
+
+    alone, copies, parts = memory(), memory(recover_processes=4), memory(recover_processes=4, recover_sharded=True)
+    assert memory(recover_sharded=True) == alone
+    assert alone < parts < copies
+
+
 def test_a_workload_is_its_prefill_and_its_decode_steps(job: Job) -> None:
     forward = forward_of(job)
     calls = sum(w.output_tokens for w in job.recipe.workloads.values())  # one prefill, and a step for each further token

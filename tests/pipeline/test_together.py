@@ -21,13 +21,16 @@ __all__ = ["folder", "place"]  # fixtures
 TOKENS = {"recover_tokens": 4096, "recover_batch_tokens": 512}
 
 
-@pytest.mark.parametrize("levels", [MIXED, {"down": Level(64), "qkv": Level(24)}])
-def test_two_processes_give_the_model_of_one(levels: dict[str, Level], place: Path, folder: WorkFolder, tmp_path: Path) -> None:
-    pair = Run(place, folder, levels, recover_processes=2, **TOKENS)
+@pytest.mark.parametrize(("levels", "sharded"), [(MIXED, True), ({"down": Level(64), "qkv": Level(24)}, None)])
+def test_two_processes_give_the_model_of_one(
+    levels: dict[str, Level], sharded: bool | None, place: Path, folder: WorkFolder, tmp_path: Path
+) -> None:
+    pair = Run(place, folder, levels, recover_processes=2, recover_sharded=sharded, **TOKENS)
     found = pair.improved()
     assert found.done["recover"]["tokens"] == 4096
     said = (folder.root / "recovery.log").read_text()
     assert said.count("2/6 calibrate: covariances of 2 blocks from 512 tokens (all reused)") == 2
+    assert said.count(f"of 2, with {'parts' if sharded else 'copies'} of the models") == 2
     with work_folder(tmp_path / "one", lambda line: None) as other:
         one = Run(place, other, levels, **TOKENS).improved()
     assert found.done["recover"]["divergence"] == pytest.approx(one.done["recover"]["divergence"], rel=1e-4)
