@@ -46,7 +46,7 @@ TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
 MARKERS = {marker.partition(":")[0] for marker in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]}
 SMALL: dict[str, Any] = {
     "calibration": {"sequences": 8, "length": 32, "pool_sequences": 4, "batch_tokens": 64},
-    "factorization": {"fisher_tokens": 128, "refine_tokens": 128},
+    "factorization": {"weights": [], "fisher_tokens": 128, "refine_tokens": 128},
     "search": {
         "trials": 3,
         "rank_step": 8,
@@ -323,6 +323,7 @@ def test_compressing_starts_as_the_page_says(
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("forked_engines")
 def test_readme_makes_an_artifact_that_the_guide_inspects(inputs: Path, tmp_path: Path) -> None:
     write_recipes(tmp_path)
     ((_, words),) = [(block, words) for block, words in COMPRESS if block.page == README]

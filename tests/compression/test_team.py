@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forking import FORKING
 from tiny import VOCABULARY, dense_model
 
 from lrserve.compression.factorize import factorize
@@ -39,6 +40,7 @@ def train(place: Path, folder: Path, team: Team, stop: int | None = None) -> Tra
 
 
 def member(place: Path, folder: Path, index: int, stop: int | None) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     meeting = folder / f"meeting-{stop}"
     torch.distributed.init_process_group("gloo", init_method=meeting.as_uri(), rank=index, world_size=2)
     interrupted = False
@@ -52,8 +54,7 @@ def member(place: Path, folder: Path, index: int, stop: int | None) -> None:
 
 def together(place: Path, folder: Path, stop: int | None) -> None:
     folder.mkdir(exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    members = [context.Process(target=member, args=(place, folder, index, stop)) for index in range(2)]
+    members = [FORKING.Process(target=member, args=(place, folder, index, stop)) for index in range(2)]
     for process in members:
         process.start()
     for process in members:
@@ -66,8 +67,7 @@ def curve(folder: Path) -> list[float]:
     return found
 
 
-def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     model = dense_model("Qwen2ForCausalLM")
     groups = find_groups(model)
     write_spectra(model, groups, lambda g, W, beta: factorize(W, torch.eye(g.n), torch.zeros(g.n), beta), tmp_path / "spectra")

@@ -23,7 +23,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 SETTINGS: dict[str, Any] = {
     "target": {"ratio": 0.2},
     "calibration": {"sequences": 8, "length": 32, "pool_sequences": 4, "batch_tokens": 64},
-    "factorization": {"fisher_tokens": 128, "propagate": False, "refine": "none"},
+    "factorization": {"weights": [], "fisher_tokens": 128, "propagate": False, "refine": "none"},
     "search": {
         "rank_step": 8,
         "depth_groups": 1,
