@@ -17,7 +17,7 @@ from vllm_engine import BATCH, BLOCK, FeatureEngine, Serving
 from lrserve.engines import vllm as engine_module
 from lrserve.engines.vllm import worker_environment
 
-LONGEST = ("test_pipeline.py", "test_real_model.py", "test_vllm_features.py", "test_wheel.py")
+LONGEST = ("test_pipeline.py", "test_vllm_features.py", "test_real_model.py", "test_vllm_rounded.py")
 """Modules of a minute or more, the longest first. A module stays with one worker, so the last one to begin had better be short."""
 
 

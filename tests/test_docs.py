@@ -24,7 +24,9 @@ from typer.testing import CliRunner
 
 from lrserve.cli import app
 from lrserve.pipeline import run
-from lrserve.recipe import Recipe
+from lrserve.recipe import EngineSettings, Recipe, Workload
+from lrserve.serving.bench import server_arguments
+from lrserve.serving.kv_cache import LEAST, cache_argument
 from lrserve.serving.onnx_server import parser as graph_flags
 from lrserve.serving.server import memory_environment, server_command, server_environment
 
@@ -355,6 +357,8 @@ def test_vllm_knows_every_option_that_is_passed_on() -> None:
         command = server_command(Path(out), [argument for argument in arguments if argument != "--"])
         model_and_options = command[command.index(out) :] if "serve" in command else command[command.index("--model") :]
         parser.parse_args(model_and_options)
+    workloads = {"chat": Workload(prompt_tokens=8, output_tokens=8, concurrency=2)}
+    parser.parse_args(["--model", "OUT", *server_arguments(workloads, EngineSettings()), cache_argument(LEAST)])  # bench's own
     ours = {option for options in OPTIONS.values() for option in options}
     parsers = (parser, graph_flags())
     known = ours | {option for parser in parsers for action in parser._actions for option in action.option_strings}

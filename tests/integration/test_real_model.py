@@ -37,7 +37,7 @@ from lrserve.pipeline.prove import Rendered, prove_agreement
 from lrserve.recipe import Recipe
 from lrserve.storage.work import work_folder
 
-pytestmark = [pytest.mark.real, pytest.mark.engine]
+pytestmark = [pytest.mark.real, pytest.mark.engine, pytest.mark.usefixtures("forked_engines")]
 
 
 @pytest.fixture(scope="module", autouse=True)
