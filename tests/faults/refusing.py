@@ -33,11 +33,17 @@ class Fault:
         return self.name
 
 
-def answer(*arguments: str | Path) -> str | None:
-    """Run `lrserve` with these arguments in this process; returns the one line by which it refuses, None if it does not.
+@dataclass(frozen=True)
+class Ran:
+    """What a command gave: its exit code, and what it wrote to standard output and to standard error."""
 
-    Anything else fails: another code than 0 or 2, a traceback, more than one line, a line that is too long.
-    """
+    code: object
+    out: str
+    error: str
+
+
+def ran(*arguments: str | Path) -> Ran:
+    """Run `lrserve` with these arguments in this process."""
     out, error = io.StringIO(), io.StringIO()
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     code: object = 0
@@ -53,11 +59,20 @@ def answer(*arguments: str | Path) -> str | None:
         finally:
             for kind, handler in before.items():
                 signal.signal(kind, handler)
-    lines = error.getvalue().strip().splitlines()
-    shown = f"code {code}\n{out.getvalue()}\n{error.getvalue()}"
-    assert code in (0, 2), shown
-    assert "Traceback" not in error.getvalue(), shown
-    if code == 0:
+    return Ran(code, out.getvalue(), error.getvalue())
+
+
+def answer(*arguments: str | Path) -> str | None:
+    """Run `lrserve` with these arguments; returns the one line by which it refuses, None if it does not.
+
+    Anything else fails: another code than 0 or 2, a traceback, more than one line, a line that is too long.
+    """
+    found = ran(*arguments)
+    lines = found.error.strip().splitlines()
+    shown = f"code {found.code}\n{found.out}\n{found.error}"
+    assert found.code in (0, 2), shown
+    assert "Traceback" not in found.error, shown
+    if found.code == 0:
         return None
     assert lines, shown
     assert lines[-1].startswith("error: "), shown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from openai import APIConnectionError, AuthenticationError, OpenAI
 from safetensors.torch import load_file, save_file
 from tiny import dense_model, write_dense, write_text
 from transformers import AutoModelForCausalLM
+from vllm_engine import Serving
 
 from lrserve.engines.onnx import OnnxEngine
 from lrserve.engines.runtimes import runtime_of
@@ -41,7 +41,7 @@ from lrserve.serving.bench import bench, dense_graph
 from lrserve.storage.store import read_manifest
 from lrserve.storage.work import work_folder
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("forked_engines")]
 
 SMALL: dict[str, Any] = {
     "calibration": {"sequences": 8, "length": 32, "pool_sequences": 4, "batch_tokens": 64},
@@ -194,7 +194,7 @@ def test_a_second_run_reuses_and_a_changed_input_is_noticed(place: Path, made: t
 
 def test_any_trial_of_a_finished_search_can_be_exported(place: Path, made: object) -> None:
     said: list[str] = []
-    chosen = recipe(place, target={}, search={**SMALL["search"], "choose": 1}, export=["vllm"])
+    chosen = recipe(place, target={}, search={**SMALL["search"], "choose": 1}, export=["onnx"])
     metrics = compress_and_export(chosen, place / "second", work=place / "out.work", say=said.append)
     assert metrics["target"] == "front"
     (measured,) = [plan for plan in metrics["measured_plans"] if plan["chosen"]]
@@ -249,23 +249,6 @@ def test_damage_is_found(made: tuple[Path, dict[str, Any], list[str]], tmp_path:
         verify(copy)
 
 
-def test_bench_measures_it_again(made: tuple[Path, dict[str, Any], list[str]], tmp_path: Path) -> None:
-    said: list[str] = []
-    figures = bench(
-        made[0], workload={"concurrency": 1, "prompt_tokens": None}, report=tmp_path / "new" / "report", say=said.append
-    )
-    assert json.loads((tmp_path / "new" / "report" / "bench.json").read_text()) == figures
-    assert (tmp_path / "new" / "report" / "bench.md").read_text().strip().endswith(said[-1])
-    assert (tmp_path / "new" / "report" / "bench.png").read_bytes().startswith(b"\x89PNG")
-    (result,) = figures["workloads"].values()
-    assert result["workload"] == {"prompt_tokens": 8, "output_tokens": 8, "concurrency": 1, "share": 1.0}
-    assert result["rounds"] == 2
-    for side in ("dense", "compressed"):
-        assert result[side]["tokens_per_second"]["median"] > 0
-        assert result[side]["time_per_output_token_ms"]["median"] > 0
-        assert result[side]["time_to_first_token_ms"]["p99"] >= result[side]["time_to_first_token_ms"]["median"] > 0
-
-
 def test_bench_measures_the_graphs_behind_their_own_server(
     made: tuple[Path, dict[str, Any], list[str]], place: Path, tmp_path: Path
 ) -> None:
@@ -315,7 +298,11 @@ def swap_two_layers_norms(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("tamper", [lose_a_bias, swap_two_layers_norms])
 def test_an_engine_that_serves_another_model_is_refused(
-    place: Path, made: tuple[Path, dict[str, Any], list[str]], tmp_path: Path, tamper: Callable[[dict[str, torch.Tensor]], None]
+    place: Path,
+    made: tuple[Path, dict[str, Any], list[str]],
+    tmp_path: Path,
+    serving: Serving,
+    tamper: Callable[[dict[str, torch.Tensor]], None],
 ) -> None:
     """In bfloat16, by what the search kept of the dense model."""
     job = open_job(recipe(place), print)
@@ -330,7 +317,7 @@ def test_an_engine_that_serves_another_model_is_refused(
     tamper(tensors)
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     prompts = job.windows["prompts"].tolist()
-    with runtime.open(copy, job.recipe.requests) as engine:
+    with serving(copy, dtype=runtime.dtype) as engine:
         found = engine.transcribe(prompts, job.recipe.report.new_tokens)
     loaded = transcribe_checkpoint(made[0], job.dtype, prompts, job.recipe.report.new_tokens)
     with pytest.raises(AgreementError, match="differs from transformers by"):
@@ -378,12 +365,13 @@ def test_the_server_answers_the_openai_client_and_leaves_nothing(
                 os.killpg(server.pid, signal.SIGKILL)
 
 
-def test_an_interrupted_search_goes_on(place: Path) -> None:
-    """Kill the process in the middle of the study, then run the same command to its end."""
+def test_an_interrupted_search_goes_on(place: Path, made: object) -> None:
+    """Kill the process in the middle of the study, then do the same to its end."""
     work, out = place / "killed.work", place / "killed"
     shutil.copytree(place / "out.work", work, ignore=shutil.ignore_patterns("study-*", "lock"))
+    settings = recipe(place, export=["onnx"], engine={**SMALL["engine"], "runtime": "onnx"})
     path = place / "killed.yaml"
-    path.write_text(recipe(place, export=["onnx"], seed=0).to_yaml())
+    path.write_text(settings.to_yaml())
     code = (
         "import os, signal, sys\n"
         "from lrserve.allocation import study\n"
@@ -399,10 +387,8 @@ def test_an_interrupted_search_goes_on(place: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
     assert killed.returncode == -9, killed.stderr
     assert not out.exists()
-    done = subprocess.run(
-        [sys.executable, "-c", "from lrserve.cli import main; main()", *command], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "4/6 search: 6 trials (2 reused)" in done.stdout
+    said: list[str] = []
+    compress_and_export(settings, out, say=said.append)
+    assert any(line.startswith("4/6 search: 6 trials (2 reused)") for line in said)
     assert (out / "onnx" / "model.onnx").is_file()
     assert not (out / "config.json").exists()

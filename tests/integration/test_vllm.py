@@ -1,6 +1,6 @@
 """Real vLLM engines on tiny random artifacts, held against transformers in float32.
 
-Each start of an engine takes 10 to 30 seconds, so every start is used for all it can show.
+One engine is started as lrserve does it, which takes 10 to 20 seconds; the others have forked workers (conftest.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import SERVED_IN_TESTS, VOCABULARY, factorized_model, write_artifact
 from transformers import AutoModelForCausalLM
+from vllm_engine import Serving
 
 import lrserve  # noqa: F401 - registers the quantizer
 from lrserve.allocation.speed import Shape
@@ -30,8 +31,8 @@ _RANDOM = random.Random(0)
 PROMPTS = [[_RANDOM.randrange(VOCABULARY) for _ in range(length)] for length in (40, 1, 17)]
 
 
-def engine_for(folder: Path, dtype: str = "float32") -> Engine:
-    return Engine(folder, dtype=dtype, max_model_len=64, max_num_seqs=4, threads=1, kv_cache_gib=0.05)
+def engine_for(folder: Path) -> Engine:
+    return Engine(folder, dtype="float32", max_model_len=64, max_num_seqs=4, threads=1, kv_cache_gib=0.05)
 
 
 def assert_agree(reference: Transcript, other: Transcript) -> None:
@@ -44,14 +45,15 @@ def assert_agree(reference: Transcript, other: Transcript) -> None:
 
 
 @pytest.mark.parametrize("architecture", SERVED_IN_TESTS)
-def test_vllm_computes_what_transformers_does(architecture: str, tmp_path: Path) -> None:
+def test_vllm_computes_what_transformers_does(architecture: str, tmp_path: Path, serving: Serving) -> None:
     # five layers: every kind of group in every structure, linears apart from their group, and some that are dense
     folder = write_artifact(factorized_model(architecture, layers=5, apart=True), tmp_path / "model")
     reference = transcribe_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), PROMPTS, NEW_TOKENS)
-    with engine_for(folder) as engine:
+    measured = architecture == "LlamaForCausalLM"
+    with engine_for(folder) if measured else serving(folder) as engine:
         for expected, found in zip(reference, engine.transcribe(PROMPTS, NEW_TOKENS), strict=True):
             assert_agree(expected, found)
-        if architecture == "LlamaForCausalLM":
+        if measured:
             check_measurements(engine)
 
 
@@ -82,13 +84,13 @@ def check_measurements(engine: Engine) -> None:
     assert len(engine.transcribe([[5, 6]], 1)) == 1  # still serving after the errors
 
 
-def test_missing_factor_fails_the_load_by_name(tmp_path: Path) -> None:
+def test_missing_factor_fails_the_load_by_name(tmp_path: Path, serving: Serving) -> None:
     folder = write_artifact(factorized_model("LlamaForCausalLM"), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.0.self_attn.qkv_proj.A.order"], tensors["model.layers.0.self_attn.k_proj.B.bias"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     missing = r"model\.layers\.0\.self_attn\.k_proj\.B\.bias, model\.layers\.0\.self_attn\.qkv_proj\.A\.order"
-    with pytest.raises(ArtifactError, match=f"missing from the checkpoint: {missing}"), engine_for(folder):
+    with pytest.raises(ArtifactError, match=f"missing from the checkpoint: {missing}"), serving(folder):
         pass
 
 

@@ -1,17 +1,14 @@
 """What users switch on around a factorized layer, on real vLLM engines with tiny random artifacts, held against transformers.
 
-Compiled and eager, tensor parallel, chunked prefill, prefix caching, drafts, LoRA, dummy weights, 16-bit dtypes. A start of an
-engine takes 10 to 40 seconds, so features that do not hide each other share one.
+Compiled and eager, tensor parallel, chunked prefill, prefix caching, drafts, LoRA, dummy weights, 16-bit dtypes. A rank takes 10 to
+20 seconds to start, and compiling as long, so features that do not hide each other share an engine.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,25 +19,20 @@ import pytest
 import torch
 from tiny import VOCABULARY, dense_model, factorized_model, write_artifact
 from transformers import AutoModelForCausalLM
+from vllm_engine import BLOCK, FeatureEngine, Serving
 
 import lrserve  # noqa: F401 - registers the quantizer
 from exporters.vllm import low_rank_groups
 from lrserve.compression.layers import LowRankLinear
 from lrserve.compression.lowrank import install_low_rank
 from lrserve.compression.spec import quantization_config
-from lrserve.engines import vllm as engine_module
 from lrserve.engines.transcripts import Transcript, transcribe_model
-from lrserve.engines.vllm import Engine
 from lrserve.pipeline.agreement import agree
 
 pytestmark = pytest.mark.engine
 
 TOLERANCE = 1e-3
 NEW_TOKENS = 64
-BLOCK = 32
-"""Tokens in a block of the KV cache, what prefix caching counts in."""
-BATCH = 48
-"""Most tokens in one step: prefill of a longer prompt is cut into chunks."""
 
 _RANDOM = random.Random(7)  # no two best tokens of the greedy texts are within 9e-4 nats of each other
 
@@ -52,115 +44,6 @@ def _random_prompt(length: int) -> list[int]:
 PROMPTS = [_random_prompt(length) for length in (100, 1, 17)]
 LIKE_THE_FIRST = PROMPTS[0][: 2 * BLOCK] + _random_prompt(9)
 """Shares two blocks with the first prompt."""
-
-WORKER = """
-import json, os, sys
-from pathlib import Path
-from lrserve.engines import vllm_worker as worker
-
-extra, build_engine = json.loads(sys.argv[1]), worker.build_engine
-
-def build(settings):
-    import vllm
-    engine = vllm.LLM
-    vllm.LLM = lambda **options: engine(**(options | extra))
-    return build_engine(settings)
-
-def generate(llm, prompts, new_tokens, adapter):
-    from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
-    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=2)
-    lora = LoRARequest("adapter", 1, adapter) if adapter else None
-    prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
-    cached = [output.num_cached_tokens for output in outputs]
-    for output in outputs:
-        output.prompt_logprobs = []
-    return {"transcripts": [worker._transcript([], output) for output in outputs], "cached": cached}
-
-def run_eager(llm):
-    def switch(rank):
-        compiled = [module for module in rank.get_model().modules() if hasattr(module, "do_not_compile")]
-        for module in compiled:
-            module.do_not_compile = True  # its forward is then called as it stands
-        return [module.compiled for module in compiled]
-    return {"was_compiled": llm.collective_rpc(switch)}
-
-def drafts(llm):
-    prefix = "vllm:spec_decode_num_"
-    return {metric.name.removeprefix(prefix): metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-
-def shut_down(llm):
-    names = set(llm.collective_rpc(lambda rank: os.environ["VLLM_DIST_IDENT"]))
-    llm.llm_engine.engine_core.shutdown()
-    for name in names:
-        for segment in Path("/dev/shm").glob(name + "-*"):  # vLLM's CPU ranks leave theirs there
-            segment.unlink()
-    return {}
-
-worker.build_engine = build
-requests = [generate, run_eager, drafts, shut_down]
-worker.REQUESTS.update({request.__name__: request for request in requests})
-worker.main()
-"""
-
-
-class FeatureEngine(Engine):
-    """An engine whose worker knows the requests above."""
-
-    def generate(self, prompts: Sequence[list[int]], adapter: Path | None = None) -> tuple[list[Transcript], list[int]]:
-        """Greedy continuations without the prompts' log probabilities, for which vLLM passes by the prefix cache and which crash
-        its CPU build under LoRA; and how many tokens of each prompt were cached.
-        """
-        path = str(adapter) if adapter else None
-        reply = self._request("generate", prompts=list(prompts), new_tokens=NEW_TOKENS, adapter=path)
-        return [Transcript((), tuple(x["tokens"]), tuple(x["margins"])) for x in reply["transcripts"]], reply["cached"]
-
-    def run_eager(self) -> list[list[bool]]:
-        """Call the model uncompiled from now on; return, for each rank, whether what was compiled so far is."""
-        compiled: list[list[bool]] = self._request("run_eager")["was_compiled"]
-        return compiled
-
-    def drafted_and_accepted(self) -> tuple[int, int]:
-        """Tokens that a draft proposed, and those that the model would have said itself."""
-        counts = self._request("drafts")
-        return counts["draft_tokens"], counts["accepted_tokens"]
-
-    def shut_down(self) -> None:
-        """Let the ranks give back their shared memory, which would outlive processes that are killed."""
-        self._request("shut_down")
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where engines share what they compile."""
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture
-def serving(kernels: Path) -> Any:
-    @contextmanager
-    def serve(folder: Path, *, extra: dict[str, Any] | None = None, **options: Any) -> Iterator[FeatureEngine]:
-        settings = {"enable_prefix_caching": True, "max_num_batched_tokens": BATCH, "block_size": BLOCK, **(extra or {})}
-        environment = {
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else vLLM wants a NUMA node for each rank
-            "VLLM_HOST_IP": "127.0.0.1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            # Otherwise every artifact leaves a folder in the user's cache, and compiles again what the last one did.
-            "VLLM_USE_AOT_COMPILE": "0",
-            "TORCHINDUCTOR_CACHE_DIR": str(kernels),
-        }
-        with ExitStack() as stack:
-            patch = stack.enter_context(pytest.MonkeyPatch.context())
-            patch.setattr(engine_module, "WORKER_COMMAND", (sys.executable, "-c", WORKER, json.dumps(settings)))
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            options = {"dtype": "float32", "max_model_len": 192, "max_num_seqs": 4, "threads": 1, "kv_cache_gib": 0.05, **options}
-            engine = stack.enter_context(FeatureEngine(folder, **options))
-            stack.callback(engine.shut_down)
-            yield engine
-
-    return serve
 
 
 @dataclass(frozen=True)
@@ -177,11 +60,10 @@ def load(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
     @cache
-    def make(architecture: str) -> Case:
-        layers = 3 if architecture == "Gemma3ForCausalLM" else 2  # the third layer's MLP has fewer neurons
-        model = factorized_model(architecture, layers=layers, apart=True)
+    def make(architecture: str, **options: Any) -> Case:
+        model = factorized_model(architecture, apart=True, **options)
         folder = write_artifact(model, tmp_path_factory.mktemp(architecture) / "model")
         return Case(folder, transcribe_model(load(folder), [*PROMPTS, LIKE_THE_FIRST], NEW_TOKENS))
 
@@ -189,7 +71,7 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 
 
 @pytest.fixture
-def llama(case_of: Callable[[str], Case]) -> Case:
+def llama(case_of: Callable[..., Case]) -> Case:
     return case_of("LlamaForCausalLM")
 
 
@@ -208,7 +90,7 @@ def continuations(transcripts: Sequence[Transcript]) -> list[Transcript]:
 def assert_agrees_compiled_and_eager(engine: FeatureEngine, case: Case, ranks: int) -> None:
     """With the first prompt's prefill in three chunks, and a prompt that finds its beginning in the cache."""
     assert_agree(case.reference[:3], engine.transcribe(PROMPTS, NEW_TOKENS))
-    found, cached = engine.generate([LIKE_THE_FIRST])
+    found, cached = engine.greedy([LIKE_THE_FIRST], NEW_TOKENS)
     assert cached == [2 * BLOCK]
     assert_agree(continuations(case.reference[3:]), found)
     assert engine.run_eager() == [[True]] * ranks
@@ -218,19 +100,12 @@ def assert_agrees_compiled_and_eager(engine: FeatureEngine, case: Case, ranks: i
 WITH_DRAFTS = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 
 
-# The two whose layers differ most; one rank of every family is in test_vllm.py.
-def test_two_ranks_compiled_and_eager(llama: Case, serving: Any) -> None:
+def test_two_ranks_compiled_and_eager(llama: Case, serving: Serving) -> None:
     with serving(llama.folder, enforce_eager=False, tensor_parallel_size=2) as engine:
         assert_agrees_compiled_and_eager(engine, llama, ranks=2)
 
 
-def test_two_ranks_with_sliding_windows(case_of: Callable[[str], Case], serving: Any) -> None:
-    case = case_of("Gemma3ForCausalLM")
-    with serving(case.folder, tensor_parallel_size=2) as engine:
-        assert_agree(case.reference[:3], engine.transcribe(PROMPTS, NEW_TOKENS))
-
-
-def test_compiled_and_eager_with_ngram_drafts(case_of: Callable[[str], Case], serving: Any) -> None:
+def test_compiled_and_eager_with_ngram_drafts(case_of: Callable[..., Case], serving: Serving) -> None:
     case = case_of(WITH_DRAFTS[1])
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     extra = {"speculative_config": drafts, "disable_log_stats": False}
@@ -240,7 +115,7 @@ def test_compiled_and_eager_with_ngram_drafts(case_of: Callable[[str], Case], se
         assert 0 < accepted < drafted
 
 
-def test_compiled_and_eager_with_a_compressed_draft_model(case_of: Callable[[str], Case], serving: Any, tmp_path: Path) -> None:
+def test_compiled_and_eager_with_a_compressed_draft_model(case_of: Callable[..., Case], serving: Serving, tmp_path: Path) -> None:
     """The draft is the model's own map as other factors: a layer of it that computed anything else would show as refused tokens."""
     case = case_of(WITH_DRAFTS[0])
     draft = write_artifact(as_two_factors(case.folder, WITH_DRAFTS[0]), tmp_path / "model")
@@ -269,20 +144,21 @@ def as_two_factors(folder: Path, architecture: str) -> Any:
 LORA_RANK = 8
 
 
-def test_lora_adapter_with_replicated_key_heads(llama: Case, serving: Any, tmp_path: Path) -> None:
-    """PEFT trains an adapter beside every linear. Four ranks serve it, for two key and value heads; then without it.
+def test_lora_adapter_with_replicated_key_heads(case_of: Callable[..., Case], serving: Serving, tmp_path: Path) -> None:
+    """PEFT trains an adapter beside every linear. Two ranks serve it, for one key and value head; then without it.
 
     Not both in one batch: there vLLM's CPU build gives the last adapter to requests that ask for none, dense models included.
     """
-    model = train_adapter(load(llama.folder))
+    case = case_of("LlamaForCausalLM", key_heads=1)
+    model = train_adapter(load(case.folder))
     model.save_pretrained(tmp_path)
     adapted = transcribe_model(model, PROMPTS, NEW_TOKENS)
-    assert all(with_it.tokens != without.tokens for with_it, without in zip(adapted, llama.reference, strict=False))
+    assert all(with_it.tokens != without.tokens for with_it, without in zip(adapted, case.reference, strict=False))
 
     extra = {"enable_lora": True, "max_lora_rank": LORA_RANK, "max_loras": 1}
-    with serving(llama.folder, extra=extra, tensor_parallel_size=4) as engine:
-        assert_agree(continuations(adapted), engine.generate(PROMPTS, tmp_path)[0])
-        assert_agree(continuations(llama.reference[:3]), engine.generate(PROMPTS)[0])
+    with serving(case.folder, extra=extra, tensor_parallel_size=2) as engine:
+        assert_agree(continuations(adapted), engine.greedy(PROMPTS, NEW_TOKENS, tmp_path)[0])
+        assert_agree(continuations(case.reference[:3]), engine.greedy(PROMPTS, NEW_TOKENS)[0])
 
 
 def train_adapter(model: Any) -> Any:
@@ -299,7 +175,7 @@ def train_adapter(model: Any) -> Any:
     return model
 
 
-def test_dummy_weights_need_no_checkpoint_and_are_all_written(llama: Case, serving: Any, tmp_path: Path) -> None:
+def test_dummy_weights_need_no_checkpoint_and_are_all_written(llama: Case, serving: Serving, tmp_path: Path) -> None:
     """vLLM's dummy weights are so small that every token is as probable as any other; memory that nobody wrote is not."""
     (tmp_path / "config.json").write_text((llama.folder / "config.json").read_text())
     with serving(tmp_path, load_format="dummy") as engine:
@@ -308,7 +184,7 @@ def test_dummy_weights_need_no_checkpoint_and_are_all_written(llama: Case, servi
             assert transcript.margins == pytest.approx([0.0] * 4, abs=0.01)
 
 
-def test_sixteen_bits_stay_near_float32(llama: Case, serving: Any) -> None:
+def test_sixteen_bits_stay_near_float32(llama: Case, serving: Serving) -> None:
     with serving(llama.folder, dtype="float16") as engine:
         for expected, found in zip(llama.reference, engine.transcribe(PROMPTS, 1), strict=False):
             assert found.logprobs == pytest.approx(expected.logprobs, abs=0.03)

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from test_vllm_features import LORA_RANK, continuations, kernels, serving, train_adapter  # noqa: F401 - fixtures
+from test_vllm_features import LORA_RANK, continuations, train_adapter
 from tiny import VOCABULARY, Rounding, rounded_model, write_artifact
 from transformers import AutoModelForCausalLM
+from vllm_engine import Serving
 
 import lrserve  # noqa: F401 - registers the quantizer
 from lrserve.engines.transcripts import Transcript, transcribe_model
-from lrserve.engines.vllm import Engine
 from lrserve.errors import ArtifactError
 
 pytestmark = pytest.mark.engine
@@ -42,8 +41,8 @@ def write(folder: Path, architecture: str, *roundings: Rounding) -> tuple[Path, 
     return path, transcribe_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), PROMPTS, NEW_TOKENS)
 
 
-def transcribe(folder: Path, dtype: str = "float32") -> list[Transcript]:
-    with Engine(folder, dtype=dtype, max_model_len=64, max_num_seqs=4, threads=1, kv_cache_gib=0.05) as engine:
+def transcribe(serving: Serving, folder: Path, dtype: str = "float32") -> list[Transcript]:
+    with serving(folder, dtype=dtype) as engine:
         return engine.transcribe(PROMPTS, NEW_TOKENS)
 
 
@@ -57,29 +56,29 @@ def assert_agree(reference: list[Transcript], found: list[Transcript], largest: 
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Gemma3ForCausalLM"])
-def test_vllm_computes_what_transformers_does(architecture: str, tmp_path: Path) -> None:
+def test_vllm_computes_what_transformers_does(architecture: str, tmp_path: Path, serving: Serving) -> None:
     folder, reference = write(tmp_path, architecture, *MIXED, *(ALONE if architecture == "LlamaForCausalLM" else []))
-    assert_agree(reference, transcribe(folder))
+    assert_agree(reference, transcribe(serving, folder))
 
 
-def test_sixteen_bit_kernels_multiply_by_the_same_weights(tmp_path: Path) -> None:
+def test_sixteen_bit_kernels_multiply_by_the_same_weights(tmp_path: Path, serving: Serving) -> None:
     folder, reference = write(tmp_path, "LlamaForCausalLM", *MIXED)
-    assert_agree(reference, transcribe(folder, "bfloat16"), largest=0.4, mean=0.06)  # a dense model's differ by as much
+    assert_agree(reference, transcribe(serving, folder, "bfloat16"), largest=0.4, mean=0.06)  # a dense model's differ by as much
 
 
-def test_fp8_agrees_where_vllm_has_a_kernel(tmp_path: Path) -> None:
+def test_fp8_agrees_where_vllm_has_a_kernel(tmp_path: Path, serving: Serving) -> None:
     folder, reference = write(tmp_path, "LlamaForCausalLM", Rounding("fp8"), Rounding("fp8", "narrow", 4))
-    assert_agree(reference, transcribe(folder))
+    assert_agree(reference, transcribe(serving, folder))
 
 
-def test_two_ranks_compiled(tmp_path: Path, serving: Any) -> None:  # noqa: F811
+def test_two_ranks_compiled(tmp_path: Path, serving: Serving) -> None:
     whole_groups = Rounding("int4_g32", None, 8, kinds=("qkv", "o", "gate_up"))  # half of 96 inputs are not
     folder, reference = write(tmp_path, "LlamaForCausalLM", Rounding("int8", None, 8), MIXED[1], whole_groups, MIXED[3])
     with serving(folder, enforce_eager=False, tensor_parallel_size=2) as engine:
         assert_agree(reference, engine.transcribe(PROMPTS, NEW_TOKENS))
 
 
-def test_lora_beside_rounded_layers(tmp_path: Path, serving: Any) -> None:  # noqa: F811
+def test_lora_beside_rounded_layers(tmp_path: Path, serving: Serving) -> None:
     folder, reference = write(tmp_path, "LlamaForCausalLM", MIXED[0], Rounding("int4_g32", None, 8), MIXED[3])
     model = train_adapter(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     model.save_pretrained(tmp_path / "adapter")
@@ -88,15 +87,15 @@ def test_lora_beside_rounded_layers(tmp_path: Path, serving: Any) -> None:  # no
     extra = {"enable_lora": True, "max_lora_rank": LORA_RANK, "max_loras": 1}
     with serving(folder, extra=extra) as engine:
         for expected, found in (
-            (adapted, engine.generate(PROMPTS, tmp_path / "adapter")[0]),
-            (reference, engine.generate(PROMPTS)[0]),
+            (adapted, engine.greedy(PROMPTS, NEW_TOKENS, tmp_path / "adapter")[0]),
+            (reference, engine.greedy(PROMPTS, NEW_TOKENS)[0]),
         ):
             for one, other in zip(continuations(expected), found, strict=True):
-                assert other.tokens[:NEW_TOKENS] == one.tokens
-                assert other.margins[:NEW_TOKENS] == pytest.approx(one.margins, abs=0.05)
+                assert other.tokens == one.tokens
+                assert other.margins == pytest.approx(one.margins, abs=0.05)
 
 
-def test_missing_tensors_fail_the_load_by_name(tmp_path: Path) -> None:
+def test_missing_tensors_fail_the_load_by_name(tmp_path: Path, serving: Serving) -> None:
     from safetensors.torch import load_file, save_file
 
     folder, _ = write(tmp_path, "Qwen2ForCausalLM", Rounding("int8", None, 8))
@@ -107,10 +106,10 @@ def test_missing_tensors_fail_the_load_by_name(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     named = ", ".join(f"model.layers.0.{name}" for name in missing).replace(".", r"\.")
     with pytest.raises(ArtifactError, match=f"missing from the checkpoint: {named}"):
-        transcribe(folder)
+        transcribe(serving, folder)
 
 
-def test_latencies_are_of_the_rounded_layers_and_none_where_there_is_no_kernel(tmp_path: Path) -> None:
+def test_latencies_are_of_the_rounded_layers_and_none_where_there_is_no_kernel(tmp_path: Path, serving: Serving) -> None:
     folder, _ = write(tmp_path, "LlamaForCausalLM", Rounding("int8"))
     plain = {"n": 576, "m": 1536, "rank": None, "structure": "low_rank", "ordered": False}
     factors = {**plain, "rank": 64, "structure": "identity_block"}
@@ -120,7 +119,7 @@ def test_latencies_are_of_the_rounded_layers_and_none_where_there_is_no_kernel(t
         *({**factors, "weights": weights} for weights in ("int8", "int4_g64")),
     ]
     unsupported = [{**plain, "weights": "int4_g128"}, {**factors, "rank": 40, "weights": "int4_g32"}]
-    with Engine(folder, dtype="bfloat16", max_model_len=64, threads=1, kv_cache_gib=0.05) as engine:
+    with serving(folder, dtype="bfloat16") as engine:
         arguments = {"tokens": [1, 8], "dtype": "bfloat16", "seconds": None}
         table = engine._request("latency_table", entries=[*unsupported, *entries], **arguments)["microseconds"]
     assert table[:2] == [None, None]

@@ -131,6 +131,7 @@ def test_a_cache_that_cannot_be_written_is_named(opened: Open, tmp_path: Path, m
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("forked_engines")
 @pytest.mark.parametrize(
     ("architecture", "entries", "message"),
     [

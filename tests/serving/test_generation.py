@@ -215,6 +215,7 @@ def test_a_missing_or_untested_package_is_named(tiny: tuple[Any, Path], monkeypa
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("forked_engines")
 def test_vllm_answers_the_same(tiny: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     model, out = tiny
     prompt = chat_prompt("Hello there")
