@@ -19,7 +19,7 @@ from lrserve.compression.groups import ORDERED, family_of
 from lrserve.compression.layers import LowRankLinear, RoundedLinear, exact_names
 from lrserve.compression.spec import NEEDS_LRSERVE, WEIGHTS_ENTRY, GroupSpec, leaves, quantization_config
 from lrserve.errors import ArtifactError
-from lrserve.inputs.checkpoint import INDEX, as_stored
+from lrserve.inputs.checkpoint import INDEX, as_stored, stored_name
 from lrserve.plugins.versions import require_vllm
 
 _MAX_SHARD_SIZE: Final = "2GB"
@@ -52,7 +52,8 @@ class VllmExporter:
         if groups := low_rank_groups(model):
             config.quantization_config = quantization_config(groups)
         config.architectures = [type(model).__name__]
-        config.dtype = str(dtype).removeprefix("torch.")
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            part.dtype = str(dtype).removeprefix("torch.")
         config.save_pretrained(out)
         path = out / "config.json"
         found = without_code(json.loads(path.read_text(encoding="utf-8"))) | ({WEIGHTS_ENTRY: NEEDS_LRSERVE} if groups else {})
@@ -131,7 +132,8 @@ def _save_weights(model: Any, out: Path, dtype: torch.dtype) -> None:
 
     Only a shard's tensors that have to be converted are in memory twice.
     """
-    exact, tied = exact_names(model), set(getattr(model, "all_tied_weights_keys", None) or ())
+    exact = {stored_name(model, name) for name in exact_names(model)}
+    tied = {stored_name(model, name) for name in getattr(model, "all_tied_weights_keys", None) or ()}
     state, places, dtypes = as_stored(model, model.state_dict()), set[int](), {}
     for name in sorted(state, key=lambda name: name in tied):  # the originals first
         tensor = state[name]

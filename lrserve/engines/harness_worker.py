@@ -103,6 +103,7 @@ def load_vllm(settings: Mapping[str, Any]) -> Any:
         enforce_eager=settings["enforce_eager"],
         gpu_memory_utilization=settings["gpu_memory_utilization"],
         tensor_parallel_size=settings["tensor_parallel_size"],
+        language_model_only=True,
         enable_prefix_caching=False,
         disable_log_stats=True,
         **options,
@@ -110,7 +111,7 @@ def load_vllm(settings: Mapping[str, Any]) -> Any:
 
 
 def _longest(source: Source) -> int:
-    return min(_LONGEST, getattr(source.config(), "max_position_embeddings", _LONGEST))
+    return min(_LONGEST, getattr(source.config().get_text_config(), "max_position_embeddings", _LONGEST))
 
 
 def evaluate(loaded: Loaded, task: str, limit: int | None, shots: int | None) -> dict[str, Any]:

@@ -175,6 +175,7 @@ def check(out: Path) -> dict[str, Any]:
 def _code_faults(out: Path) -> list[str]:
     """Name the configs of a checkpoint that make a loader run code beside the weights."""
     configs = [path for path in (out / CONFIG, out / "tokenizer_config.json") if path.exists()]
+    configs += sorted(out.glob("*processor_config.json"))
     return [
         f"{path.name} has an auto_map, which names code to run"
         for path in configs

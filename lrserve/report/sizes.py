@@ -55,7 +55,10 @@ def experts(skeleton: Any) -> dict[str, int] | None:
         return None
     routed = [_parameters(layer.get_submodule(family.experts)) for layer in layers]
     mixtures = [_parameters(layer.get_submodule(family.experts.rpartition(".")[0])) for layer in layers]
-    count, active = int(layers[0].get_submodule(family.experts).num_experts), int(skeleton.config.num_experts_per_tok)
+    count, active = (
+        int(layers[0].get_submodule(family.experts).num_experts),
+        int(skeleton.config.get_text_config().num_experts_per_tok),
+    )
     return {
         "layers": len(layers),
         "experts": count,

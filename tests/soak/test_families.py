@@ -16,10 +16,9 @@ import pytest
 import torch
 from integration.test_vllm_features import kernels, serving  # noqa: F401 - fixtures
 from tiny import FAMILIES_TESTED, SERVED_IN_TESTS, VOCABULARY, Rounding, factorized_model, rounded_model, write_artifact
-from transformers import AutoModelForCausalLM
 
 import lrserve  # noqa: F401 - registers the quantizer
-from lrserve.engines.transcripts import Transcript, transcribe_model
+from lrserve.engines.transcripts import Transcript, transcribe_checkpoint
 from lrserve.engines.vllm import Engine
 from lrserve.errors import AgreementError
 from lrserve.pipeline.agreement import agree
@@ -46,7 +45,7 @@ def check(row: Callable[..., None], kind: str, model: Any, place: Path, engine_f
     """Write an artifact, serve it, and record a row: its cases are the prompts, and all of them fail together."""
     started = time.perf_counter()
     folder = write_artifact(model, place / "model")
-    reference = transcribe_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), PROMPTS, NEW_TOKENS)
+    reference = transcribe_checkpoint(folder, torch.float32, PROMPTS, NEW_TOKENS)
     with engine_for(folder) as engine:
         found: Sequence[Transcript] = engine.transcribe(PROMPTS, NEW_TOKENS)
     failed, note = 0, ""
