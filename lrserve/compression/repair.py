@@ -139,7 +139,7 @@ class Masters(nn.Module):
     """What is trained of a compressed model, in float32, from its present values; the model itself is only read."""
 
     def __init__(self, model: Any, changed: Changed, *, whole: bool) -> None:
-        """Take a model, the units that its plan changes, and whether norms outside of the decoder blocks are trained as well."""
+        """Take a model, the units that its plan changes, and whether the decoder's norms outside of its blocks are trained too."""
         super().__init__()
         modules = dict(model.named_modules())
         found: list[_Master] = []
@@ -147,9 +147,10 @@ class Masters(nn.Module):
         for group in groups:
             found += _group_masters(group, modules)
         layers = family_of(model.config).layers
+        decoder = f"{layers.rpartition('.')[0]}."
         blocks = tuple(f"{layers}.{index}." for index in sorted({group.layer for group in groups}))
         for name, module in modules.items():
-            inside = name.startswith(blocks) if name.startswith(f"{layers}.") else whole
+            inside = name.startswith(blocks) if name.startswith(f"{layers}.") else whole and name.startswith(decoder)
             if inside and "Norm" in type(module).__name__:
                 for own, weight in module.named_parameters(recurse=False):
                     found.append(_Values(f"{name}.{own}", weight, _norm_unit(weight)))

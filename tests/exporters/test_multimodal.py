@@ -13,6 +13,7 @@ from tiny import IMAGE_TOKEN, MULTIMODAL, VOCABULARY, dense_model, factorized_mo
 
 from exporters.onnx import OnnxExporter
 from exporters.vllm import VllmExporter, low_rank_groups
+from lrserve.compression.repair import Masters
 from lrserve.errors import ArtifactError, InputError, UnsupportedModelError
 from lrserve.inputs.config_file import require_known_tokens
 from lrserve.inputs.source import Source, open_source
@@ -115,6 +116,10 @@ def test_the_artifact_is_verified_and_counted(architecture: str, tmp_path: Path)
     write_manifest(out, {"lrserve": "0"}, {})
     with pytest.raises(ArtifactError, match="preprocessor_config.json has an auto_map"):
         verify(out)
+
+
+def test_recovery_trains_no_norm_of_the_tower(architecture: str) -> None:
+    assert set(Masters(dense_model(architecture), [], whole=True)()) == {"model.language_model.norm.weight"}
 
 
 def test_a_processor_that_names_code_is_copied_without_it(tmp_path: Path) -> None:
