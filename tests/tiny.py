@@ -182,6 +182,23 @@ def dense_model(architecture: str, *, layers: int = 2) -> Any:
     return model
 
 
+def with_image(architecture: str, seed: int) -> dict[str, torch.Tensor]:
+    """A prompt around an image of 28 x 28 pixels, 4 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.tensor([[1, 7, 8, *[IMAGE_TOKEN] * 4, 9, 10, 11]])
+    pixels = torch.randn(1, 3, 28, 28, generator=generator)
+    kinds = (ids == IMAGE_TOKEN).int()
+    return {
+        "Gemma3ForConditionalGeneration": {"pixel_values": pixels, "token_type_ids": kinds},
+        "Mistral3ForConditionalGeneration": {"pixel_values": pixels, "image_sizes": torch.tensor([[28, 28]])},
+        "Qwen2_5_VLForConditionalGeneration": {
+            "pixel_values": torch.randn(16, 3 * 2 * 7 * 7, generator=generator),
+            "image_grid_thw": torch.tensor([[1, 4, 4]]),
+            "mm_token_type_ids": kinds,
+        },
+    }[architecture] | {"input_ids": ids}
+
+
 def levels_of(ranks: Iterable[tuple[Group, int]]) -> list[tuple[Group, Level]]:
     """Return the levels of units that are not rounded."""
     return [(unit, Level(rank)) for unit, rank in ranks]

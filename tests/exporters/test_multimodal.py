@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import IMAGE_TOKEN, MULTIMODAL, VOCABULARY, dense_model, factorized_model, write_dense
+from tiny import MULTIMODAL, VOCABULARY, dense_model, factorized_model, with_image, write_dense
 
 from exporters.onnx import OnnxExporter
 from exporters.vllm import VllmExporter, low_rank_groups
@@ -27,23 +27,6 @@ OF_LLM = {
     "Qwen2_5_VLForConditionalGeneration": ("model.", "lm_head."),
 }
 """How the names of the LLM's tensors begin in a checkpoint."""
-
-
-def with_image(architecture: str, seed: int) -> dict[str, torch.Tensor]:
-    """A prompt around an image of 28 x 28 pixels, 4 tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([[1, 7, 8, *[IMAGE_TOKEN] * 4, 9, 10, 11]])
-    pixels = torch.randn(1, 3, 28, 28, generator=generator)
-    kinds = (ids == IMAGE_TOKEN).int()
-    return {
-        "Gemma3ForConditionalGeneration": {"pixel_values": pixels, "token_type_ids": kinds},
-        "Mistral3ForConditionalGeneration": {"pixel_values": pixels, "image_sizes": torch.tensor([[28, 28]])},
-        "Qwen2_5_VLForConditionalGeneration": {
-            "pixel_values": torch.randn(16, 3 * 2 * 7 * 7, generator=generator),
-            "image_grid_thw": torch.tensor([[1, 4, 4]]),
-            "mm_token_type_ids": kinds,
-        },
-    }[architecture] | {"input_ids": ids}
 
 
 @torch.inference_mode()
@@ -157,6 +140,21 @@ def test_the_llms_entries_of_the_config_are_checked(
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=message):
         open_source(str(path.parent))
+
+
+def test_a_flat_config_as_qwens_checkpoints_have_is_read(tmp_path: Path) -> None:
+    folder = dense_folder("Qwen2_5_VLForConditionalGeneration", tmp_path / "dense")
+    content = json.loads((folder / "config.json").read_text())
+    inside = content.pop("text_config")
+    inside.pop("model_type")
+    (folder / "config.json").write_text(json.dumps({**inside, **content}))
+    inputs, source = with_image("Qwen2_5_VLForConditionalGeneration", seed=0), open_source(str(folder))
+    assert torch.equal(
+        logits(source.load(torch.float32), inputs), logits(dense_model("Qwen2_5_VLForConditionalGeneration"), inputs)
+    )
+    (folder / "config.json").write_text(json.dumps({**inside, **content, "num_hidden_layers": 10**9}))
+    with pytest.raises(InputError, match="num_hidden_layers must be a whole number"):
+        open_source(str(folder))
 
 
 def test_tokens_are_held_against_the_llms_embedding(architecture: str, tmp_path: Path) -> None:
