@@ -66,6 +66,14 @@ def model_class(config: Any) -> Any:
     return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
 
 
+def keep_one_vision_layer(config: Any) -> None:
+    """Leave a multimodal model's config one layer of what reads images: for models whose weights are made up."""
+    vision = getattr(config, "vision_config", None)
+    for name in ("num_hidden_layers", "depth"):
+        if hasattr(vision, name):
+            setattr(vision, name, 1)
+
+
 def build_skeleton(folder: Path) -> Any:
     """Build the model that config.json describes on the meta device: its modules and shapes.
 

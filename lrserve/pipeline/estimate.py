@@ -16,7 +16,7 @@ from lrserve.compression.groups import family_of
 from lrserve.compression.logits import logits_of
 from lrserve.engines.onnx_provider import settled
 from lrserve.errors import reading
-from lrserve.inputs.config_file import model_class
+from lrserve.inputs.config_file import keep_one_vision_layer, model_class
 from lrserve.inputs.source import device_for
 from lrserve.pipeline.holding import ENGINE_BYTES, PROCESS_BYTES, Holding, holding
 from lrserve.pipeline.job import Job
@@ -103,6 +103,7 @@ def _one_block(job: Job) -> Any:
     of_text.num_hidden_layers = 1
     if getattr(of_text, "layer_types", None):
         of_text.layer_types = list(of_text.layer_types)[:1]
+    keep_one_vision_layer(config)
     with torch.device("meta"):
         model = model_class(config).from_config(config, dtype=job.dtype)
     model.to_empty(device=device_for(job.dtype))

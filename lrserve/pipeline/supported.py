@@ -22,7 +22,7 @@ from lrserve.engines.runtimes import Runtime, loader_of, runtime_of
 from lrserve.engines.timing import random_prompts
 from lrserve.engines.transcripts import transcribe_checkpoint, transcribe_model
 from lrserve.errors import ArtifactError, EngineError, InputError, UnsupportedModelError, listed, reading
-from lrserve.inputs.config_file import model_class
+from lrserve.inputs.config_file import keep_one_vision_layer, model_class
 from lrserve.inputs.source import cache_folder, cache_place
 from lrserve.pipeline.agreement import FACTOR, Pair, differences
 from lrserve.pipeline.job import Job
@@ -110,9 +110,7 @@ def _two_layers(job: Job) -> Any:
     for part in (whole, config):
         part.bos_token_id = part.eos_token_id = 0
         part.pad_token_id = None
-    for name in ("num_hidden_layers", "depth"):
-        if hasattr(vision := getattr(whole, "vision_config", None), name):
-            setattr(vision, name, 1)
+    keep_one_vision_layer(whole)
     return whole
 
 

@@ -68,6 +68,16 @@ def experts(skeleton: Any) -> dict[str, int] | None:
     }
 
 
+def image_parameters(skeleton: Any) -> int:
+    """Count the parameters of a multimodal model that are not its LLM's: of what reads images, and is not compressed."""
+    family = family_of(skeleton.config)
+    if not family.multimodal:
+        return 0
+    parts = skeleton.get_submodule(family.layers.rpartition(".")[0]), skeleton.get_output_embeddings()
+    of_llm = {id(parameter) for part in parts for parameter in part.parameters()}
+    return sum(parameter.numel() for parameter in skeleton.parameters() if id(parameter) not in of_llm)
+
+
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 

@@ -17,7 +17,7 @@ from lrserve.compression.repair import Masters
 from lrserve.errors import ArtifactError, InputError, UnsupportedModelError
 from lrserve.inputs.config_file import require_known_tokens
 from lrserve.inputs.source import Source, open_source
-from lrserve.pipeline.inspect import describe, verify
+from lrserve.pipeline.inspect import describe, inspect, verify
 from lrserve.storage.store import write_manifest
 
 PROCESSOR = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 28, "width": 28}, "image_mean": [0.5, 0.5, 0.5]}
@@ -93,8 +93,12 @@ def test_the_artifact_is_verified_and_counted(architecture: str, tmp_path: Path)
     assert "of its 6 compressed groups have the right shapes and dtypes" in verify(out)
     stored = load_file(out / "model.safetensors")
     assert {tensor.dtype for name, tensor in stored.items() if not name.endswith(".order")} == {torch.bfloat16}
-    sizes = describe(str(out))["sizes"]
-    assert sizes["model_parameters"]["compressed"] == sum(t.numel() for name, t in stored.items() if not name.endswith(".order"))
+    found = describe(str(out))
+    beside = sum(tensor.numel() for name, tensor in stored.items() if not name.startswith(OF_LLM[architecture]))
+    assert found["image_parameters"] == beside
+    assert f"beside the LLM, to read images: {beside / 1e6:.1f} M parameters, which stay dense" in inspect(str(out))
+    parameters = sum(tensor.numel() for name, tensor in stored.items() if not name.endswith(".order"))
+    assert found["sizes"]["model_parameters"]["compressed"] == parameters
     (out / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, "auto_map": {"AutoImageProcessor": "code.Mine"}}))
     write_manifest(out, {"lrserve": "0"}, {})
     with pytest.raises(ArtifactError, match="preprocessor_config.json has an auto_map"):

@@ -68,7 +68,7 @@ def test_vllm_computes_what_transformers_does(architecture: str, tmp_path: Path,
     check(soak_row, f"{architecture} in vLLM", model, tmp_path, one_rank)
 
 
-@pytest.mark.parametrize("architecture", ["Phi3ForCausalLM", "Starcoder2ForCausalLM"])  # one tensor for q, k, v; plain MLPs
+@pytest.mark.parametrize("architecture", ["Phi3ForCausalLM", "Starcoder2ForCausalLM", "Gemma3ForConditionalGeneration"])
 def test_rounded(architecture: str, tmp_path: Path, soak_row: Callable[..., None]) -> None:
     model = rounded_model(architecture, *ROUNDINGS, layers=len(ROUNDINGS))
     check(soak_row, f"{architecture} in vLLM, rounded", model, tmp_path, one_rank)
