@@ -85,7 +85,7 @@ def load_transformers(settings: Mapping[str, Any]) -> Any:
     source = Source(settings["model"], Path(settings["model"]))
     model, tokenizer = source.load(getattr(torch, settings["dtype"])), source.tokenizer()
     batch: Any = "auto" if model.device.type == "cuda" else _CPU_BATCH
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=_longest(source))
+    return HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch, max_length=_longest(source))
 
 
 def load_vllm(settings: Mapping[str, Any]) -> Any:
