@@ -20,7 +20,7 @@ from lrserve.compression.layers import LowRankLinear, RoundedLinear, exact_names
 from lrserve.compression.spec import NEEDS_LRSERVE, WEIGHTS_ENTRY, GroupSpec, leaves, quantization_config
 from lrserve.errors import ArtifactError
 from lrserve.inputs.checkpoint import INDEX, as_stored, stored_name
-from lrserve.plugins.versions import require_vllm
+from lrserve.plugins.versions import require_torchvision, require_vllm
 
 _MAX_SHARD_SIZE: Final = "2GB"
 
@@ -34,8 +34,10 @@ class VllmExporter:
     rounds_embedding = False
 
     def preflight(self, skeleton: Any) -> None:
-        """Raise EngineError if vLLM is missing or of an untested version."""
+        """Raise EngineError if vLLM is missing, of an untested version, or lacks what it needs for a model that reads images."""
         require_vllm()
+        if family_of(skeleton.config).multimodal:
+            require_torchvision(type(skeleton).__name__)
 
     def export(self, model: Any, source: Path, out: Path, dtype: torch.dtype) -> None:
         """Write `model` into the existing folder `out`, with the tokenizer files of `source`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from tiny import MULTIMODAL, VOCABULARY, dense_model, factorized_model, with_ima
 from exporters.onnx import OnnxExporter
 from exporters.vllm import VllmExporter, low_rank_groups
 from lrserve.compression.repair import Masters
-from lrserve.errors import ArtifactError, InputError, UnsupportedModelError
+from lrserve.errors import ArtifactError, EngineError, InputError, UnsupportedModelError
 from lrserve.inputs.config_file import require_known_tokens
 from lrserve.inputs.source import Source, open_source
 from lrserve.pipeline.inspect import describe, inspect, verify
+from lrserve.serving.server import check_model
 from lrserve.storage.store import write_manifest
 
 PROCESSOR = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 28, "width": 28}, "image_mean": [0.5, 0.5, 0.5]}
@@ -172,3 +174,13 @@ def test_tokens_are_held_against_the_llms_embedding(architecture: str, tmp_path:
 def test_onnx_is_refused_by_name(architecture: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"text alone, and {architecture} reads images too.*--export vllm"):
         OnnxExporter().preflight(dense_model(architecture))
+
+
+def test_vllm_without_torchvision_is_refused_at_the_start(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = dense_folder(architecture, tmp_path / "dense")
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for check in (lambda: VllmExporter().preflight(Source(name="model", path=folder).skeleton()), lambda: check_model(folder)):
+        with pytest.raises(EngineError, match=f"vLLM loads {architecture} only where torchvision is installed.*pip install"):
+            check()

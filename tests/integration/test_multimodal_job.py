@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from integration.test_pipeline import SMALL
 from safetensors.torch import load_file
 from tiny import dense_model, with_image, write_dense, write_text
+from with_torchvision import python_path
 
 from lrserve.errors import UnsupportedModelError
 from lrserve.inputs.source import Source
@@ -33,14 +37,19 @@ def recipe(place: Path, **overrides: Any) -> Recipe:
 
 def test_onnx_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=f"{ARCHITECTURE} reads images too.*for vLLM only"):
-        compress_and_export(recipe(tmp_path), tmp_path / "out", say=lambda line: None)
+        compress_and_export(recipe(tmp_path, engine={"runtime": "onnx"}), tmp_path / "out", say=lambda line: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.jsonl"]
 
 
 @pytest.mark.engine
 def test_the_llm_is_compressed_and_images_are_still_read(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    metrics = compress_and_export(recipe(tmp_path, export=["vllm"]), out, say=lambda line: None)
+    out, chosen = tmp_path / "out", tmp_path / "recipe.yaml"
+    chosen.write_text(recipe(tmp_path, export=["vllm"]).to_yaml())
+    command = [sys.executable, "-c", "from lrserve.cli import main; main()", "compress-and-export", "--recipe", str(chosen)]
+    environment = {**os.environ, "PYTHONPATH": python_path(tmp_path / "torchvision")}
+    done = subprocess.run([*command, "-o", str(out)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((out / "lrserve" / "metrics.json").read_text())
     assert "match the manifest" in verify(out)
     assert set(metrics["agreement"]) == {"transformers", "vllm"}
     assert metrics["sizes"]["linear_parameters"]["ratio"] >= 0.2

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from integration.test_vllm_features import kernels, serving  # noqa: F401 - fixtures
-from tiny import FAMILIES_TESTED, SERVED_IN_TESTS, VOCABULARY, Rounding, factorized_model, rounded_model, write_artifact
+from tiny import FAMILIES_TESTED, MULTIMODAL, SERVED_IN_TESTS, VOCABULARY, Rounding, factorized_model, rounded_model, write_artifact
+from with_torchvision import python_path
 
 import lrserve  # noqa: F401 - registers the quantizer
 from lrserve.engines.transcripts import Transcript, transcribe_checkpoint
@@ -37,6 +38,14 @@ ROUNDINGS = (
     Rounding("int4_g32", "narrow", 8),
 )
 SERVED_HERE = [name for name in FAMILIES_TESTED if name not in SERVED_IN_TESTS]
+
+
+@pytest.fixture(autouse=True)
+def torchvision(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of multimodal models vLLM needs it."""
+    if request.node.callspec.params["architecture"] in MULTIMODAL:
+        monkeypatch.setenv("PYTHONPATH", python_path(tmp_path / "torchvision"))
+
 
 Serving = Callable[..., AbstractContextManager[Engine]]
 

@@ -1,6 +1,6 @@
 """An image through plain vLLM, which builds all parts of a multimodal artifact, held against transformers in float32.
 
-Gemma 3 only: transformers' processors of the other families need torchvision.
+Gemma 3 only: transformers' processors of the other families need torchvision here too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
+from with_torchvision import python_path
 
 from lrserve.inputs.source import Source
 
@@ -61,6 +62,7 @@ def test_vllm_reads_an_image_as_transformers_does(tmp_path: Path, soak_row: Call
     image.save(tmp_path / "image.png")
     script, inputs = Path(__file__).with_name("image_generate.py"), made(text=PROMPT, images=image, return_tensors="pt")
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = python_path(tmp_path / "torchvision")
     done = subprocess.run(
         [sys.executable, str(script), str(folder), PROMPT, str(tmp_path / "image.png")],
         env=environment,
