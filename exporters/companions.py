@@ -1,4 +1,4 @@
-"""The small files that travel with weights: tokenizer, chat template, generation config."""
+"""The small files that travel with weights: tokenizer, chat template, generation config, what makes tensors of images."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ _PATTERNS: Final = (
     "chat_template*",
     "additional_chat_templates",
     "generation_config.json",
+    "*processor_config.json",
 )
 
 _CODE: Final = ("auto_map", "custom_pipelines")
 """Entries of JSON files that name Python code beside the weights, which loaders run."""
-_MAY_NAME_CODE: Final = ("tokenizer_config.json", "generation_config.json")
+_MAY_NAME_CODE: Final = ("tokenizer_config.json", "generation_config.json", "processor_config.json")
+"""How the names of such files end."""
 
 
 def without_code(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copytree(path, target / path.name, dirs_exist_ok=True)
             elif path.suffix != ".py":
                 copied = Path(shutil.copy2(path, target / path.name))
-                if path.name in _MAY_NAME_CODE:
+                if path.name.endswith(_MAY_NAME_CODE):
                     found = json.loads(copied.read_text(encoding="utf-8"))
                     if (kept := without_code(found)) != found:
                         copied.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -98,6 +98,11 @@ def check_renderable(model: Any, dtype: Dtype = "float32") -> None:
         UnsupportedModelError: naming every such option of the model's config.
     """
     name, config = type(model).__name__, model.config
+    if config.get_text_config() is not config:
+        raise UnsupportedModelError(
+            f"the ONNX graph is of text alone, and {name} reads images too. Export this model for vLLM only (--export vllm), or "
+            "compress its text-only form"
+        )
     if name not in FAMILIES:
         raise UnsupportedModelError(
             f"the ONNX graph does not know {name}; it renders {', '.join(FAMILIES)}. Export this model for vLLM only"

@@ -19,8 +19,8 @@ from lrserve.compression.groups import ORDERED, family_of
 from lrserve.compression.layers import LowRankLinear, RoundedLinear, exact_names
 from lrserve.compression.spec import NEEDS_LRSERVE, WEIGHTS_ENTRY, GroupSpec, leaves, quantization_config
 from lrserve.errors import ArtifactError
-from lrserve.inputs.checkpoint import INDEX, as_stored
-from lrserve.plugins.versions import require_vllm
+from lrserve.inputs.checkpoint import INDEX, as_stored, stored_name
+from lrserve.plugins.versions import require_torchvision, require_vllm
 
 _MAX_SHARD_SIZE: Final = "2GB"
 
@@ -34,8 +34,10 @@ class VllmExporter:
     rounds_embedding = False
 
     def preflight(self, skeleton: Any) -> None:
-        """Raise EngineError if vLLM is missing or of an untested version."""
+        """Raise EngineError if vLLM is missing, of an untested version, or lacks what it needs for a model that reads images."""
         require_vllm()
+        if family_of(skeleton.config).multimodal:
+            require_torchvision(type(skeleton).__name__)
 
     def export(self, model: Any, source: Path, out: Path, dtype: torch.dtype) -> None:
         """Write `model` into the existing folder `out`, with the tokenizer files of `source`.
@@ -52,7 +54,8 @@ class VllmExporter:
         if groups := low_rank_groups(model):
             config.quantization_config = quantization_config(groups)
         config.architectures = [type(model).__name__]
-        config.dtype = str(dtype).removeprefix("torch.")
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            part.dtype = str(dtype).removeprefix("torch.")
         config.save_pretrained(out)
         path = out / "config.json"
         found = without_code(json.loads(path.read_text(encoding="utf-8"))) | ({WEIGHTS_ENTRY: NEEDS_LRSERVE} if groups else {})
@@ -131,7 +134,8 @@ def _save_weights(model: Any, out: Path, dtype: torch.dtype) -> None:
 
     Only a shard's tensors that have to be converted are in memory twice.
     """
-    exact, tied = exact_names(model), set(getattr(model, "all_tied_weights_keys", None) or ())
+    exact = {stored_name(model, name) for name in exact_names(model)}
+    tied = {stored_name(model, name) for name in getattr(model, "all_tied_weights_keys", None) or ()}
     state, places, dtypes = as_stored(model, model.state_dict()), set[int](), {}
     for name in sorted(state, key=lambda name: name in tied):  # the originals first
         tensor = state[name]

@@ -12,7 +12,7 @@ from tiny import VOCABULARY
 
 from lrserve.compression.calibrate import calibrate, read_statistics
 from lrserve.compression.factorize import Factors, FactorSource, factorize
-from lrserve.compression.groups import Group, find_groups
+from lrserve.compression.groups import Group, family_of, find_groups
 from lrserve.compression.spectra import stacked_weight
 from lrserve.compression.training import TrainedFactors, install_trainable
 
@@ -72,7 +72,7 @@ def error(model: Any, ranks: Ranks, source: FactorSource, tokens: torch.Tensor) 
     """Mean over tokens of the relative squared error of what leaves the last block."""
     streams = []
     for candidate in (model, compressed_copy(model, ranks, source)):
-        last = candidate.get_submodule("model.layers")[-1]
+        last = candidate.get_submodule(family_of(candidate.config).layers)[-1]
         hook = last.register_forward_hook(
             lambda _, inputs, output: streams.append((output[0] if isinstance(output, tuple) else output).double().flatten(0, -2))
         )

@@ -163,7 +163,7 @@ def check(words: list[str]) -> None:
 
 
 def check_pip(arguments: list[str]) -> None:
-    """Extras must exist, and nothing but ours and what breaks transformers is removed."""
+    """Extras must exist, and nothing is installed or removed but ours and torchvision, with what comes with it."""
     verb, *rest = arguments
     names = [word for word in rest if not word.startswith(("-", "https://"))]
     if verb == "uninstall":
@@ -171,6 +171,8 @@ def check_pip(arguments: list[str]) -> None:
         return
     assert verb == "install"
     for name in names:
+        if name == "torchvision":  # which vLLM needs for multimodal models
+            continue
         found = re.fullmatch(r"(?:\.|lrserve)(?:\[([\w,-]+)\])?", name)
         assert found, f"installs {name}"
         missing = set((found[1] or "").split(",")) - {""} - set(PYPROJECT["project"]["optional-dependencies"])

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from exporters.onnx_families import FAMILIES as ONNX_FAMILIES
 from exporters.vllm import low_rank_groups
@@ -19,6 +20,8 @@ from lrserve.compression.level import SCHEMES, Level, Precision
 from lrserve.compression.lowrank import install_low_rank, keep_outputs, load_residual, load_rounded
 from lrserve.compression.quantize import Residual, round_to_nearest
 from lrserve.compression.spec import REPAIRED, GroupSpec, leaves, matrices, quantization_config, specs_of
+from lrserve.inputs.checkpoint import as_stored
+from lrserve.inputs.config_file import model_class
 
 FACTORED: Final = ("identity_block", "low_rank")
 """What a group is stored as that has factors of its own; the structures in which every group has them."""
@@ -29,6 +32,8 @@ APART: Final[dict[str, tuple[int, Stored]]] = {
 }
 """Linears with factors of their own beside dense ones that the engine multiplies together with them."""
 FAMILIES_TESTED = sorted(FAMILIES)
+MULTIMODAL = [name for name in FAMILIES_TESTED if FAMILIES[name].multimodal]
+"""The LLM is inside; what reads images is tiny too."""
 WITH_MLPS = [name for name in FAMILIES_TESTED if FAMILIES[name].experts is None]
 """The others have mixtures of experts in the place of their MLPs."""
 RENDERED = sorted(ONNX_FAMILIES)
@@ -55,7 +60,17 @@ _MODEL_TYPES = {
     "Starcoder2ForCausalLM": "starcoder2",
     "MixtralForCausalLM": "mixtral",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Gemma3ForConditionalGeneration": "gemma3",
+    "Mistral3ForConditionalGeneration": "mistral3",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
 }
+_TEXT_TYPES = {
+    "Gemma3ForConditionalGeneration": "gemma3_text",
+    "Mistral3ForConditionalGeneration": "mistral",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl_text",
+}
+"""Of the LLM inside multimodal models."""
+IMAGE_TOKEN = VOCABULARY - 1
 _WIDE = (
     "Qwen2ForCausalLM",
     "SmolLM3ForCausalLM",
@@ -63,9 +78,16 @@ _WIDE = (
     "Olmo2ForCausalLM",
     "Phi3ForCausalLM",
     "Starcoder2ForCausalLM",
+    "Qwen2_5_VLForConditionalGeneration",
 )
 """Whose heads are as wide as hidden_size / heads."""
-_TIED = ("Qwen2ForCausalLM", "Gemma3ForCausalLM", "SmolLM3ForCausalLM", "Starcoder2ForCausalLM")
+_TIED = (
+    "Qwen2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "SmolLM3ForCausalLM",
+    "Starcoder2ForCausalLM",
+    "Gemma3ForConditionalGeneration",
+)
 
 
 def _windows(layers: int) -> dict[str, Any]:
@@ -77,6 +99,8 @@ def _special(architecture: str, layers: int) -> dict[str, Any]:
     """What only this family has, with values that matter."""
     return {
         "Gemma3ForCausalLM": _windows(layers),
+        "Gemma3ForConditionalGeneration": _windows(layers),
+        "Qwen2_5_VLForConditionalGeneration": {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}},
         "SmolLM3ForCausalLM": {"no_rope_layer_interval": 2},
         "GraniteForCausalLM": {
             "embedding_multiplier": 3.0,
@@ -91,29 +115,64 @@ def _special(architecture: str, layers: int) -> dict[str, Any]:
     }.get(architecture, {})
 
 
+def _vision(architecture: str, width: int) -> dict[str, Any]:
+    """What a multimodal model has besides its LLM, of this hidden width: images of 28 x 28 pixels become 4 tokens."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
+    return {
+        "Gemma3ForConditionalGeneration": {
+            "vision_config": {**sizes, "patch_size": 7, "vision_use_head": False},
+            "mm_tokens_per_image": 4,
+            "image_token_index": IMAGE_TOKEN,
+        },
+        "Mistral3ForConditionalGeneration": {
+            "vision_config": {**sizes, "model_type": "pixtral", "head_dim": 32, "patch_size": 7},
+            "spatial_merge_size": 2,
+            "image_token_index": IMAGE_TOKEN,
+        },
+        "Qwen2_5_VLForConditionalGeneration": {
+            "vision_config": {
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "depth": 2,
+                "num_heads": 2,
+                "patch_size": 7,
+                "window_size": 28,
+                "fullatt_block_indexes": [1],
+                "out_hidden_size": width,
+            },
+            "image_token_id": IMAGE_TOKEN,
+            "video_token_id": IMAGE_TOKEN - 1,
+            "vision_start_token_id": IMAGE_TOKEN - 2,
+            "vision_end_token_id": IMAGE_TOKEN - 3,
+        },
+    }[architecture]
+
+
 def dense_model(architecture: str, *, layers: int = 2, key_heads: int = 2) -> Any:
     """A random model whose outputs depend visibly on every weight and bias."""
     # vLLM's CPU attention wants a head_dim of at least 32.
     sizes = {"hidden_size": 128} if architecture in _WIDE else {"hidden_size": 64, "head_dim": 32}
-    config = AutoConfig.for_model(
-        _MODEL_TYPES[architecture],
+    special_tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    of_text = {
         **sizes,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=key_heads,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=256,
-        tie_word_embeddings=architecture in _TIED,
-        architectures=[architecture],
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": key_heads,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 256,
+        **special_tokens,
         **_special(architecture, layers),
+    }
+    if text_type := _TEXT_TYPES.get(architecture):
+        inside = {"text_config": {**of_text, "model_type": text_type}, **special_tokens}
+        of_text = {**inside, **_vision(architecture, sizes["hidden_size"])}
+    config = AutoConfig.for_model(
+        _MODEL_TYPES[architecture], **of_text, tie_word_embeddings=architecture in _TIED, architectures=[architecture]
     )
     config.dtype = "float32"
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = model_class(config).from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             std = 0.2 if "embed" in name else parameter.shape[-1] ** -0.5
@@ -121,6 +180,23 @@ def dense_model(architecture: str, *, layers: int = 2, key_heads: int = 2) -> An
             std = 0.3
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=std)
     return model
+
+
+def with_image(architecture: str, seed: int) -> dict[str, torch.Tensor]:
+    """A prompt around an image of 28 x 28 pixels, 4 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.tensor([[1, 7, 8, *[IMAGE_TOKEN] * 4, 9, 10, 11]])
+    pixels = torch.randn(1, 3, 28, 28, generator=generator)
+    kinds = (ids == IMAGE_TOKEN).int()
+    return {
+        "Gemma3ForConditionalGeneration": {"pixel_values": pixels, "token_type_ids": kinds},
+        "Mistral3ForConditionalGeneration": {"pixel_values": pixels, "image_sizes": torch.tensor([[28, 28]])},
+        "Qwen2_5_VLForConditionalGeneration": {
+            "pixel_values": torch.randn(16, 3 * 2 * 7 * 7, generator=generator),
+            "image_grid_thw": torch.tensor([[1, 4, 4]]),
+            "mm_token_type_ids": kinds,
+        },
+    }[architecture] | {"input_ids": ids}
 
 
 def levels_of(ranks: Iterable[tuple[Group, int]]) -> list[tuple[Group, Level]]:
@@ -147,7 +223,7 @@ def factorized_model(
         if unit is not None and (group.layer != 1 or group.kind in ("qkv", "down")):
             specs |= specs_of([(unit, Level(16 + 8 * (index % 4) + 4 * group.layer))], own)
     if apart and (alone := apart_specs(1, architecture)):
-        del specs["model.layers.1.self_attn.qkv_proj"]
+        del specs[f"{FAMILIES[architecture].layers}.1.self_attn.qkv_proj"]
         specs |= alone
     install(model, specs)
     randomise_factors(model)
@@ -236,7 +312,7 @@ def apart_specs(layer: int, architecture: str = "LlamaForCausalLM") -> dict[str,
     """`APART` in one layer, of the linears that the architecture has."""
     fused = {member for names in groups_in(architecture).values() if len(names.members) > 1 for member in names.members}
     return {
-        f"model.layers.{layer}.{name}": GroupSpec(rank, leaves([name]), stored)
+        f"{FAMILIES[architecture].layers}.{layer}.{name}": GroupSpec(rank, leaves([name]), stored)
         for name, (rank, stored) in APART.items()
         if name in fused
     }
@@ -277,8 +353,12 @@ def tiny_tokenizer(*, bos: bool = False) -> Any:
 
 
 def write_dense(model: Any, folder: Path) -> Path:
-    """Write a dense model with a tokenizer, in Hugging Face layout."""
+    """Write a dense model with a tokenizer, in Hugging Face layout, with the tensors under the names that they have on the Hub."""
     model.save_pretrained(folder)
+    if model.config.get_text_config() is not model.config:
+        tied = model.all_tied_weights_keys
+        state = as_stored(model, {name: tensor for name, tensor in model.state_dict().items() if name not in tied})
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

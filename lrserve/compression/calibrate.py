@@ -208,7 +208,7 @@ def calibrate(
     sequences, length = windows.shape
     batch = max(1, min(batch_tokens // length, pool_sequences))
     dtype = next(model.parameters()).dtype
-    shape = (sequences, length, int(model.config.hidden_size))
+    shape = (sequences, length, int(model.config.get_text_config().hidden_size))
     states_bytes = torch.Size(shape).numel() * dtype.itemsize
     start = resume_at(folder, [statistics_path(folder, index) for index in range(len(layers))], states_bytes)
     if start == len(layers):

@@ -58,12 +58,15 @@ class Family:
     by 1 + w, and OLMo 2 has none before its linears.
 
     `experts`: where a layer keeps a mixture of experts, if it has one in the MLP's place. Experts stay as they are.
+
+    `multimodal`: the decoder layers are those of an LLM inside a model that reads images too. What reads them stays as it is.
     """
 
     layers: str
     groups: Mapping[str, GroupNames]
     scaled_by: Mapping[str, str]
     experts: str | None = None
+    multimodal: bool = False
 
     def experts_in(self, layer: nn.Module) -> nn.Module | None:
         """Return the experts of a decoder layer, None if it has none."""
@@ -96,6 +99,12 @@ _LLAMA_LIKE: Final = Family(
 )
 _SCALED_BY_LINEARS: Final = replace(_LLAMA_LIKE, scaled_by={kind: _LLAMA_LIKE.scaled_by[kind] for kind in ("o", "down")})
 
+
+def _inside(family: Family) -> Family:
+    """Return the family of a multimodal model whose LLM is of this one."""
+    return replace(family, layers="model.language_model.layers", multimodal=True)
+
+
 FAMILIES: Final[Mapping[str, Family]] = {
     "LlamaForCausalLM": _LLAMA_LIKE,
     "MistralForCausalLM": _LLAMA_LIKE,
@@ -126,6 +135,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ),
     "MixtralForCausalLM": replace(_LLAMA_LIKE, experts="mlp.experts"),
     "Qwen3MoeForCausalLM": replace(_LLAMA_LIKE, experts="mlp.experts"),
+    "Gemma3ForConditionalGeneration": _inside(_SCALED_BY_LINEARS),
+    "Mistral3ForConditionalGeneration": _inside(_LLAMA_LIKE),
+    "Qwen2_5_VLForConditionalGeneration": _inside(_LLAMA_LIKE),
 }
 
 

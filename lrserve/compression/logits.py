@@ -13,7 +13,8 @@ LOGIT_ROWS: Final = 256
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Return the float32 logits (..., vocabulary) of last hidden states (..., hidden width)."""
     logits: torch.Tensor = model.lm_head(hidden).float()
-    if (divisor := getattr(model.config, "logits_scaling", None)) is not None:  # Granite
+    config = model.config.get_text_config()
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
         logits = logits / divisor
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap

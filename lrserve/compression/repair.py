@@ -167,9 +167,11 @@ def masters_of(model: Any, changed: Changed) -> Masters:
 
 
 def outer_norms(model: Any) -> dict[str, Masters]:
-    """Make the masters of the norms outside of the decoder blocks, by the norms' names."""
-    inside = f"{family_of(model.config).layers}."
-    norms = {name: module for name, module in model.named_modules() if _is_norm(module) and not name.startswith(inside)}
+    """Make the masters of the decoder's norms outside of its blocks, by the norms' names."""
+    layers = family_of(model.config).layers
+    decoder = f"{layers.rpartition('.')[0]}."  # beside which a multimodal model has others
+    own = ((name, module) for name, module in model.named_modules() if name.startswith(decoder) and _is_norm(module))
+    norms = {name: module for name, module in own if not name.startswith(f"{layers}.")}
     return {name: Masters(_norm_masters(name, norm)) for name, norm in norms.items()}
 
 

@@ -241,7 +241,7 @@ def walk_blocks(
     parameter = next(model.parameters())
     sequences, length = windows.shape
     batch = max(1, batch_tokens // length)
-    shape = (2, sequences, length, int(model.config.hidden_size))
+    shape = (2, sequences, length, int(model.config.get_text_config().hidden_size))
     start = resume_at(folder, paths, torch.Size(shape).numel() * parameter.dtype.itemsize)
     rehearsal = Rehearsal(model, layers, windows)
     partial = folder / "hidden.partial"

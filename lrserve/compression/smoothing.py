@@ -49,7 +49,7 @@ def smoothed_moment(moment: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
 
 def value_heads(model: Any, group: Group) -> tuple[int, int] | None:
     """Return the query and value heads whose outputs a group reads, None if it does not read attention's."""
-    config = model.config
+    config = model.config.get_text_config()
     return (config.num_attention_heads, config.num_key_value_heads) if group.kind == "o" else None
 
 

@@ -17,7 +17,7 @@ from lrserve.compression.groups import FAMILIES
 from lrserve.compression.layers import exact_names
 from lrserve.compression.spec import is_permutation
 from lrserve.errors import ArtifactError, listed, one_line
-from lrserve.inputs.checkpoint import as_stored
+from lrserve.inputs.checkpoint import as_stored, stored_beginnings, stored_name
 
 _DTYPES: Final = {
     "BF16": torch.bfloat16,
@@ -89,16 +89,18 @@ def tensor_faults(model: Any, stored: Headers, *, dtype: torch.dtype | None = No
         A line for each kind of fault, or for each tensor that does not fit.
     """
     base = f"{model.base_model_prefix}."
-    is_base = not hasattr(model, model.base_model_prefix)
+    prefix = "" if hasattr(model, model.base_model_prefix) else base
     whole = type(model).__name__ in FAMILIES
-    exact, tied = exact_names(model), set(getattr(model, "all_tied_weights_keys", None) or ())
-    own = {name: tensor for name, tensor in as_stored(model, model.state_dict()).items() if name not in tied}
-    wanted = {base + name if is_base else name: (tensor, name in exact) for name, tensor in own.items()}
-    prefixed = any(name.startswith(base) for name in stored.tensors)
+    exact = {stored_name(model, prefix + name) for name in exact_names(model)}
+    tied = {stored_name(model, prefix + name) for name in getattr(model, "all_tied_weights_keys", None) or ()}
+    own = as_stored(model, {prefix + name: tensor for name, tensor in model.state_dict().items()})
+    wanted = {name: (tensor, name in exact) for name, tensor in own.items() if name not in tied}
+    beginnings = stored_beginnings(model, base)
+    prefixed = any(name.startswith(beginnings) for name in stored.tensors)
     names = {name if prefixed else base + name: name for name in stored.tensors}
 
     def counts(name: str) -> bool:
-        return whole or name.startswith(base)
+        return whole or name.startswith(beginnings)
 
     files = sorted({tensor.file for tensor in stored.tensors.values()})
     place = files[0] if len(files) == 1 else f"{len(files)} safetensors files"

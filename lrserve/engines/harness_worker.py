@@ -85,7 +85,7 @@ def load_transformers(settings: Mapping[str, Any]) -> Any:
     source = Source(settings["model"], Path(settings["model"]))
     model, tokenizer = source.load(getattr(torch, settings["dtype"])), source.tokenizer()
     batch: Any = "auto" if model.device.type == "cuda" else _CPU_BATCH
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=_longest(source))
+    return HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch, max_length=_longest(source))
 
 
 def load_vllm(settings: Mapping[str, Any]) -> Any:
@@ -103,6 +103,7 @@ def load_vllm(settings: Mapping[str, Any]) -> Any:
         enforce_eager=settings["enforce_eager"],
         gpu_memory_utilization=settings["gpu_memory_utilization"],
         tensor_parallel_size=settings["tensor_parallel_size"],
+        language_model_only=True,
         enable_prefix_caching=False,
         disable_log_stats=True,
         **options,
@@ -110,7 +111,7 @@ def load_vllm(settings: Mapping[str, Any]) -> Any:
 
 
 def _longest(source: Source) -> int:
-    return min(_LONGEST, getattr(source.config(), "max_position_embeddings", _LONGEST))
+    return min(_LONGEST, getattr(source.config().get_text_config(), "max_position_embeddings", _LONGEST))
 
 
 def evaluate(loaded: Loaded, task: str, limit: int | None, shots: int | None) -> dict[str, Any]:

@@ -17,7 +17,10 @@ _ANSWER = "answer"  # one at a time
 
 
 def build_engine(settings: dict[str, Any]) -> Any:
-    """Load the model into a `vllm.LLM`; a checkpoint without tokenizer files is served by token ids alone."""
+    """Load the model into a `vllm.LLM`; a checkpoint without tokenizer files is served by token ids alone.
+
+    Of a multimodal model the LLM alone is loaded: every request here is text.
+    """
     from vllm import LLM
     from vllm.platforms import current_platform
 
@@ -28,7 +31,7 @@ def build_engine(settings: dict[str, Any]) -> Any:
     folder = Path(settings["model"])
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
         options["skip_tokenizer_init"] = True
-    return LLM(**options, enable_prefix_caching=False, disable_log_stats=True)
+    return LLM(**options, language_model_only=True, enable_prefix_caching=False, disable_log_stats=True)
 
 
 def throughput(llm: Any, prompt_tokens: int, output_tokens: int, concurrency: int, seed: int) -> dict[str, Any]:

@@ -31,6 +31,18 @@ _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 _SCALES: Final = re.compile(r".*(scale|scale_inv|scales|zero_point|zeros|qweight|g_idx|absmax|quant_map|quant_state.*|SCB|packed)")
 """Names of what quantized weights have besides."""
 _EXPERTS: Final = ".experts."
+_LLAVA_LIKE: Final = {
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+}
+_STORED_NAMES: Final[Mapping[str, Mapping[str, str]]] = {
+    "gemma3": {**_LLAVA_LIKE, "model.vision_tower.": "vision_tower.vision_model."},
+    "mistral3": _LLAVA_LIKE,
+    "qwen2_5_vl": {"model.language_model.": "model.", "model.visual.": "visual."},
+}
+"""By model_type: how the names of tensors begin in checkpoints where modules of transformers have other names, and vLLM's too."""
 _POINTER: Final = b"version https://git-lfs"
 _DOWNLOAD: Final = "download it again"
 _ROWS: Final = 4096
@@ -78,12 +90,26 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def as_stored(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's tensors as checkpoints have them, for vLLM as well: each expert's alone, where transformers stacks them."""
+    """Return a model's tensors as checkpoints have them, for vLLM as well: under their names, each expert's alone."""
     if not any(_EXPERTS in name for name in state):
-        return dict(state)
+        return {stored_name(model, name): tensor for name, tensor in state.items()}
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, dict(state)))
+
+
+def stored_name(model: Any, name: str) -> str:
+    """Return the name in checkpoints of a tensor of a model with an output layer, or the beginning of such names."""
+    for own, stored in _STORED_NAMES.get(model.config.model_type, {}).items():
+        if name.startswith(own):
+            return stored + name.removeprefix(own)
+    return name
+
+
+def stored_beginnings(model: Any, base: str) -> tuple[str, ...]:
+    """Return how the names in checkpoints begin of tensors whose names in the model begin with `base`."""
+    names = _STORED_NAMES.get(model.config.model_type)
+    return (base,) if names is None else tuple(stored for own, stored in names.items() if own.startswith(base))
 
 
 def instead_of_weights(folder: Path) -> str | None:
@@ -168,7 +194,7 @@ def _header(path: Path) -> dict[str, Stored]:
 def _fault(folder: Path, skeleton: Any, stored: Mapping[str, Stored]) -> str | None:
     """Return what is wrong with a folder's tensors, as one line; None if they are the model's."""
     wanted = {name: tuple(tensor.shape) for name, tensor in as_stored(skeleton, skeleton.state_dict()).items()}
-    tied = skeleton.all_tied_weights_keys
+    tied = {stored_name(skeleton, own): stored_name(skeleton, source) for own, source in skeleton.all_tied_weights_keys.items()}
     missing = [name for name in wanted if name not in stored and name not in tied]
     unexpected = [name for name in stored if name not in wanted and not _LEFTOVERS.fullmatch(name)]
     for name, own in stored.items():
@@ -199,7 +225,7 @@ def counted(names: list[str]) -> str:
 
 def _advice(skeleton: Any, missing: list[str], unexpected: list[str]) -> str:
     prefix = f"{skeleton.base_model_prefix}."
-    if missing == ["lm_head.weight"] and not unexpected:
+    if missing == [stored_name(skeleton, "lm_head.weight")] and not unexpected:
         return "download them again, or if the model has no output layer of its own, set tie_word_embeddings to true"
     if unexpected and all(name.endswith(".bias") for name in unexpected) and not missing:
         return "take config.json from where the weights are from; it may lack attention_bias or mlp_bias"

@@ -39,8 +39,9 @@ def load_config(folder: Path) -> Any:
 
     path = folder / CONFIG
     content = read_object(path, _ADVICE)
+    entries = text_entries(content)
     for name, most in _MOST.items():
-        value = content.get(name, 1)
+        value = entries.get(name, 1)
         if (type(value) is not int or not 1 <= value <= most) and not (value is None and name in _DERIVED):
             raise _wrong(path, name, value, f"a whole number from 1 to {most}")
     names, kind = content.get("architectures"), content.get("model_type")
@@ -52,6 +53,27 @@ def load_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
+def text_entries(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a config.json, and over them those that a multimodal model's has for its LLM."""
+    inside = content.get("text_config")
+    return {**content, **(inside if isinstance(inside, dict) else {})}
+
+
+def model_class(config: Any) -> Any:
+    """Return the class of transformers (`AutoModelFor...`) that builds a model of this config with all its parts."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+
+
+def keep_one_vision_layer(config: Any) -> None:
+    """Leave a multimodal model's config one layer of what reads images: for models whose weights are made up."""
+    vision = getattr(config, "vision_config", None)
+    for name in ("num_hidden_layers", "depth"):
+        if hasattr(vision, name):
+            setattr(vision, name, 1)
+
+
 def build_skeleton(folder: Path) -> Any:
     """Build the model that config.json describes on the meta device: its modules and shapes.
 
@@ -59,16 +81,18 @@ def build_skeleton(folder: Path) -> Any:
         InputError: it describes none, or another one than it names; names the entry.
     """
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
     def build(config: Any) -> Any:
         if hasattr(config, "quantization_config"):  # an artifact of ours: the dense model behind it
             del config.quantization_config
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return model_class(config).from_config(config, trust_remote_code=False)
 
     def build_one_layer(content: dict[str, Any]) -> Any:
-        return build(CONFIG_MAPPING[content["model_type"]].from_dict({**content, "num_hidden_layers": 1, "layer_types": None}))
+        small = {"num_hidden_layers": 1, "layer_types": None}
+        inside = {"text_config": {**content["text_config"], **small}} if isinstance(content.get("text_config"), dict) else small
+        return build(CONFIG_MAPPING[content["model_type"]].from_dict({**content, **inside}))
 
     config, path = load_config(folder), folder / CONFIG
     with _entry_named(path, read_object(path, _ADVICE), build_one_layer):
@@ -86,7 +110,7 @@ def require_known_tokens(folder: Path) -> None:
     """
     from transformers import GenerationConfig
 
-    rows = load_config(folder).vocab_size
+    rows = load_config(folder).get_text_config().vocab_size
     for path in (folder / CONFIG, folder / _GENERATION):
         if not path.exists():
             continue
@@ -95,7 +119,7 @@ def require_known_tokens(folder: Path) -> None:
             with _entry_named(path, content, GenerationConfig.from_dict):
                 GenerationConfig.from_pretrained(folder)
         for name in _SPECIAL:
-            value = content.get(name)
+            value = text_entries(content).get(name)
             ids = value if isinstance(value, list) else [] if value is None else [value]
             least = -1 if name == "pad_token_id" else 0  # -1 is none
             if not all(type(token) is int and least <= token < rows for token in ids):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from lrserve.errors import InputError, one_line, reading, shown
 from lrserve.inputs.checkpoint import INDEX, check_checkpoint, instead_of_weights, stored_dtype
-from lrserve.inputs.config_file import CONFIG, build_skeleton, load_config
+from lrserve.inputs.config_file import CONFIG, build_skeleton, load_config, model_class
 from lrserve.inputs.identity import content_id
 from lrserve.storage.json_files import read_object
 from lrserve.storage.space import Place
@@ -119,13 +119,12 @@ class Source:
             InputError: the weights cannot be read.
         """
         import torch
-        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         dtype = dtype or stored_dtype(self.path)
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
+            model: Any = model_class(self.config()).from_pretrained(self.path, dtype=dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"the weights in {self.path} cannot be loaded: {one_line(error)}; {_DOWNLOAD}") from None
         for module in model.modules():  # Gemma's embedding rounds its scale to the weights' dtype by itself

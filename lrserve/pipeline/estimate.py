@@ -16,6 +16,7 @@ from lrserve.compression.groups import family_of
 from lrserve.compression.logits import logits_of
 from lrserve.engines.onnx_provider import settled
 from lrserve.errors import reading
+from lrserve.inputs.config_file import keep_one_vision_layer, model_class
 from lrserve.inputs.source import device_for
 from lrserve.pipeline.holding import ACTIVATIONS, ENGINE_BYTES, PROCESS_BYTES, Holding, backward_bytes, holding
 from lrserve.pipeline.job import Job
@@ -77,14 +78,15 @@ def time_forward(job: Job) -> Forward:
     windows = torch.zeros(max(1, tokens // length), min(tokens, length), dtype=torch.int64, device=device)
 
     layers = model.get_submodule(family_of(model.config).layers)
+    hidden_size = int(model.config.get_text_config().hidden_size)
 
     def seconds(ids: torch.Tensor) -> float:
         kwargs = Rehearsal(model, layers, ids)(len(ids), 0)
-        states = torch.zeros(*ids.shape, int(model.config.hidden_size), dtype=job.dtype, device=device)
+        states = torch.zeros(*ids.shape, hidden_size, dtype=job.dtype, device=device)
         run_block(layers[0], states, kwargs)  # the first call builds kernels
         return _timed(lambda: run_block(layers[0], states, kwargs))
 
-    hidden = torch.zeros(256, int(model.config.hidden_size), dtype=job.dtype, device=device)
+    hidden = torch.zeros(256, hidden_size, dtype=job.dtype, device=device)
     logits_of(model, hidden)
     head = _timed(lambda: logits_of(model, hidden)) / len(hidden)
     rows = {}
@@ -96,14 +98,14 @@ def time_forward(job: Job) -> Forward:
 
 
 def _one_block(job: Job) -> Any:
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(job.source.config())
-    config.num_hidden_layers = 1
-    if getattr(config, "layer_types", None):
-        config.layer_types = list(config.layer_types)[:1]
+    of_text = config.get_text_config()
+    of_text.num_hidden_layers = 1
+    if getattr(of_text, "layer_types", None):
+        of_text.layer_types = list(of_text.layer_types)[:1]
+    keep_one_vision_layer(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=job.dtype)
+        model = model_class(config).from_config(config, dtype=job.dtype)
     model.to_empty(device=device_for(job.dtype))
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_floating_point():
@@ -132,7 +134,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     recipe = job.recipe
     settings, search = recipe.factorization, recipe.search
     weights, float32 = job.parameters * job.dtype.itemsize, job.parameters * 4
-    hidden = int(job.source.config().hidden_size)
+    hidden = int(job.source.config().get_text_config().hidden_size)
     calibration = job.windows["calibration"].numel()
     batch = min(recipe.calibration.batch_tokens, calibration)
     largest = max(max(group.n, min(group.m, group.n)) for group in job.units)
@@ -169,7 +171,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     probes = precisions * len(job.units) * search.probe_tokens * (forward.decoder / 2 + forward.head)
     judged = search.trials * search.validation_tokens + 2 * min(search.validation_pool, job.windows["validation"].numel())
     searched = probes + _TRIAL * judged * forward.total
-    logits = 4 * search.probe_tokens * int(job.source.config().vocab_size)
+    logits = 4 * search.probe_tokens * int(job.source.config().get_text_config().vocab_size)
     linears = sum(group.m * group.n for group in job.groups)
     rounded = len(job.precisions) * linears  # a byte each
     tried = weights + held.tensors * weights + activations + logits

@@ -17,7 +17,7 @@ from lrserve.pipeline.unknown import describe_unknown, in_words
 from lrserve.plugins.checkpoint import AGAIN, CONFIG, open_checkpoint
 from lrserve.plugins.versions import require_sound_torchvision
 from lrserve.report.card import table
-from lrserve.report.sizes import experts, linear_parameters, sizes
+from lrserve.report.sizes import experts, image_parameters, linear_parameters, sizes
 from lrserve.storage.json_files import read_object
 from lrserve.storage.store import MANIFEST, check_files, read_manifest, verify_files
 
@@ -64,6 +64,8 @@ def inspect(model: str) -> str:
             f"mixtures of experts in {own['layers']} layers, of {own['experts']} experts with {own['active']} for a token: "
             f"{own['parameters'] / 1e6:.1f} M parameters, which stay dense"
         )
+    if beside := found["image_parameters"]:
+        parts.append(f"beside the LLM, to read images: {beside / 1e6:.1f} M parameters, which stay dense")
     return "\n\n".join([*parts, table(["", "dense", "as stored", "ratio"], sized)])
 
 
@@ -71,9 +73,9 @@ def describe(model: str) -> dict[str, Any]:
     """Return what a dense model or an artifact consists of; JSON.
 
     Under `groups`, for each kind, the number of its layers, how many are compressed, their structures, lowest and highest rank,
-    precisions, ranks of residuals, and parameters as stored; under `experts` what `sizes.experts` counts; under `sizes`, the four
-    units of `sizes.sizes`. Where `supported` is false, the architecture is not one of lrserve's, and the rest is what
-    `unknown.describe_unknown` returns.
+    precisions, ranks of residuals, and parameters as stored; under `experts` and `image_parameters` what the functions of these
+    names in `sizes` count; under `sizes`, the four units of `sizes.sizes`. Where `supported` is false, the architecture is not one
+    of lrserve's, and the rest is what `unknown.describe_unknown` returns.
 
     Raises:
         LrserveError: neither of the two.
@@ -121,6 +123,7 @@ def describe(model: str) -> dict[str, Any]:
         "supported": True,
         "groups": kinds,
         "experts": experts(skeleton),
+        "image_parameters": image_parameters(skeleton),
         "sizes": sizes(skeleton, specs, dtype.itemsize if dtype is not None else 4),
     }
 
@@ -175,6 +178,7 @@ def check(out: Path) -> dict[str, Any]:
 def _code_faults(out: Path) -> list[str]:
     """Name the configs of a checkpoint that make a loader run code beside the weights."""
     configs = [path for path in (out / CONFIG, out / "tokenizer_config.json") if path.exists()]
+    configs += sorted(out.glob("*processor_config.json"))
     return [
         f"{path.name} has an auto_map, which names code to run"
         for path in configs

@@ -174,8 +174,9 @@ def open_job(recipe: Recipe, say: Say) -> Job:
     config = source.config()
     require_known_tokens(source.path)
     skeleton = source.skeleton()
-    groups, rows = find_groups(skeleton), int(config.vocab_size)
-    recipe = fitted(recipe, context_length(config, {recipe.engine.runtime, *recipe.export}), say)
+    of_text = config.get_text_config()
+    groups, rows = find_groups(skeleton), int(of_text.vocab_size)
+    recipe = fitted(recipe, context_length(of_text, {recipe.engine.runtime, *recipe.export}), say)
     tokenizer = source.tokenizer()
     texts = load_texts(recipe.text.sources, recipe.text.validation, recipe.text.report, tokenizer)
     for note in texts.notes:

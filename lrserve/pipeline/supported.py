@@ -17,12 +17,12 @@ from typing import Any, Final
 import torch
 
 from exporters.base import Exporter, SelfProving
-from lrserve.compression.groups import family_of
 from lrserve.compression.level import SCHEMES
 from lrserve.engines.runtimes import Runtime, loader_of, runtime_of
 from lrserve.engines.timing import random_prompts
 from lrserve.engines.transcripts import transcribe_checkpoint, transcribe_model
 from lrserve.errors import ArtifactError, EngineError, InputError, UnsupportedModelError, listed, reading
+from lrserve.inputs.config_file import keep_one_vision_layer, model_class
 from lrserve.inputs.source import cache_folder, cache_place
 from lrserve.pipeline.agreement import FACTOR, Pair, differences
 from lrserve.pipeline.job import Job
@@ -74,7 +74,7 @@ def require_engines(job: Job, exporters: Sequence[Exporter]) -> None:
     runtimes = {runtime.name: runtime for runtime in asked}
     config = _two_layers(job)
     marks = {name: cache_folder() / "engines" / f"{name}-{_identity(config, runtime)}.json" for name, runtime in runtimes.items()}
-    require_space([cache_place(_MARK_BYTES), _temporary_place(job)])
+    require_space([cache_place(_MARK_BYTES), _temporary_place(config, job.dtype)])
     untried = [name for name, mark in marks.items() if not mark.is_file()]
     if not untried:
         return
@@ -88,19 +88,18 @@ def require_engines(job: Job, exporters: Sequence[Exporter]) -> None:
     job.say(f"1/6 engines: {' and '.join(runtimes[name].version for name in untried)} can run this model")
 
 
-def _temporary_place(job: Job) -> Place:
+def _temporary_place(config: Any, dtype: torch.dtype) -> Place:
     with reading("TMPDIR", "set it to a folder that you may write to", ArtifactError):
         folder = Path(tempfile.gettempdir()).absolute()
-    skeleton = job.source.skeleton()
-    layers = list(skeleton.get_submodule(family_of(skeleton.config).layers))
-    entries = _LAYERS * max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
-    entries += 2 * _VOCABULARY * job.output_layer[1]
-    return Place("temporary files (TMPDIR)", folder, entries * (4 + job.dtype.itemsize))
+    with torch.device("meta"):
+        entries = sum(parameter.numel() for parameter in model_class(config).from_config(config).parameters())
+    return Place("temporary files (TMPDIR)", folder, entries * (4 + dtype.itemsize))
 
 
 def _two_layers(job: Job) -> Any:
-    """Return the model's config with two layers, of both kinds where there are two, and few tokens."""
-    config = copy.deepcopy(job.source.config())
+    """Return the model's config with two layers, of both kinds where there are two, few tokens, and one layer that reads images."""
+    whole = copy.deepcopy(job.source.config())
+    config = whole.get_text_config()
     for name in ("layer_types", "no_rope_layers"):
         if kinds := list(dict.fromkeys(getattr(config, name, None) or ())):
             setattr(config, name, (kinds * _LAYERS)[:_LAYERS] if len(kinds) == 1 else kinds[:_LAYERS])
@@ -108,9 +107,11 @@ def _two_layers(job: Job) -> Any:
         config.max_window_layers = min(last, 1) if last < config.num_hidden_layers else _LAYERS
     config.num_hidden_layers = _LAYERS
     config.vocab_size = min(config.vocab_size, _VOCABULARY)
-    config.bos_token_id = config.eos_token_id = 0
-    config.pad_token_id = None
-    return config
+    for part in (whole, config):
+        part.bos_token_id = part.eos_token_id = 0
+        part.pad_token_id = None
+    keep_one_vision_layer(whole)
+    return whole
 
 
 def _identity(config: Any, runtime: Runtime) -> str:
@@ -122,9 +123,7 @@ def _identity(config: Any, runtime: Runtime) -> str:
 
 def _random_model(config: Any, dtype: torch.dtype) -> Any:
     """Build the model in float32, of values of a dtype, so that its outputs depend visibly on every weight and bias."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = model_class(config).from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -138,8 +137,9 @@ def _random_model(config: Any, dtype: torch.dtype) -> Any:
 
 def _try(job: Job, model: Any, runtime: Runtime) -> None:
     exporter = runtime.exporter
-    prompt_tokens = min(_PROMPT_TOKENS, int(model.config.max_position_embeddings) - _NEW_TOKENS)
-    prompts = random_prompts(model.config.vocab_size, prompt_tokens, _PROMPTS, seed=0)
+    config = model.config.get_text_config()
+    prompt_tokens = min(_PROMPT_TOKENS, int(config.max_position_embeddings) - _NEW_TOKENS)
+    prompts = random_prompts(config.vocab_size, prompt_tokens, _PROMPTS, seed=0)
     workload = Workload(prompt_tokens=prompt_tokens, output_tokens=_NEW_TOKENS, concurrency=_PROMPTS)
     exact = transcribe_model(model, prompts, _NEW_TOKENS)
     with temporary_folder() as folder:

@@ -12,6 +12,7 @@ from lrserve.compression.lowrank import install_low_rank
 from lrserve.compression.spec import QUANT_METHOD, GroupSpec, leaves, parse_groups
 from lrserve.compression.stored import Headers, read_headers, tensor_faults
 from lrserve.errors import ArtifactError, LrserveError, listed, one_line
+from lrserve.inputs.config_file import text_entries
 from lrserve.inputs.source import Source
 from lrserve.storage.folder import shown
 from lrserve.storage.json_files import read_object
@@ -54,7 +55,7 @@ def open_checkpoint(folder: Path) -> tuple[dict[str, GroupSpec], list[str]]:
     entry = config.get("quantization_config")
     if entry is not None and (not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD):
         raise ArtifactError(f"{path}: quantization_config is not lrserve's; {AGAIN}")
-    layers = config.get("num_hidden_layers")
+    layers = text_entries(config).get("num_hidden_layers")
     if isinstance(layers, int) and layers > len(stored.tensors):  # nobody wants to wait for so many to be built
         raise ArtifactError(f"{path} has {layers} layers, the weights have {len(stored.tensors)} tensors in all; {AGAIN}")
     try:

@@ -207,8 +207,23 @@ def require_sound_torchvision() -> None:
     except Exception as error:  # RuntimeError for a missing operator, OSError for a library, ImportError
         raise EngineError(
             f"the installed torchvision does not fit torch {metadata.version('torch')} ({one_line(error)}), which breaks "
-            "transformers and vLLM. lrserve needs none of it. Run: pip uninstall torchvision torchaudio torchcodec"
+            "transformers and vLLM. Text needs none of them. Run: pip uninstall torchvision torchaudio torchcodec"
         ) from None
+
+
+def require_torchvision(architecture: str) -> None:
+    """Check that torchvision is there, without which vLLM loads no model that reads images, not even for text.
+
+    Raises:
+        EngineError: it is missing, or as `require_sound_torchvision`.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        raise EngineError(
+            f"vLLM loads {architecture} only where torchvision is installed, in the build that fits torch "
+            f"{metadata.version('torch')}. Run: pip install torchvision; on a machine without a GPU from the index of PyTorch "
+            "(docs/installation.md, torchvision)"
+        )
+    require_sound_torchvision()
 
 
 def on_cpu() -> bool:

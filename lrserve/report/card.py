@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import yaml
 
-from lrserve.compression.groups import Structure
+from lrserve.compression.groups import FAMILIES, Structure
 from lrserve.report.machine import day, describe
 
 Rows = list[list[str]]
@@ -195,14 +195,20 @@ def made_line(metrics: Mapping[str, Any]) -> str:
     )
 
 
+def _is_multimodal(metrics: Mapping[str, Any]) -> bool:
+    family = FAMILIES.get(metrics["model"]["architecture"])
+    return family is not None and family.multimodal
+
+
 def _front_matter(metrics: Mapping[str, Any]) -> str:
     """Return the YAML at the head of the card; the licence is the base model's, where its card states one."""
     model = metrics["model"]
+    multimodal = _is_multimodal(metrics)
     data = {
         "base_model": model["name"],
         "base_model_relation": "quantized",  # the Hub's word for a compressed form of the same model
         **model["licence"],
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if multimodal else "text-generation",
         "library_name": "transformers",
         "tags": ["lrserve", "low-rank", "compressed", *metrics["exports"]],
     }
@@ -214,9 +220,10 @@ def _serving(metrics: Mapping[str, Any]) -> str:
     text = "Install lrserve in a clone of its repository:\n\n"
     text += "".join(_INSTALL[name] for name in exports if name in _INSTALL)
     if "vllm" in exports:
-        text += """    lrserve serve PATH_TO_THIS_FOLDER    # OpenAI API on 127.0.0.1:8000
+        loader = "AutoModelForImageTextToText" if _is_multimodal(metrics) else "AutoModelForCausalLM"
+        text += f"""    lrserve serve PATH_TO_THIS_FOLDER    # OpenAI API on 127.0.0.1:8000
 
-`vllm serve PATH_TO_THIS_FOLDER` works too, and so does `AutoModelForCausalLM.from_pretrained(...)` in Python after
+`vllm serve PATH_TO_THIS_FOLDER` works too, and so does `{loader}.from_pretrained(...)` in Python after
 `import lrserve`. `lrserve bench PATH_TO_THIS_FOLDER` measures it against the dense model on your machine. No
 `trust_remote_code` is needed.
 """

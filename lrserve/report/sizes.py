@@ -55,7 +55,10 @@ def experts(skeleton: Any) -> dict[str, int] | None:
         return None
     routed = [_parameters(layer.get_submodule(family.experts)) for layer in layers]
     mixtures = [_parameters(layer.get_submodule(family.experts.rpartition(".")[0])) for layer in layers]
-    count, active = int(layers[0].get_submodule(family.experts).num_experts), int(skeleton.config.num_experts_per_tok)
+    count, active = (
+        int(layers[0].get_submodule(family.experts).num_experts),
+        int(skeleton.config.get_text_config().num_experts_per_tok),
+    )
     return {
         "layers": len(layers),
         "experts": count,
@@ -63,6 +66,16 @@ def experts(skeleton: Any) -> dict[str, int] | None:
         "parameters": sum(routed),
         "weights": sum(mixtures) - sum(routed) * (count - active) // count,
     }
+
+
+def image_parameters(skeleton: Any) -> int:
+    """Count the parameters of a multimodal model that are not its LLM's: of what reads images, and is not compressed."""
+    family = family_of(skeleton.config)
+    if not family.multimodal:
+        return 0
+    parts = skeleton.get_submodule(family.layers.rpartition(".")[0]), skeleton.get_output_embeddings()
+    of_llm = {id(parameter) for part in parts for parameter in part.parameters()}
+    return sum(parameter.numel() for parameter in skeleton.parameters() if id(parameter) not in of_llm)
 
 
 def _parameters(module: nn.Module) -> int:

@@ -199,6 +199,7 @@ def server_arguments(workloads: Mapping[str, Workload], settings: EngineSettings
     """
     arguments = [
         "--no-enable-prefix-caching",
+        "--language-model-only",  # of a multimodal model: every request here is text
         "--generation-config=vllm",  # greedy, whatever penalties the model's own generation_config.json has
         f"--dtype={settings.dtype}",
         f"--max-model-len={_longest(workloads)}",

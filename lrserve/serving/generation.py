@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 from exporters.onnx import FOLDER
 from lrserve.engines.sampling import Finish, Generates, Sampling
 from lrserve.errors import ArtifactError, EngineError, InputError, reading
+from lrserve.inputs.config_file import text_entries
 from lrserve.plugins.versions import genai_installed, installed_vllm, require_genai, require_sound_torchvision
 from lrserve.serving.server import check_engine, check_model, engine_settings
 from lrserve.storage.store import check_files
@@ -198,10 +199,10 @@ def checked_graph(out: Path) -> tuple[Path, int]:
 def _context(path: Path, *names: str) -> int:
     """Return the number of tokens in a JSON file, under these names."""
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        found: Any = text_entries(json.loads(path.read_text(encoding="utf-8")))
         for name in names:
             found = found[name]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} has no {'.'.join(names)} that can be read. Copy or export the model again") from error
     if type(found) is not int or found < 1:
         raise ArtifactError(f"{path}: {'.'.join(names)} is {found!r:.100}, not a number of tokens. Copy or export the model again")

@@ -17,6 +17,7 @@ from typing import Any, Final, TypeGuard
 
 from lrserve.engines.memory import free_memory
 from lrserve.errors import InputError
+from lrserve.inputs.config_file import text_entries
 from lrserve.serving.flags import Flags
 
 SPACE: Final = "VLLM_CPU_KVCACHE_SPACE"
@@ -99,8 +100,7 @@ def serving_cache(folder: Path, flags: Flags, environment: Mapping[str, str]) ->
 
 def model_cache(folder: Path, flags: Flags) -> Cache | None:
     """Return what a model's config.json and vLLM's flags say; None where they do not."""
-    config = _json(folder / "config.json")
-    config = {**config, **(config["text_config"] if isinstance(config.get("text_config"), dict) else {})}
+    config = text_entries(_json(folder / "config.json"))
     layers, heads = config.get("num_hidden_layers"), config.get("num_attention_heads")
     kept, width = config.get("num_key_value_heads") or heads, config.get("head_dim")
     if width is None and _whole(config.get("hidden_size")) and _whole(heads):

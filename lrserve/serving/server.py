@@ -15,10 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from lrserve.compression.groups import FAMILIES
 from lrserve.errors import ArtifactError, EngineError, shown
 from lrserve.inputs.source import checked_folder, model_folder
 from lrserve.plugins.lifetime import ENDS_WITH_PARENT
-from lrserve.plugins.versions import on_cpu, require_sound_torchvision, require_vllm
+from lrserve.plugins.versions import on_cpu, require_sound_torchvision, require_torchvision, require_vllm
 from lrserve.recipe import EngineSettings
 from lrserve.serving.address import bound, warn_if_open
 from lrserve.serving.flags import KEY_VARIABLE, OWN_KEY_VARIABLE, Flags, read_flags
@@ -82,6 +83,7 @@ def check_model(folder: Path) -> None:
         InputError: config.json or the weights are missing.
         ArtifactError: an artifact that was not exported for vLLM, or whose files are not those of its manifest, an unreadable
             config.json, or another quantization method.
+        EngineError: vLLM lacks what it needs for a model that reads images (`versions.require_torchvision`).
     """
     path = folder / "config.json"
     if (folder / MANIFEST).is_file() and not path.is_file():
@@ -97,6 +99,10 @@ def check_model(folder: Path) -> None:
         raise ArtifactError(f"{path} cannot be read: {error}. Copy or export the model again") from error
     if not isinstance(config, dict):
         raise ArtifactError(f"{path} is not a JSON object. Copy or export the model again")
+    named = config.get("architectures")
+    for name in named if isinstance(named, list) else []:
+        if isinstance(name, str) and name in FAMILIES and FAMILIES[name].multimodal:
+            require_torchvision(name)
     entry = config.get("quantization_config")
     if entry is None:
         return

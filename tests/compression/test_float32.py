@@ -14,6 +14,7 @@ from exporters.vllm import VllmExporter
 from lrserve.compression.assemble import round_parameters
 from lrserve.compression.embedding import round_embedding
 from lrserve.compression.float32 import in_float32
+from lrserve.compression.groups import family_of
 from lrserve.compression.layers import exact_names
 from lrserve.inputs.source import Source
 
@@ -39,7 +40,7 @@ def test_it_computes_what_the_model_that_was_loaded_in_float32_does(source: Sour
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     before = logits(model)
     with in_float32(model, at_once=at_once):
-        held = {parameter.dtype for parameter in model.base_model.layers.parameters()}
+        held = {parameter.dtype for parameter in model.get_submodule(family_of(model.config).layers).parameters()}
         assert held == {torch.float32 if at_once else torch.bfloat16}
         assert torch.equal(logits(model), logits(source.load(torch.float32)))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

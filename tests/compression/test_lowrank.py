@@ -13,7 +13,7 @@ from lrserve.allocation.plan import Plan
 from lrserve.compression.assemble import MergedLevels, compress_model
 from lrserve.compression.calibrate import calibrate
 from lrserve.compression.factorize import Factors, factorize
-from lrserve.compression.groups import STRUCTURES, Group, Structure, allocated, family_of, find_groups
+from lrserve.compression.groups import FAMILIES, STRUCTURES, Group, Structure, allocated, family_of, find_groups
 from lrserve.compression.layers import IdentityBlock, LowRankLinear, first_factor
 from lrserve.compression.level import DENSE, Level
 from lrserve.compression.lowrank import install_low_rank, load_factors
@@ -55,7 +55,7 @@ def test_groups_count_the_linears_parameters(architecture: str) -> None:
     model = dense_model(architecture)
     groups = find_groups(model)
     assert [group.kind for group in groups] == [*groups_in(architecture)] * 2
-    layers = model.get_submodule("model.layers")
+    layers = model.get_submodule(FAMILIES[architecture].layers)
     linears = [module for module in layers.modules() if isinstance(module, torch.nn.Linear)]
     assert sum(group.dense_parameters for group in groups) == sum(p.numel() for linear in linears for p in linear.parameters())
 

@@ -87,6 +87,8 @@ def recipe(place: Path, **overrides: Any) -> Recipe:
         "target": {"ratio": 0.2},
         "text": {"calibration": str(place / "text.jsonl")},
         **SMALL,
+        # nothing is rounded: which of the plans of so small a model is fastest is chance, and what is asserted would depend on it
+        "factorization": {**SMALL["factorization"], "weights": []},
     }
     return Recipe.model_validate({**settings, **overrides})
 
@@ -137,25 +139,14 @@ def test_the_job_leaves_a_whole_artifact(made: tuple[Path, dict[str, Any], list[
     assert all(measured["origin"] in report for measured in metrics["measured_plans"])
     steps = [line.split(":")[0].split(" (")[0] for line in lines if line[:2] in ("1/", "2/", "3/", "5/")]
     steps = [step for step in steps if step != "1/6 engines"]  # tried only if the cache does not know them
-    # the measured speeds decide which plan wins; one that rounds weights to 4 bits is repaired too
-    names = ["propagate", "refine", *(["repair"] if "int4" in (out / "lrserve" / "plan.json").read_text() else []), "recover"]
-    judged = [line for line in lines if line.startswith("5/6 improved")]
-    improvements = [f"5/6 {name}" for name in (*names, *("improved" for _ in judged), "export")]
+    improvements = [f"5/6 {name}" for name in ("propagate", "refine", "recover", "improved", "export")]
     assert steps == ["1/6 open", "2/6 calibrate", "2/6 gradients", "3/6 factorize", *improvements]
     # closer to the dense model, which is random here: nothing says that the text's perplexity falls
-    kept: list[str] = []
-    for line in judged:
-        shown = re.match(r"5/6 improved \((.*)\): validation perplexity (\d+\.\d\d) to (\d+\.\d\d)", line)
-        assert shown
-        steps_tried, searched, found = shown[1].split(", "), float(shown[2]), float(shown[3])
-        assert steps_tried == (names if line is judged[0] else ["propagate", "refine"])
-        if "worse, so it is given up" in line:
-            assert found >= searched
-        else:
-            assert found <= searched
-            kept = steps_tried
-    assert list(metrics["improved"]) == kept
-    assert metrics["perplexity"]["validation"]["compressed"] == pytest.approx(found if kept else searched, abs=0.01)
+    (judged,) = (line for line in lines if line.startswith("5/6 improved"))
+    searched, found = map(float, re.findall(r"\d+\.\d\d", judged))
+    assert metrics["perplexity"]["validation"]["compressed"] == pytest.approx(min(searched, found), abs=0.01)
+    assert ("worse, so it is given up" in judged) == (found > searched)
+    assert set(metrics["improved"]) == (set() if found > searched else {"propagate", "refine", "recover"})
     assert metrics["plan"]["structure"] == "narrow"
     assert any(re.match(r"4/6 search: \d+ trials, \d+ a minute, .*\[\d+ s\]$", line) for line in lines)
     assert "perplexity, report text" in (out / "README.md").read_text()

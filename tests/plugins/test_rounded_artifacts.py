@@ -17,6 +17,7 @@ import lrserve  # noqa: F401 - registers the quantizer
 from exporters.vllm import VllmExporter, low_rank_groups
 from lrserve.compression.level import Precision
 from lrserve.errors import ArtifactError
+from lrserve.inputs.source import Source
 from lrserve.pipeline.inspect import describe, inspect, verify
 from lrserve.storage.store import write_manifest
 
@@ -57,7 +58,7 @@ def cases_of(architecture: str) -> list[Rounding]:
 def test_loaded_model_computes_what_the_written_one_did(architecture: str, roundings: list[Rounding], tmp_path: Path) -> None:
     model = rounded_model(architecture, *roundings, layers=max(2, len(roundings)))
     folder = write_artifact(model, tmp_path / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loaded = Source(name="model", path=folder).load(torch.float32)
     assert torch.equal(logits_of(loaded), logits_of(model))
     specs = low_rank_groups(loaded)
     assert specs == low_rank_groups(model)

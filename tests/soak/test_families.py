@@ -8,17 +8,19 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES_TESTED, SERVED_IN_TESTS, VOCABULARY, Rounding, factorized_model, rounded_model, write_artifact
-from transformers import AutoModelForCausalLM
+from tiny import FAMILIES_TESTED, MULTIMODAL, SERVED_IN_TESTS, VOCABULARY, Rounding, factorized_model, rounded_model, write_artifact
 from vllm_engine import Serving
+from with_torchvision import python_path
 
 import lrserve  # noqa: F401 - registers the quantizer
-from lrserve.engines.transcripts import Transcript, transcribe_model
+from lrserve.engines.transcripts import Transcript, transcribe_checkpoint
+from lrserve.engines.vllm import Engine
 from lrserve.errors import AgreementError
 from lrserve.pipeline.agreement import agree
 
@@ -37,13 +39,26 @@ ROUNDINGS = (
 )
 SERVED_HERE = [name for name in FAMILIES_TESTED if name not in SERVED_IN_TESTS]
 
+EngineFor = Callable[[Path, int], AbstractContextManager[Engine]]
 
-def check(row: Callable[..., None], kind: str, model: Any, place: Path, serving: Serving, ranks: int = 1) -> None:
+
+@pytest.fixture
+def engine_for(request: pytest.FixtureRequest, serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineFor:
+    """Serve a folder on so many ranks; of multimodal models by a worker that finds torchvision, which vLLM needs for them."""
+    if request.node.callspec.params["architecture"] not in MULTIMODAL:
+        return lambda folder, ranks: serving(folder, tensor_parallel_size=ranks)
+    monkeypatch.setenv("PYTHONPATH", python_path(tmp_path / "torchvision"))
+    return lambda folder, ranks: Engine(
+        folder, dtype="float32", max_model_len=64, max_num_seqs=4, threads=1, kv_cache_gib=0.05, tensor_parallel_size=ranks
+    )
+
+
+def check(row: Callable[..., None], kind: str, model: Any, place: Path, engine_for: EngineFor, ranks: int = 1) -> None:
     """Write an artifact, serve it, and record a row: its cases are the prompts, and all of them fail together."""
     started = time.perf_counter()
     folder = write_artifact(model, place / "model")
-    reference = transcribe_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), PROMPTS, NEW_TOKENS)
-    with serving(folder, tensor_parallel_size=ranks) as engine:
+    reference = transcribe_checkpoint(folder, torch.float32, PROMPTS, NEW_TOKENS)
+    with engine_for(folder, ranks) as engine:
         found: Sequence[Transcript] = engine.transcribe(PROMPTS, NEW_TOKENS)
     failed, note = 0, ""
     try:
@@ -56,20 +71,20 @@ def check(row: Callable[..., None], kind: str, model: Any, place: Path, serving:
 
 @pytest.mark.parametrize("architecture", SERVED_HERE)
 def test_vllm_computes_what_transformers_does(
-    architecture: str, tmp_path: Path, serving: Serving, soak_row: Callable[..., None]
+    architecture: str, tmp_path: Path, engine_for: EngineFor, soak_row: Callable[..., None]
 ) -> None:
     # five layers: every kind of group in every structure, linears apart from their group, and some that are dense
     model = factorized_model(architecture, layers=5, apart=True)
-    check(soak_row, f"{architecture} in vLLM", model, tmp_path, serving)
+    check(soak_row, f"{architecture} in vLLM", model, tmp_path, engine_for)
 
 
-@pytest.mark.parametrize("architecture", ["Phi3ForCausalLM", "Starcoder2ForCausalLM"])  # one tensor for q, k, v; plain MLPs
-def test_rounded(architecture: str, tmp_path: Path, serving: Serving, soak_row: Callable[..., None]) -> None:
+@pytest.mark.parametrize("architecture", ["Phi3ForCausalLM", "Starcoder2ForCausalLM", "Gemma3ForConditionalGeneration"])
+def test_rounded(architecture: str, tmp_path: Path, engine_for: EngineFor, soak_row: Callable[..., None]) -> None:
     model = rounded_model(architecture, *ROUNDINGS, layers=len(ROUNDINGS))
-    check(soak_row, f"{architecture} in vLLM, rounded", model, tmp_path, serving)
+    check(soak_row, f"{architecture} in vLLM, rounded", model, tmp_path, engine_for)
 
 
 @pytest.mark.parametrize("architecture", ["Gemma3ForCausalLM", "Phi3ForCausalLM", "Starcoder2ForCausalLM", "MixtralForCausalLM"])
-def test_two_ranks(architecture: str, tmp_path: Path, serving: Serving, soak_row: Callable[..., None]) -> None:
+def test_two_ranks(architecture: str, tmp_path: Path, engine_for: EngineFor, soak_row: Callable[..., None]) -> None:
     model = factorized_model(architecture, layers=5, apart=True)
-    check(soak_row, f"{architecture} in vLLM, 2 ranks", model, tmp_path, serving, ranks=2)
+    check(soak_row, f"{architecture} in vLLM, 2 ranks", model, tmp_path, engine_for, ranks=2)
