@@ -14,7 +14,7 @@ from tiny import MULTIMODAL, VOCABULARY, dense_model, factorized_model, with_ima
 
 from exporters.onnx import OnnxExporter
 from exporters.vllm import VllmExporter, low_rank_groups
-from lrserve.compression.repair import Masters
+from lrserve.compression.repair import outer_norms
 from lrserve.errors import ArtifactError, EngineError, InputError, UnsupportedModelError
 from lrserve.inputs.config_file import require_known_tokens
 from lrserve.inputs.source import Source, open_source
@@ -108,7 +108,7 @@ def test_the_artifact_is_verified_and_counted(architecture: str, tmp_path: Path)
 
 
 def test_recovery_trains_no_norm_of_the_tower(architecture: str) -> None:
-    assert set(Masters(dense_model(architecture), [], whole=True)()) == {"model.language_model.norm.weight"}
+    assert list(outer_norms(dense_model(architecture))) == ["model.language_model.norm"]
 
 
 def test_a_processor_that_names_code_is_copied_without_it(tmp_path: Path) -> None:
