@@ -23,7 +23,7 @@ from functools import partial
 from typing import Final
 
 from lrserve.allocation.plan import Offers, Plan
-from lrserve.compression.groups import Group, Stored
+from lrserve.compression.groups import Group, Mixture, Stored
 from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
 from lrserve.recipe import Workload, shares
 
@@ -39,7 +39,8 @@ class Shape:
     """A layer to time: n inputs, m outputs, and the rank of its factors (None: dense) and what they are stored as.
 
     `ordered`: an identity block need not reorder its inputs. `weights`: what its weights are rounded to. `residual`: rank of what
-    is added to a dense layer's.
+    is added to a dense layer's. `experts`, where it is not 0: of a mixture of so many experts with n inputs and m neurons, of which
+    the router chooses `active` for each row.
     """
 
     n: int
@@ -49,6 +50,8 @@ class Shape:
     ordered: bool = False
     weights: Precision | None = None
     residual: int = 0
+    experts: int = 0
+    active: int = 0
 
 
 def shapes_of(group: Group, level: Level, offers: Offers) -> list[Shape]:
@@ -56,6 +59,9 @@ def shapes_of(group: Group, level: Level, offers: Offers) -> list[Shape]:
 
     An MLP with fewer neurons is dense layers of other sizes.
     """
+    if isinstance(group, Mixture):
+        experts, width = group.sizes(level)
+        return [Shape(group.m, width, None, "experts", experts=experts, active=group.active)]
     rank, shape = level.rank, partial(Shape, weights=level.weights, residual=level.residual)
     if group.fed_by:
         kept = group.n if rank is None else rank
@@ -72,6 +78,8 @@ def measured_levels(group: Group, offers: Offers) -> list[Level]:
     fewer.
     """
     levels = offers.levels(group)
+    if isinstance(group, Mixture):
+        return levels
     found: list[Level] = []
     for weights in (*offers.precisions, None):
         own = [level for level in levels if level.weights == weights]
@@ -153,7 +161,8 @@ class SpeedModel:
 
         The table holds `shapes_to_measure` of the same groups, offers and output layer (m, n) at `token_counts`; None is a layer
         that the engine cannot run. `offers` then has the precisions of which it can run every layer that was timed. A unit of
-        which a time is not finite stays dense, and is among the `untimed`; so does the output layer.
+        which a time is not finite, and a mixture that the engine cannot run, stay dense and are among the `untimed`. The output
+        layer stays dense as well if its time is not finite.
         """
         self.groups = list(groups)
         self._shares = shares(workloads)
@@ -175,7 +184,9 @@ class SpeedModel:
         )
         runnable = [p for p in offers.precisions if all(us is not None for shape, us in latencies.items() if shape.weights == p)]
         self.offers = replace(offers, precisions=tuple(runnable))
-        timed = {shape for shape, us in latencies.items() if us is None or all(map(math.isfinite, us.values()))}
+        timed = {
+            shape for shape, us in latencies.items() if (shape.weights if us is None else all(map(math.isfinite, us.values())))
+        }
         if output_layer and not timed.issuperset(output_layers(output_layer, offers)):
             self.offers = replace(self.offers, embedding=None)
         self.untimed = frozenset(group.name for group in self.groups if not timed.issuperset(self._shapes(group)))
@@ -267,7 +278,10 @@ class SpeedModel:
         for name in self._factors:
             pairs = []
             for plan, times in measured:
-                kept = sum(model._change(name, group, replace(level, rank=None)) for group, level in plan.changed(self.groups))
+                kept = sum(
+                    model._change(name, group, Level(None, level.weights, level.residual))
+                    for group, level in plan.changed(self.groups)
+                )
                 whole = sum(model._change(name, group, level) for group, level in plan.changed(self.groups))
                 pairs.append((whole - kept, times[name] - 1 - self._output_change[name] - kept))
             products, squares = sum(x * y for x, y in pairs), sum(x * x for x, _ in pairs)

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lrserve.compression.calibrate import read_statistics
+from lrserve.compression.calibrate import read_expert_statistics, read_statistics
+from lrserve.compression.experts import KeptExperts
 from lrserve.compression.factorize import Factors, GradientOf, Spectrum, factorize, moved
-from lrserve.compression.groups import Group
+from lrserve.compression.groups import Group, Mixture
+from lrserve.compression.level import Level
 from lrserve.compression.narrow import narrow
 from lrserve.errors import CalibrationError, NotFiniteError
 from lrserve.storage.store import write_tensors
@@ -58,9 +60,12 @@ def write_spectra(
     decompose: Decompose,
     folder: Path,
     *,
+    statistics: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Factorize every group at every rank, one file per block; blocks that are already there are kept.
+
+    Of a mixture, the order of its experts and the errors of removing them are written.
 
     One group at a time is factorized on the model's device, or on the CPU where it does not fit there. A group whose decomposition
     fails or is not finite in float32 has a spectrum of NaN (`SpectrumStore.not_finite`).
@@ -70,6 +75,7 @@ def write_spectra(
         groups: its groups.
         decompose: how a weight is factorized.
         folder: where the spectra go, float32; private to these inputs.
+        statistics: folder that `calibrate` filled; needed where `groups` has mixtures of experts.
         progress: called with the number of blocks that are done.
 
     Raises:
@@ -81,6 +87,11 @@ def write_spectra(
         if not path.is_file():
             tensors: dict[str, torch.Tensor] = {}
             for group in members:
+                if isinstance(group, Mixture):
+                    assert statistics is not None
+                    found = read_expert_statistics(statistics, group)
+                    tensors |= {f"{group.name}.experts": found.order(), f"{group.name}.errors": found.errors().float()}
+                    continue
                 weight, bias = stacked_weight(model, group)
                 tensors |= _stored(group, decompose, weight, bias)
             write_tensors(path, tensors)
@@ -126,22 +137,34 @@ class SpectrumStore:
         Raises:
             CalibrationError: the factorization that should have written it did not finish.
         """
+        return Spectrum(**{field: self._read(name, field) for field in _FIELDS})
+
+    def _read(self, name: str, field: str) -> torch.Tensor:
         path = _path(self.folder, self.groups[name].layer)
         if not path.is_file():
             raise CalibrationError(f"{path} is missing: the factorization did not finish; run the same command again")
         with safe_open(path, framework="pt") as file:
-            return Spectrum(**{field: file.get_tensor(f"{name}.{field}") for field in _FIELDS})
+            tensor: torch.Tensor = file.get_tensor(f"{name}.{field}")
+            return tensor
 
     def cut(self, name: str, rank: int) -> Factors:
         """Return a group's factors at one rank, float32."""
         return self.spectrum(name).cut(rank)
+
+    def kept(self, mixture: Mixture, level: Level) -> KeptExperts:
+        """Return what a mixture keeps at a level."""
+        experts, _ = mixture.sizes(level)
+        return KeptExperts(self._read(mixture.name, "experts")[:experts].sort().values)
 
     def not_finite(self) -> frozenset[str]:
         """Return the names of the groups that have no finite spectrum, and so no factors."""
         return frozenset(name for name, errors in self.errors().items() if not torch.isfinite(errors).all())
 
     def errors(self) -> dict[str, torch.Tensor]:
-        """Return every group's expected squared error at ranks 0..k (`Spectrum.errors`)."""
+        """Return every group's expected squared error at ranks 0..k (`Spectrum.errors`), of a mixture where 0..E experts stay."""
         if self._errors is None:
-            self._errors = {name: self.spectrum(name).errors() for name in self.groups}
+            self._errors = {
+                name: self._read(name, "errors").double() if isinstance(group, Mixture) else self.spectrum(name).errors()
+                for name, group in self.groups.items()
+            }
         return self._errors

@@ -12,7 +12,7 @@ import torch
 
 from lrserve.allocation.speed import calls, shapes_to_measure, token_counts
 from lrserve.compression.calibrate import Rehearsal, run_block
-from lrserve.compression.groups import family_of
+from lrserve.compression.groups import Mixture, family_of
 from lrserve.compression.logits import logits_of
 from lrserve.engines.onnx_provider import settled
 from lrserve.errors import reading
@@ -135,17 +135,18 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     hidden = int(job.source.config().hidden_size)
     calibration = job.windows["calibration"].numel()
     batch = min(recipe.calibration.batch_tokens, calibration)
-    largest = max(max(group.n, min(group.m, group.n)) for group in job.units)
+    units = [unit for unit in job.units if not isinstance(unit, Mixture)]
+    largest = max(max(group.n, min(group.m, group.n)) for group in units)
     covariances = 4 * sum(group.n**2 for group in job.groups)
     moments = 4 * sum(min(group.n, group.m) ** 2 for group in job.groups if group.kind in settings.fisher)
-    spectra = 4 * sum(unit.full_rank * (unit.m + unit.n) for unit in job.units)
-    feeding = sum(unit.fed_by.m * unit.fed_by.n for unit in job.units if unit.fed_by)
-    trained = 4 * (sum(unit.full_rank * (unit.m if unit.fed_by else unit.m + unit.n) for unit in job.units) + feeding)
+    spectra = 4 * sum(unit.full_rank * (unit.m + unit.n) for unit in units)
+    feeding = sum(unit.fed_by.m * unit.fed_by.n for unit in units if unit.fed_by)
+    trained = 4 * (sum(unit.full_rank * (unit.m if unit.fed_by else unit.m + unit.n) for unit in units) + feeding)
     activations = 20 * batch * hidden * job.dtype.itemsize
     compiled = recipe.engine.runtime == "vllm" and not recipe.engine.enforce_eager
     start = _ONNX_START if recipe.engine.runtime == "onnx" else _COMPILED_START if compiled else _EAGER_START
     run = workload_seconds(recipe.workloads, forward)
-    cubes = sum(unit.full_rank**3 for unit in job.units)
+    cubes = sum(unit.full_rank**3 for unit in units)
     refined = settings.refine_tokens or calibration // 4
     engine, held = weights + ENGINE_BYTES, holding(job)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from lrserve.allocation.goal import pareto_front, rule, why_not
 from lrserve.allocation.study import importances, study_of, time_spent
+from lrserve.compression.groups import Mixture
 from lrserve.compression.spec import specs_of
 from lrserve.engines.runtimes import runtime_of
 from lrserve.pipeline.job import Job
@@ -129,7 +130,10 @@ def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
     plan = tuned.chosen.candidate.plan
     for unit in job.units:
         level, stored = plan.levels[unit.name], unit.stored_as(plan.structure)
-        cell: dict[str, Any] = {"layer": unit.layer, "rank": level.rank, "dense_rank": unit.full_rank}
+        rank, full = level.rank, unit.full_rank
+        if isinstance(unit, Mixture):
+            rank, full = level.experts, unit.experts
+        cell: dict[str, Any] = {"layer": unit.layer, "rank": rank, "dense_rank": full}
         cell |= {"kept": unit.parameters(level.rank, stored) / unit.dense_parameters}
         kinds.setdefault(unit.kind, []).append({**cell, "weights": level.weights, "residual": level.residual})
     seconds, own = time_spent(study), [trial for trial in tuned.trials if trial.trial is not None]
