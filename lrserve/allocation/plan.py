@@ -161,7 +161,7 @@ class Offers:
         if group.name in self.dense:
             return [DENSE]
         if isinstance(group, Mixture):
-            return [*group.levels(), DENSE]
+            return [*group.levels(self.width_step or self.step), DENSE]
         step = self.width_step or self.step if group.stored_as(self.structure) == "narrow_in" else self.step
         ranks: list[int | None] = [*rank_choices(group, step, self.structure), None]
         levels = [
@@ -333,10 +333,14 @@ class BudgetFit:
 
 
 def _ascending(levels: Sequence[tuple[float, Level]], weights: Precision | None) -> list[tuple[float, Level]]:
-    """Return the levels of one precision without residuals whose cost is below that of the dense structure's, and that one."""
+    """Return the levels of one precision without residuals whose cost is below that of the dense structure's, and that one.
+
+    Those of a mixture, which come in two ways, are in the order of their costs.
+    """
     own = [(cost, level) for cost, level in levels if level.weights == weights and not level.residual]
     dense = [cost for cost, level in own if level.rank is None]
-    return [(cost, level) for cost, level in own if level.rank is None or cost < min(dense, default=math.inf)]
+    found = [(cost, level) for cost, level in own if level.rank is None or cost < min(dense, default=math.inf)]
+    return sorted(found, key=lambda pair: pair[0]) if any(level.experts for _, level in found) else found
 
 
 def _rate(cheaper: tuple[float, float, Level], dearer: tuple[float, float, Level]) -> float:

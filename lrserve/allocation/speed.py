@@ -145,6 +145,21 @@ class _Curve:
         return column[i - 1] + part * (column[i] - column[i - 1]) + extra
 
 
+_CurveKind = tuple[Precision | None, bool]
+"""What the levels of one curve have in common: a precision, and whether experts are removed."""
+_Key = tuple[bool, tuple[Shape, ...], _CurveKind]
+
+
+def _curve_kind(level: Level) -> _CurveKind:
+    return level.weights, bool(level.experts)
+
+
+def _curves_of(group: Group, precisions: Sequence[Precision]) -> list[_CurveKind]:
+    if isinstance(group, Mixture):
+        return [(None, False), (None, True)]
+    return [(weights, False) for weights in (None, *precisions)]
+
+
 class SpeedModel:
     """Predicts the time of any plan of the offered levels, for a mix of workloads."""
 
@@ -192,11 +207,11 @@ class SpeedModel:
         self.untimed = frozenset(group.name for group in self.groups if not timed.issuperset(self._shapes(group)))
         self.offers = replace(self.offers, dense=self.offers.dense | self.untimed)
         self._output_change = {name: self._output_layer(name, latencies, output_layer) for name in workloads}
-        self._curves: dict[tuple[bool, tuple[Shape, ...], Precision | None], _Curve] = {}
+        self._curves: dict[_Key, _Curve] = {}
         for group in self.groups:
-            for weights in (None, *runnable) if group.name not in self.untimed else ():
-                if (key := self._key(group, weights)) not in self._curves:
-                    self._curves[key] = self._curve(group, weights, latencies, token_counts(workloads))
+            for kind in _curves_of(group, runnable) if group.name not in self.untimed else ():
+                if (key := self._key(group, kind)) not in self._curves:
+                    self._curves[key] = self._curve(group, kind, latencies, token_counts(workloads))
 
     def _shapes(self, group: Group) -> set[Shape]:
         return {shape for level in measured_levels(group, self.offers) for shape in shapes_of(group, level, self.offers)}
@@ -204,11 +219,13 @@ class SpeedModel:
     def _curve(
         self,
         group: Group,
-        weights: Precision | None,
+        kind: _CurveKind,
         latencies: Mapping[Shape, Mapping[int, float] | None],
         counts: Sequence[int],
     ) -> _Curve:
-        levels = [level for level in measured_levels(group, self.offers) if level.weights == weights]
+        weights = kind[0]
+        levels = [level for level in measured_levels(group, self.offers) if level.rank is None or _curve_kind(level) == kind]
+        levels = [level for level in levels if level.weights == weights]
         factors = sorted((level for level in levels if level.rank is not None), key=lambda level: level.rank or 0)
 
         def microseconds(level: Level, rows: int) -> float:
@@ -303,13 +320,13 @@ class SpeedModel:
                 factors[precision] = max(time - 1 - self._output_change[name] + before, _TRUST) / after
         return factors
 
-    def _key(self, group: Group, weights: Precision | None) -> tuple[bool, tuple[Shape, ...], Precision | None]:
-        return group.ordered, tuple(shapes_of(group, DENSE, self.offers)), weights
+    def _key(self, group: Group, kind: _CurveKind) -> _Key:
+        return group.ordered, tuple(shapes_of(group, DENSE, self.offers)), kind
 
     def _table(self, name: str, group: Group, level: Level) -> float:
         if group.name in self.untimed:
             return 0.0  # it stays dense in every plan, and only changes count
-        curve = self._curves[self._key(group, level.weights)]
+        curve = self._curves[self._key(group, _curve_kind(level))]
         return sum(weight * curve.microseconds(level, rows) for rows, weight in self._weights[name].items())
 
     def _change(self, name: str, group: Group, level: Level) -> float:

@@ -37,7 +37,7 @@ from lrserve.errors import CalibrationError
 from lrserve.storage.store import publish, write_tensors
 
 _FIELDS = ("C", "mu", "pool_means", "pool_tokens")
-_EXPERT_FIELDS = ("tokens", "saliency", "error")
+_EXPERT_FIELDS = ("tokens", "saliency", "error", "moments")
 
 
 class PassThrough(nn.Module):

@@ -273,8 +273,8 @@ class Group:
 class Mixture(Group):
     """The experts of one decoder layer: gated MLPs of `n` neurons and `m` outputs. The router chooses `active` of them for a token.
 
-    A plan removes experts. A rank is the number of neurons that all experts keep together. `members` is the module of the experts
-    in transformers, and `router` that of their router, which is not counted here.
+    A plan removes experts, or leaves each of them fewer neurons. A rank is the number of neurons that all experts keep together.
+    `members` is the module of the experts in transformers, and `router` that of their router, which is not counted here.
     """
 
     experts: int = 0
@@ -311,19 +311,32 @@ class Mixture(Group):
         """Return the level at which so many experts stay."""
         return Level(experts * self.n, experts=experts)
 
+    def narrower(self, neurons: int) -> Level:
+        """Return the level at which every expert keeps so many neurons."""
+        return Level(self.experts * neurons)
+
     def sizes(self, level: Level) -> tuple[int, int]:
         """Return the number of experts at a level, and the neurons of each."""
         experts = level.experts or self.experts
         return experts, self.n if level.rank is None else level.rank // experts
 
-    def levels(self) -> list[Level]:
-        """List the levels below dense: at most `_EXPERT_LEVELS` numbers of experts, no smaller than what the router chooses."""
-        step = math.ceil(self.experts / _EXPERT_LEVELS)
-        return [self.fewer(count) for count in range(self.active, self.experts, step)]
+    def levels(self, step: int) -> list[Level]:
+        """List the levels below dense.
+
+        They are numbers of experts, no smaller than what the router chooses, and multiples of `step` as numbers of neurons of each:
+        at most `_EXPERT_LEVELS` of both, evenly spread.
+        """
+        counts, widths = range(self.active, self.experts), range(step, self.n, step)
+        return [make(size) for make, sizes in ((self.fewer, counts), (self.narrower, widths)) for size in _spread(sizes)]
 
     def error_index(self, level: Level) -> int:
-        """Return the place of a level in a tensor of errors: the number of experts."""
-        return self.sizes(level)[0]
+        """Return the place of a level in a tensor of errors: the number of experts or, behind those, of the neurons of each."""
+        experts, neurons = self.sizes(level)
+        return experts if level.experts or level.rank is None else self.experts + 1 + neurons
+
+
+def _spread(sizes: range) -> range:
+    return sizes[:: max(1, math.ceil(len(sizes) / _EXPERT_LEVELS))]
 
 
 def allocated(groups: Sequence[Group], structure: Structure) -> list[Group]:

@@ -45,16 +45,46 @@ def narrow(
         CalibrationError: a weight or statistic that is not finite.
     """
     W, C, mu = checked(W, C, mu, gradient)
-    scale = float(C.diagonal().mean())
-    scale = scale if scale > 0 else 1.0
-    C = C / scale  # so that V is of the order of 1, whatever the units of x
-    C = C + _RIDGE * torch.diag(C.diagonal() + _RIDGE)
+    C, scale = _damped(C)
     F = sensitivity(W, gradient)
     order = _order(F, C)
     L = torch.linalg.cholesky(C[order][:, order])
     V = torch.zeros_like(C)
     V[:, order] = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
     return Spectrum.of(W[:, order] @ L, V, scale * (F[:, order] @ L).square().sum(0), W, mu, beta)
+
+
+def ranked(W: torch.Tensor, M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order the inputs of a weight W (m, n) as `narrow` does, where a bias cannot be added, in float64.
+
+    M (n, n) is the second moment of the inputs, in the place of C, and mu is zero.
+
+    Returns:
+        The inputs (n,) in the order in which they are chosen, and the error E|W (x - x')|^2 (n + 1,) where 0, 1, ..., n stay.
+
+    Raises:
+        NotFiniteError: a weight or moment that is not finite.
+    """
+    W, M, _ = checked(W, M, M.new_zeros(len(M)), None)
+    C, scale = _damped(M)
+    order = _order(W, C)
+    values = scale * (W[:, order] @ torch.linalg.cholesky(C[order][:, order])).square().sum(0)
+    return order, torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
+
+
+def compensated(W: torch.Tensor, M: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Return B (m, k), the weight of the inputs `kept` (k,) of W (m, n) that makes up for the others, in float64 (`ranked`)."""
+    C, _ = _damped(M.double())
+    L = torch.linalg.cholesky(C[kept][:, kept])
+    return torch.cholesky_solve(C[kept] @ W.double().T, L).T
+
+
+def _damped(C: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return C over its mean diagonal, with a ridge, and that mean: V is then of the order of 1, whatever the units of x."""
+    scale = float(C.diagonal().mean())
+    scale = scale if scale > 0 else 1.0
+    C = C / scale
+    return C + _RIDGE * torch.diag(C.diagonal() + _RIDGE), scale
 
 
 def _order(F: torch.Tensor, C: torch.Tensor) -> torch.Tensor:

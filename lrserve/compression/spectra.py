@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from lrserve.compression.calibrate import read_expert_statistics, read_statistics
-from lrserve.compression.experts import KeptExperts
+from lrserve.compression.experts import KeptExperts, rank_experts
 from lrserve.compression.factorize import Factors, GradientOf, Spectrum, factorize, moved
 from lrserve.compression.groups import Group, Mixture
 from lrserve.compression.level import Level
@@ -65,7 +65,7 @@ def write_spectra(
 ) -> None:
     """Factorize every group at every rank, one file per block; blocks that are already there are kept.
 
-    Of a mixture, the order of its experts and the errors of removing them are written.
+    Of a mixture, the order of its experts and of their neurons, and the errors of removing them, are written.
 
     One group at a time is factorized on the model's device, or on the CPU where it does not fit there. A group whose decomposition
     fails or is not finite in float32 has a spectrum of NaN (`SpectrumStore.not_finite`).
@@ -89,8 +89,9 @@ def write_spectra(
             for group in members:
                 if isinstance(group, Mixture):
                     assert statistics is not None
-                    found = read_expert_statistics(statistics, group)
-                    tensors |= {f"{group.name}.experts": found.order(), f"{group.name}.errors": found.errors().float()}
+                    down = model.get_submodule(group.members[0]).down_proj
+                    found = rank_experts(group, down, read_expert_statistics(statistics, group))
+                    tensors |= {f"{group.name}.{field}": tensor for field, tensor in found.items()}
                     continue
                 weight, bias = stacked_weight(model, group)
                 tensors |= _stored(group, decompose, weight, bias)
@@ -124,10 +125,13 @@ def _path(folder: Path, layer: int) -> Path:
 
 
 class SpectrumStore:
-    """Reads spectra back. Tensors are views of the file's memory map: what is not touched is not read."""
+    """Reads spectra back. Tensors are views of the file's memory map: what is not touched is not read.
 
-    def __init__(self, folder: Path, groups: Sequence[Group]) -> None:
-        self.folder = folder
+    `statistics` is the folder that they were made from; narrower experts are made from it.
+    """
+
+    def __init__(self, folder: Path, groups: Sequence[Group], statistics: Path | None = None) -> None:
+        self.folder, self._statistics = folder, statistics
         self.groups = {group.name: group for group in groups}
         self._errors: dict[str, torch.Tensor] | None = None
 
@@ -153,15 +157,20 @@ class SpectrumStore:
 
     def kept(self, mixture: Mixture, level: Level) -> KeptExperts:
         """Return what a mixture keeps at a level."""
-        experts, _ = mixture.sizes(level)
-        return KeptExperts(self._read(mixture.name, "experts")[:experts].sort().values)
+        count, width = mixture.sizes(level)
+        experts = self._read(mixture.name, "experts")[:count].sort().values
+        if width == mixture.n:
+            return KeptExperts(experts)
+        assert self._statistics is not None
+        neurons = self._read(mixture.name, "neurons")[experts, :width]
+        return KeptExperts(experts, neurons, read_expert_statistics(self._statistics, mixture))
 
     def not_finite(self) -> frozenset[str]:
         """Return the names of the groups that have no finite spectrum, and so no factors."""
         return frozenset(name for name, errors in self.errors().items() if not torch.isfinite(errors).all())
 
     def errors(self) -> dict[str, torch.Tensor]:
-        """Return every group's expected squared error at ranks 0..k (`Spectrum.errors`), of a mixture where 0..E experts stay."""
+        """Return every group's expected squared error at ranks 0..k (`Spectrum.errors`), of a mixture those of `rank_experts`."""
         if self._errors is None:
             self._errors = {
                 name: self._read(name, "errors").double() if isinstance(group, Mixture) else self.spectrum(name).errors()

@@ -137,16 +137,18 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     batch = min(recipe.calibration.batch_tokens, calibration)
     units = [unit for unit in job.units if not isinstance(unit, Mixture)]
     largest = max(max(group.n, min(group.m, group.n)) for group in units)
-    covariances = 4 * sum(group.n**2 for group in job.groups)
+    mixtures = [unit for unit in job.units if isinstance(unit, Mixture)]
+    of_experts = [4 * mixture.experts * mixture.n**2 for mixture in mixtures]
+    covariances = 4 * sum(group.n**2 for group in job.groups) + sum(of_experts)
     moments = 4 * sum(min(group.n, group.m) ** 2 for group in job.groups if group.kind in settings.fisher)
     spectra = 4 * sum(unit.full_rank * (unit.m + unit.n) for unit in units)
+    cubes = sum(unit.full_rank**3 for unit in units) + sum(unit.experts * unit.n**3 for unit in mixtures)
     feeding = sum(unit.fed_by.m * unit.fed_by.n for unit in units if unit.fed_by)
     trained = 4 * (sum(unit.full_rank * (unit.m if unit.fed_by else unit.m + unit.n) for unit in units) + feeding)
     activations = 20 * batch * hidden * job.dtype.itemsize
     compiled = recipe.engine.runtime == "vllm" and not recipe.engine.enforce_eager
     start = _ONNX_START if recipe.engine.runtime == "onnx" else _COMPILED_START if compiled else _EAGER_START
     run = workload_seconds(recipe.workloads, forward)
-    cubes = sum(unit.full_rank**3 for unit in units)
     refined = settings.refine_tokens or calibration // 4
     engine, held = weights + ENGINE_BYTES, holding(job)
 
@@ -155,7 +157,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
             "2 calibrate",
             _CALIBRATE * calibration * forward.decoder,
             2 * calibration * hidden * job.dtype.itemsize + covariances,
-            weights + activations + 3 * 4 * largest**2,
+            weights + activations + 3 * 4 * largest**2 + max(of_experts, default=0),
         )
     ]
     if settings.fisher:

@@ -247,7 +247,7 @@ def factorize_groups(job: Job, model: Any, statistics: Path, gradients: Gradient
         decompose = features(statistics, gradient_reader(job, gradients))
         write_spectra(model, job.units, decompose, stage, statistics=statistics, progress=progress)
     job.say(f"3/6 factorize: {len(job.units)} groups at every rank{reused(before, job.layers)}")
-    return SpectrumStore(stage, job.units)
+    return SpectrumStore(stage, job.units, statistics)
 
 
 def _export(job: Job, rendered: Rendered, exporters: Sequence[Exporter], staging: Path) -> None:
