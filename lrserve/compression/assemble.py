@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lrserve.compression.calibrate import memory_map
-from lrserve.compression.experts import ExpertSource, keep_experts
+from lrserve.compression.experts import ExpertSource, keep_mixtures
 from lrserve.compression.factorize import Factors, FactorSource
-from lrserve.compression.groups import Group, Mixture, Structure, family_of
+from lrserve.compression.groups import Group, Mixture, Structure
 from lrserve.compression.layers import LowRankLinear, exact_names
 from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
 from lrserve.compression.lowrank import (
@@ -82,14 +82,6 @@ def compress_model(
     round_parameters(model, dtype)
     if rounding is not None:
         _round_weights(model, changed, rounding, kept, kept_rows)
-    return model
-
-
-def keep_mixtures(model: Any, changed: Sequence[tuple[Group, Level]], source: ExpertSource) -> Any:
-    """Leave the mixtures of a dense model the experts that their levels say, and return the model."""
-    for unit, level in changed:
-        if isinstance(unit, Mixture):
-            keep_experts(model, unit, family_of(model.config), source.kept(unit, level))
     return model
 
 

@@ -14,7 +14,7 @@ that makes up for the others (`narrow.ranked`). f_e has no bias, so second momen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lrserve.compression.covariance import exact_products
-from lrserve.compression.groups import ExpertNames, Family, Mixture
+from lrserve.compression.groups import ExpertNames, Family, Group, Mixture, family_of
 from lrserve.compression.level import Level
 from lrserve.compression.narrow import compensated, ranked
 from lrserve.errors import CalibrationError, NotFiniteError
@@ -96,7 +96,7 @@ class ExpertAccumulator:
         """Do nothing: the sums do not depend on pools."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return what `add` needs, on the CPU: the float64 sums by name."""
+        """Return what `add` needs, on the CPU: the sums by name."""
         return {name: total.cpu() for name, total in self._sums.items()}
 
     def add(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -248,3 +248,12 @@ def keep_experts(model: Any, mixture: Mixture, family: Family, kept: KeptExperts
         weight = torch.zeros_like(rows)
         weight[: len(chosen)] = rows[chosen]
         model.get_submodule(mixture.router).weight = nn.Parameter(weight, requires_grad=rows.requires_grad)
+
+
+def keep_mixtures(model: Any, changed: Iterable[tuple[Group, Level]], source: ExpertSource) -> Any:
+    """Leave the mixtures among some units of a dense model what their levels say, and return the model."""
+    family = family_of(model.config)
+    for unit, level in changed:
+        if isinstance(unit, Mixture):
+            keep_experts(model, unit, family, source.kept(unit, level))
+    return model

@@ -157,7 +157,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
             "2 calibrate",
             _CALIBRATE * calibration * forward.decoder,
             2 * calibration * hidden * job.dtype.itemsize + covariances,
-            weights + activations + 3 * 4 * largest**2 + max(of_experts, default=0),
+            weights + activations + 3 * 4 * largest**2 + 2 * max(of_experts, default=0),
         )
     ]
     if settings.fisher:

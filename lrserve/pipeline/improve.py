@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from lrserve.allocation.plan import Plan
-from lrserve.compression.assemble import PlanSource, keep_mixtures
+from lrserve.compression.assemble import PlanSource
+from lrserve.compression.experts import keep_mixtures
 from lrserve.compression.factorize import GradientOf
 from lrserve.compression.groups import Mixture
 from lrserve.compression.propagate import propagation
@@ -60,9 +61,8 @@ def improve_factors(
     2. where the plan rounds weights to fewer than 8 bits: round, and repair the rounded model block by block
     3. recover: distil the dense model into the factors or, where the plan rounds weights, into the rounded model
 
-    Experts stay as the plan leaves them: the second and the third step run with those that are left, the first with all. A step in
-    which a number is not finite is left out. `team` is that of a process that recovers with others; None starts such
-    processes if the job has several.
+    Experts stay as the plan leaves them. A step in which a number is not finite is left out. `team` is that of a process that
+    recovers with others; None starts such processes if the job has several.
     """
     settings = job.recipe.factorization
     everything = plan.changed(job.units)
@@ -84,10 +84,13 @@ def improve_factors(
     identity: dict[str, Any] = {"factors": store.folder.name, "plan": fingerprint(plan.key()), "seed": seed}
     model = job.source.load(job.dtype)
 
+    def prepare(block: int) -> None:
+        keep_mixtures(model, [(unit, level) for unit, level in everything if unit.layer == block], store)
+
     def walked(name: str, step: Step, **inputs: Any) -> TrainedFactors:
         stage = folder.stage(name, {**identity, "windows": tensor_sha256(windows), **inputs})
         with progress_bar(job.layers, f"5/6 {name}") as progress:
-            found = walk(model, ranks, windows, stage, step, batch_tokens=batch, progress=progress)
+            found = walk(model, ranks, windows, stage, step, batch_tokens=batch, prepare=prepare, progress=progress)
         identity["factors"] = stage.name
         return found.beside(store)
 

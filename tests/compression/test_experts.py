@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 import lrserve  # noqa: F401 - registers the quantizer
 from lrserve.compression.assemble import MergedLevels, compress_model
 from lrserve.compression.calibrate import calibrate, merge_statistics, read_expert_statistics
-from lrserve.compression.experts import ExpertAccumulator, ExpertStatistics, FewerExpertsRouter, rank_experts
+from lrserve.compression.experts import ExpertAccumulator, ExpertStatistics, FewerExpertsRouter, keep_mixtures, rank_experts
 from lrserve.compression.groups import Group, Mixture, find_mixtures, find_units
 from lrserve.compression.level import DENSE, Level
 from lrserve.compression.lowrank import install_low_rank
 from lrserve.compression.narrow import compensated
+from lrserve.compression.sequential import Block, walk
 from lrserve.compression.spec import GroupSpec, quantization_config, specs_of
 from lrserve.compression.spectra import SpectrumStore, features, write_spectra
 from lrserve.errors import ArtifactError, CalibrationError, NotFiniteError
@@ -222,6 +223,28 @@ def test_a_router_without_the_rows_of_removed_experts_shows_its_sizes() -> None:
     [mixture, _] = find_mixtures(model)
     router = model.get_submodule(mixture.router)
     assert "experts=3 of 4" in repr(FewerExpertsRouter(router, router.weight.data, 3))
+
+
+def test_blocks_are_improved_behind_the_experts_that_stay(tmp_path: Path) -> None:
+    store, mixtures = made("MixtralForCausalLM", tmp_path)
+    changed = removals(mixtures)
+    ranks = [(unit, 16) for unit in store.groups.values() if unit.kind == "o"]
+    model, inputs = dense_model("MixtralForCausalLM"), list[torch.Tensor]()
+
+    def step(block: Block) -> Any:
+        inputs.append(block.compressed_inputs.clone())
+        return block.install(store, block.ranks)
+
+    def prepare(index: int) -> None:
+        keep_mixtures(model, [(unit, level) for unit, level in changed if unit.layer == index], store)
+
+    walk(model, ranks, WINDOWS, tmp_path / "walk", step, batch_tokens=48, prepare=prepare)
+    plan = [*changed, *((unit, Level(rank)) for unit, rank in ranks)]
+    compressed = compress_model(dense_model("MixtralForCausalLM"), plan, "low_rank", store, torch.float32)
+    with torch.no_grad():
+        states = compressed(WINDOWS, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(inputs[1], states[1], rtol=1e-4, atol=1e-4)
+    assert isinstance(model.get_submodule(mixtures[0].router), type(dense_model("MixtralForCausalLM").model.layers[0].mlp.gate))
 
 
 @pytest.mark.parametrize(
