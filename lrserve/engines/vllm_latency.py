@@ -11,7 +11,6 @@ from typing import Any, Final
 import torch
 from torch import nn
 from vllm.config import set_current_vllm_config
-from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -71,6 +70,8 @@ def _build(entry: Entry, dtype: torch.dtype) -> Layer:
 
 def _experts(entry: Entry, dtype: torch.dtype, rows: int, vllm_config: Any) -> Layer:
     """Build a mixture of experts to which a router with random logits sends as many rows each, and that router."""
+    from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
+
     apart = copy.copy(vllm_config)  # in which vLLM keeps track of this layer, and not in the engine's own
     apart.compilation_config = copy.copy(vllm_config.compilation_config)
     apart.compilation_config.static_forward_context, apart.compilation_config.static_all_moe_layers = {}, []

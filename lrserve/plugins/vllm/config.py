@@ -124,14 +124,11 @@ class LrserveConfig(QuantizationConfig):
         return alone
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """Choose the method of one layer; None (vLLM's default) for what is neither a linear nor experts, such as embeddings."""
-        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+        """Choose the method of one layer; None (vLLM's default) for what is not listed and no linear, such as embeddings."""
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-        if isinstance(layer, RoutedExperts):
-            return self._method_of_experts(layer, prefix)
         if not isinstance(layer, LinearBase):
-            return None
+            return self._method_of_experts(layer, prefix)
         from lrserve.plugins.vllm.apart import PerShardMethod
         from lrserve.plugins.vllm.layers import LowRankLinearMethod, StockMethod
 
@@ -145,16 +142,20 @@ class LrserveConfig(QuantizationConfig):
         return (StockMethod if specs[0].structure in ("dense", "narrow_out") else LowRankLinearMethod)(prefix, specs[0])
 
     def _method_of_experts(self, layer: nn.Module, prefix: str) -> Any:
-        """Choose the method of a mixture of experts; None where it is dense.
+        """Choose the method of a mixture of experts; None where it is dense, and for any other layer.
 
         Raises:
-            ArtifactError: config.json lists a linear layer there.
+            ArtifactError: config.json lists another kind of layer there.
         """
-        from lrserve.plugins.vllm.experts import MixtureMethod
-
         spec = self.groups.get(prefix.removeprefix(_DRAFT_PREFIX))
         if spec is None:
             return None
-        if spec.structure != "experts":
-            raise ArtifactError(f"{prefix}: config.json lists {spec.structure}, vLLM has experts there. Export the artifact again")
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+        from lrserve.plugins.vllm.experts import MixtureMethod
+
+        if spec.structure != "experts" or not isinstance(layer, RoutedExperts):
+            raise ArtifactError(
+                f"{prefix}: config.json lists {spec.structure}, vLLM has {type(layer).__name__} there. Export the artifact again"
+            )
         return MixtureMethod(prefix, spec, layer)
