@@ -84,12 +84,13 @@ def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: s
 
 
 def _resize(model: Any, name: str, spec: GroupSpec, prefix: str) -> None:
-    names = family_of(model.config).experts
-    layer = name.removeprefix(prefix).removesuffix(f".{names.fused}") if names is not None else name
+    """Let a mixture have as many experts, and neurons in each, as its spec says."""
+    names, own = family_of(model.config).experts, name.removeprefix(prefix)
     try:
-        if names is None or layer == name.removeprefix(prefix):
+        if names is None or not own.endswith(f".{names.fused}"):
             raise AttributeError("no mixture of experts has this name")
-        resize_experts(model.get_submodule(layer), names, model.config, spec.experts, spec.rank)
+        layer = model.get_submodule(own.removesuffix(f".{names.fused}"))
+        resize_experts(layer, names, model.config, spec.experts, spec.rank)
     except AttributeError as error:
         raise ArtifactError(f"{name}: config.json names a layer that the model does not have ({error})") from None
     except ValueError as error:
