@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from exporters.companions import copy_companions, without_code
-from lrserve.compression.groups import ORDERED, family_of
+from lrserve.compression.experts import size_of_experts
+from lrserve.compression.groups import ORDERED, ExpertNames, family_of
 from lrserve.compression.layers import LowRankLinear, RoundedLinear, exact_names
 from lrserve.compression.spec import NEEDS_LRSERVE, WEIGHTS_ENTRY, GroupSpec, leaves, quantization_config
 from lrserve.errors import ArtifactError
@@ -106,7 +107,17 @@ def low_rank_groups(model: Any) -> dict[str, GroupSpec]:
                     )
                 narrowed = replace(feeding, rank=spec.rank, structure="narrow_out", stacked=fused.stacked)
                 groups[prefix + fused.fused] = narrowed
+        if family.experts is not None and family.experts_in(layer) is not None:
+            groups |= _mixture(prefix, layer, family.experts, model.config)
     return groups
+
+
+def _mixture(prefix: str, layer: nn.Module, names: ExpertNames, config: Any) -> dict[str, GroupSpec]:
+    """Describe the mixture of experts of a decoder layer, by its name, if it is not dense."""
+    if (sizes := size_of_experts(layer, names, config)) is None:
+        return {}
+    experts, width = sizes
+    return {prefix + names.fused: GroupSpec(width, leaves([names.experts]), "experts", experts=experts)}
 
 
 def _spec(prefix: str, members: Sequence[str], layer: LowRankLinear | RoundedLinear) -> GroupSpec:

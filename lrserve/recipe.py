@@ -258,8 +258,8 @@ class Search(_Frozen):
     rank_step: Annotated[int, Field(ge=1), "ranks"] | None = None
     """Ranks are multiples of this. null is 16 on a CPU and 64 on a GPU, which suits their kernels."""
     width_step: Annotated[int, Field(ge=1), "neurons"] | None = None
-    """Numbers of neurons that an MLP keeps are multiples of this. null is `rank_step`; where that is null too, 16 on a CPU and 256
-    on a GPU."""
+    """Numbers of neurons that an MLP or an expert keeps are multiples of this. null is `rank_step`; where that is null too, 16 on a
+    CPU and 256 on a GPU."""
     depth_groups: Annotated[int, Field(ge=1), "runs of layers"] = 3
     """Runs of consecutive layers that share one multiplier for each kind of layer."""
     probe_tokens: Annotated[int, Field(ge=64), "tokens"] = 1024

@@ -14,7 +14,20 @@ from transformers import AutoConfig
 
 from exporters.onnx_families import FAMILIES as ONNX_FAMILIES
 from exporters.vllm import low_rank_groups
-from lrserve.compression.groups import FAMILIES, KINDS, STRUCTURES, Group, GroupNames, Stored, Structure, allocated, find_groups
+from lrserve.compression.experts import resize_experts
+from lrserve.compression.groups import (
+    FAMILIES,
+    KINDS,
+    STRUCTURES,
+    Group,
+    GroupNames,
+    Mixture,
+    Stored,
+    Structure,
+    allocated,
+    find_groups,
+    find_mixtures,
+)
 from lrserve.compression.layers import IdentityBlock
 from lrserve.compression.level import SCHEMES, Level, Precision
 from lrserve.compression.lowrank import install_low_rank, keep_outputs, load_residual, load_rounded
@@ -36,6 +49,9 @@ MULTIMODAL = [name for name in FAMILIES_TESTED if FAMILIES[name].multimodal]
 """The LLM is inside; what reads images is tiny too."""
 WITH_MLPS = [name for name in FAMILIES_TESTED if FAMILIES[name].experts is None]
 """The others have mixtures of experts in the place of their MLPs."""
+WITH_EXPERTS = [name for name in FAMILIES_TESTED if name not in WITH_MLPS]
+EXPERTS_KEPT: Final = ((3, 1.0), None, (4, 0.5), (2, 0.5), None)
+"""By layer, in turns: the number of experts of four that stay, and the part of their neurons; None is dense."""
 RENDERED = sorted(ONNX_FAMILIES)
 """Families that the ONNX graph knows."""
 SERVED_IN_TESTS: Final = (
@@ -222,6 +238,10 @@ def factorized_model(
         unit = units[own].get(group.name)
         if unit is not None and (group.layer != 1 or group.kind in ("qkv", "down")):
             specs |= specs_of([(unit, Level(16 + 8 * (index % 4) + 4 * group.layer))], own)
+    for mixture in find_mixtures(model):
+        if kept := EXPERTS_KEPT[mixture.layer % len(EXPERTS_KEPT)]:
+            width = round(kept[1] * mixture.n)
+            specs[mixture.name] = GroupSpec(width, leaves(mixture.members), "experts", experts=kept[0])
     if apart and (alone := apart_specs(1, architecture)):
         del specs[f"{FAMILIES[architecture].layers}.1.self_attn.qkv_proj"]
         specs |= alone
@@ -319,12 +339,32 @@ def apart_specs(layer: int, architecture: str = "LlamaForCausalLM") -> dict[str,
 
 
 def install(model: Any, specs: dict[str, GroupSpec]) -> None:
-    """`install_low_rank`, where MLPs with fewer neurons keep their first ones."""
+    """`install_low_rank`, where MLPs and experts with fewer neurons keep their first ones, and mixtures their last experts."""
     groups = {group.name: group for group in find_groups(model)}
-    install_low_rank(model, specs)
+    mixtures = {mixture.name: mixture for mixture in find_mixtures(model)}
+    for name, mixture in mixtures.items():
+        if name in specs:
+            keep_first_neurons(model, mixture, specs[name])
+    install_low_rank(model, {name: spec for name, spec in specs.items() if name not in mixtures})
     for name, spec in specs.items():
         if spec.structure == "narrow_out":
             keep_outputs(model, groups[name], torch.arange(spec.rank))
+
+
+def keep_first_neurons(model: Any, mixture: Mixture, spec: GroupSpec) -> None:
+    """Leave a mixture its last experts, and each of them its first neurons."""
+    experts, router = model.get_submodule(mixture.members[0]), model.get_submodule(mixture.router)
+    family = FAMILIES[model.config.architectures[0]]
+    assert family.experts is not None
+    layer = model.get_submodule(f"{family.layers}.{mixture.layer}")
+    resize_experts(layer, family.experts, model.config, spec.experts, spec.rank)
+    smaller, kept = model.get_submodule(mixture.members[0]), slice(mixture.experts - spec.experts, None)
+    with torch.no_grad():
+        gate, up = experts.gate_up_proj[kept].chunk(2, dim=1)
+        smaller.gate_up_proj.copy_(torch.cat([gate[:, : spec.rank], up[:, : spec.rank]], dim=1))
+        smaller.down_proj.copy_(experts.down_proj[kept, :, : spec.rank])
+        rows = router.weight[kept].clone()
+        model.get_submodule(mixture.router).weight.zero_()[: spec.experts] = rows
 
 
 def write_artifact(model: Any, folder: Path) -> Path:

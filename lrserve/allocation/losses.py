@@ -23,7 +23,7 @@ from lrserve.compression.groups import Group
 from lrserve.compression.level import Level, Precision
 
 Errors = Mapping[str, torch.Tensor]
-"""For each unit an error or a loss at every rank, float64 (k + 1,)."""
+"""For each unit an error or a loss at every rank, or number of experts, float64 (k + 1,) (`Group.error_index`)."""
 Losses = Mapping[str, Mapping[Level, float]]
 """For each unit the expected loss of every level that it can have, in nats."""
 
@@ -43,8 +43,10 @@ def least_loss(fit: BudgetFit, of_ranks: Errors, budget: float) -> Plan:
     """
     levels = {unit.name: [level for _, level in fit.levels(unit.name) if level.weights is None] for unit in fit.groups}
     losses = {
-        name: {level: 0.0 if level.rank is None else float(of_ranks[name][level.rank]) for level in own}
-        for name, own in levels.items()
+        unit.name: {
+            level: 0.0 if level.rank is None else float(of_ranks[unit.name][unit.error_index(level)]) for level in levels[unit.name]
+        }
+        for unit in fit.groups
     }
     return fit.cheapest_loss(losses, budget, lambda name, level: level.weights is None)
 
@@ -126,7 +128,7 @@ def by_level(
     for unit in units:
         own = table[unit.name] = {}
         for level in levels[unit.name]:
-            loss = 0.0 if level.rank is None else float(of_ranks[unit.name][level.rank])
+            loss = 0.0 if level.rank is None else float(of_ranks[unit.name][unit.error_index(level)])
             if level.weights is not None:
                 found = rounding[unit.name][level.weights]
                 kept = level.rank / unit.n if unit.fed_by and level.rank is not None else 1.0

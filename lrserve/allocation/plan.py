@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
-from lrserve.compression.groups import STRUCTURES, Group, Structure
+from lrserve.compression.groups import STRUCTURES, Group, Mixture, Structure
 from lrserve.compression.level import DENSE, PRECISIONS, SCHEMES, Level, Precision
 from lrserve.errors import InfeasibleTargetError, InputError
 
@@ -29,7 +29,8 @@ _FORMAT_VERSION = 3
 class Plan:
     """The one representation of a decision: each unit's level by name, and the structure of those that are not dense.
 
-    With the structure `narrow` the rank of a `down` unit is the number of neurons that its MLP keeps (`groups.allocated`).
+    With the structure `narrow` the rank of a `down` unit is the number of neurons that its MLP keeps (`groups.allocated`), and with
+    every structure that of a mixture the number of neurons that its experts keep together (`groups.Mixture`).
     `embedding` is what the embedding and the output layer are rounded to.
     """
 
@@ -159,6 +160,8 @@ class Offers:
         """List the levels of one unit, dense last."""
         if group.name in self.dense:
             return [DENSE]
+        if isinstance(group, Mixture):
+            return [*group.levels(self.width_step or self.step), DENSE]
         step = self.width_step or self.step if group.stored_as(self.structure) == "narrow_in" else self.step
         ranks: list[int | None] = [*rank_choices(group, step, self.structure), None]
         levels = [
@@ -330,10 +333,14 @@ class BudgetFit:
 
 
 def _ascending(levels: Sequence[tuple[float, Level]], weights: Precision | None) -> list[tuple[float, Level]]:
-    """Return the levels of one precision without residuals whose cost is below that of the dense structure's, and that one."""
+    """Return the levels of one precision without residuals whose cost is below that of the dense structure's, and that one.
+
+    Those of a mixture, which come in two ways, are in the order of their costs.
+    """
     own = [(cost, level) for cost, level in levels if level.weights == weights and not level.residual]
     dense = [cost for cost, level in own if level.rank is None]
-    return [(cost, level) for cost, level in own if level.rank is None or cost < min(dense, default=math.inf)]
+    found = [(cost, level) for cost, level in own if level.rank is None or cost < min(dense, default=math.inf)]
+    return sorted(found, key=lambda pair: pair[0]) if any(level.experts for _, level in found) else found
 
 
 def _rate(cheaper: tuple[float, float, Level], dearer: tuple[float, float, Level]) -> float:

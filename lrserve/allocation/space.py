@@ -165,7 +165,7 @@ class SearchSpace:
             # the fastest plans may lie inside the margin: what is asked beyond them is cut back
             budget = max(self._speed.budget(trial.suggest_float("speedup", low, high)), self.fit.smallest_cost)
         scales = {name: multipliers[cell] for name, cell in self._cell_of.items()}
-        offered = {name: offers[cell] for name, cell in self._cell_of.items()}
+        offered = {name: self._offer_to(name, offers[cell]) for name, cell in self._cell_of.items()}
         if base == UNIFORM and (found := self._uniform(scales, offered, budget)) is not None:
             return found
         losses = self._losses[self.bases[0] if base == UNIFORM else base]
@@ -174,6 +174,11 @@ class SearchSpace:
             for name, own in self._time_losses.items()
         }
         return self.fit.cheapest_loss(scaled, budget, lambda name, level: _allows(offered[name], level))
+
+    def _offer_to(self, name: str, offer: str) -> str:
+        """Return what a cell's offer is to one of its units: no rounding, where the unit cannot have that precision."""
+        can = any(_allows(offer, level) for _, level in self.fit.levels(name))
+        return offer if can else UNROUNDED
 
     def _uniform(self, shares: Mapping[str, float], offered: Mapping[str, str], budget: float) -> Plan | None:
         """Return the plan of these shares, in the precisions offered or, if that is too dear, in the first one that is not."""

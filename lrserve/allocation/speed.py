@@ -23,7 +23,7 @@ from functools import partial
 from typing import Final
 
 from lrserve.allocation.plan import Offers, Plan
-from lrserve.compression.groups import Group, Stored
+from lrserve.compression.groups import Group, Mixture, Stored
 from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
 from lrserve.recipe import Workload, shares
 
@@ -39,7 +39,8 @@ class Shape:
     """A layer to time: n inputs, m outputs, and the rank of its factors (None: dense) and what they are stored as.
 
     `ordered`: an identity block need not reorder its inputs. `weights`: what its weights are rounded to. `residual`: rank of what
-    is added to a dense layer's.
+    is added to a dense layer's. `experts`, where it is not 0: of a mixture of so many experts with n inputs and m neurons, of which
+    the router chooses `active` for each row.
     """
 
     n: int
@@ -49,6 +50,8 @@ class Shape:
     ordered: bool = False
     weights: Precision | None = None
     residual: int = 0
+    experts: int = 0
+    active: int = 0
 
 
 def shapes_of(group: Group, level: Level, offers: Offers) -> list[Shape]:
@@ -56,6 +59,9 @@ def shapes_of(group: Group, level: Level, offers: Offers) -> list[Shape]:
 
     An MLP with fewer neurons is dense layers of other sizes.
     """
+    if isinstance(group, Mixture):
+        experts, width = group.sizes(level)
+        return [Shape(group.m, width, None, "experts", experts=experts, active=group.active)]
     rank, shape = level.rank, partial(Shape, weights=level.weights, residual=level.residual)
     if group.fed_by:
         kept = group.n if rank is None else rank
@@ -72,6 +78,8 @@ def measured_levels(group: Group, offers: Offers) -> list[Level]:
     fewer.
     """
     levels = offers.levels(group)
+    if isinstance(group, Mixture):
+        return levels
     found: list[Level] = []
     for weights in (*offers.precisions, None):
         own = [level for level in levels if level.weights == weights]
@@ -137,6 +145,21 @@ class _Curve:
         return column[i - 1] + part * (column[i] - column[i - 1]) + extra
 
 
+_CurveKind = tuple[Precision | None, bool]
+"""What the levels of one curve have in common: a precision, and whether experts are removed."""
+_Key = tuple[bool, tuple[Shape, ...], _CurveKind]
+
+
+def _curve_kind(level: Level) -> _CurveKind:
+    return level.weights, bool(level.experts)
+
+
+def _curves_of(group: Group, precisions: Sequence[Precision]) -> list[_CurveKind]:
+    if isinstance(group, Mixture):
+        return [(None, False), (None, True)]
+    return [(weights, False) for weights in (None, *precisions)]
+
+
 class SpeedModel:
     """Predicts the time of any plan of the offered levels, for a mix of workloads."""
 
@@ -153,7 +176,8 @@ class SpeedModel:
 
         The table holds `shapes_to_measure` of the same groups, offers and output layer (m, n) at `token_counts`; None is a layer
         that the engine cannot run. `offers` then has the precisions of which it can run every layer that was timed. A unit of
-        which a time is not finite stays dense, and is among the `untimed`; so does the output layer.
+        which a time is not finite, and a mixture that the engine cannot run, stay dense and are among the `untimed`. The output
+        layer stays dense as well if its time is not finite.
         """
         self.groups = list(groups)
         self._shares = shares(workloads)
@@ -175,17 +199,19 @@ class SpeedModel:
         )
         runnable = [p for p in offers.precisions if all(us is not None for shape, us in latencies.items() if shape.weights == p)]
         self.offers = replace(offers, precisions=tuple(runnable))
-        timed = {shape for shape, us in latencies.items() if us is None or all(map(math.isfinite, us.values()))}
+        timed = {
+            shape for shape, us in latencies.items() if (shape.weights if us is None else all(map(math.isfinite, us.values())))
+        }
         if output_layer and not timed.issuperset(output_layers(output_layer, offers)):
             self.offers = replace(self.offers, embedding=None)
         self.untimed = frozenset(group.name for group in self.groups if not timed.issuperset(self._shapes(group)))
         self.offers = replace(self.offers, dense=self.offers.dense | self.untimed)
         self._output_change = {name: self._output_layer(name, latencies, output_layer) for name in workloads}
-        self._curves: dict[tuple[bool, tuple[Shape, ...], Precision | None], _Curve] = {}
+        self._curves: dict[_Key, _Curve] = {}
         for group in self.groups:
-            for weights in (None, *runnable) if group.name not in self.untimed else ():
-                if (key := self._key(group, weights)) not in self._curves:
-                    self._curves[key] = self._curve(group, weights, latencies, token_counts(workloads))
+            for kind in _curves_of(group, runnable) if group.name not in self.untimed else ():
+                if (key := self._key(group, kind)) not in self._curves:
+                    self._curves[key] = self._curve(group, kind, latencies, token_counts(workloads))
 
     def _shapes(self, group: Group) -> set[Shape]:
         return {shape for level in measured_levels(group, self.offers) for shape in shapes_of(group, level, self.offers)}
@@ -193,11 +219,13 @@ class SpeedModel:
     def _curve(
         self,
         group: Group,
-        weights: Precision | None,
+        kind: _CurveKind,
         latencies: Mapping[Shape, Mapping[int, float] | None],
         counts: Sequence[int],
     ) -> _Curve:
-        levels = [level for level in measured_levels(group, self.offers) if level.weights == weights]
+        weights = kind[0]
+        levels = [level for level in measured_levels(group, self.offers) if level.rank is None or _curve_kind(level) == kind]
+        levels = [level for level in levels if level.weights == weights]
         factors = sorted((level for level in levels if level.rank is not None), key=lambda level: level.rank or 0)
 
         def microseconds(level: Level, rows: int) -> float:
@@ -267,7 +295,10 @@ class SpeedModel:
         for name in self._factors:
             pairs = []
             for plan, times in measured:
-                kept = sum(model._change(name, group, replace(level, rank=None)) for group, level in plan.changed(self.groups))
+                kept = sum(
+                    model._change(name, group, Level(None, level.weights, level.residual))
+                    for group, level in plan.changed(self.groups)
+                )
                 whole = sum(model._change(name, group, level) for group, level in plan.changed(self.groups))
                 pairs.append((whole - kept, times[name] - 1 - self._output_change[name] - kept))
             products, squares = sum(x * y for x, y in pairs), sum(x * x for x, _ in pairs)
@@ -289,13 +320,13 @@ class SpeedModel:
                 factors[precision] = max(time - 1 - self._output_change[name] + before, _TRUST) / after
         return factors
 
-    def _key(self, group: Group, weights: Precision | None) -> tuple[bool, tuple[Shape, ...], Precision | None]:
-        return group.ordered, tuple(shapes_of(group, DENSE, self.offers)), weights
+    def _key(self, group: Group, kind: _CurveKind) -> _Key:
+        return group.ordered, tuple(shapes_of(group, DENSE, self.offers)), kind
 
     def _table(self, name: str, group: Group, level: Level) -> float:
         if group.name in self.untimed:
             return 0.0  # it stays dense in every plan, and only changes count
-        curve = self._curves[self._key(group, level.weights)]
+        curve = self._curves[self._key(group, _curve_kind(level))]
         return sum(weight * curve.microseconds(level, rows) for rows, weight in self._weights[name].items())
 
     def _change(self, name: str, group: Group, level: Level) -> float:

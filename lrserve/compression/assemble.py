@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 import torch
 from torch import nn
 
+from lrserve.compression.experts import ExpertSource, keep_mixtures
 from lrserve.compression.factorize import Factors, FactorSource
 from lrserve.compression.filed import Filed
-from lrserve.compression.groups import Group, Structure
+from lrserve.compression.groups import Group, Mixture, Structure
 from lrserve.compression.layers import LowRankLinear, exact_names
 from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
 from lrserve.compression.lowrank import (
@@ -35,12 +36,16 @@ from lrserve.compression.structure import structured
 _IN_MEMORY: Final = Filed()
 
 
+class PlanSource(FactorSource, ExpertSource, Protocol):
+    """Where all comes from that a plan puts into a model."""
+
+
 @torch.no_grad()
 def compress_model(
     model: Any,
     changed: Sequence[tuple[Group, Level]],
     structure: Structure,
-    source: FactorSource,
+    source: PlanSource,
     dtype: torch.dtype,
     rounding: Rounding | None = None,
     filed: Filed = _IN_MEMORY,
@@ -54,11 +59,13 @@ def compress_model(
         model: the dense model.
         changed: the units that a plan changes, and their levels.
         structure: of the plan.
-        source: gives the factors of the units that have a rank.
+        source: gives the factors of the units that have a rank, and the experts that mixtures keep.
         dtype: of what is not rounded to fewer bits.
         rounding: rounds weights; needed where a level says so.
         filed: where the new weights are.
     """
+    keep_mixtures(model, changed, source)
+    changed = [(unit, level) for unit, level in changed if not isinstance(unit, Mixture)]
     ranks = [(unit, level.rank) for unit, level in changed if level.rank is not None]
     specs, orders, kept = specs_of([(unit, Level(rank)) for unit, rank in ranks], structure), [], {}
     kept_rows: dict[str, torch.Tensor] = {}
@@ -182,7 +189,14 @@ class MergedLevels:
             for unit in units
             for group in parts(unit)
             for member in group.members
+            if not isinstance(group, Mixture)
             for linear in [model.get_submodule(member)]
+        }
+        self._mixtures = {
+            name: model.get_submodule(name)
+            for unit in units
+            if isinstance(unit, Mixture)
+            for name in (unit.members[0], unit.router)
         }
 
     def to(self, device: torch.device | str) -> None:
@@ -203,7 +217,9 @@ class MergedLevels:
                 continue
             self._restore(unit)
             self._levels[name] = DENSE
-            if level != DENSE:
+            if isinstance(unit, Mixture):
+                keep_mixtures(self.model, [(unit, level)] if level != DENSE else [], self._store)
+            elif level != DENSE:
                 factors = None if level.rank is None else self._store.cut(name, level.rank)
                 if level.weights is None:
                     assert factors is not None
@@ -336,6 +352,10 @@ class MergedLevels:
         for handle in self._hooks[unit.name]:
             handle.remove()
         self._hooks[unit.name] = []
+        if isinstance(unit, Mixture):
+            for name in (unit.members[0], unit.router):
+                self.model.set_submodule(name, self._mixtures[name])
+            return
         for group in parts(unit):
             for member in group.members:
                 linear = self.model.get_submodule(member)

@@ -1,10 +1,11 @@
-"""The block-by-block pass that collects each fused group's input covariance.
+"""The block-by-block pass that collects each fused group's input covariance, and the statistics of experts.
 
 1. The embedding layer turns the calibration windows into hidden states, kept on disk as a memory map, in the model's dtype.
 2. A rehearsal with every decoder block replaced by a recorder learns the keyword arguments (masks, rotary embeddings) that
    the model hands to each block: they depend on the window length only, not on the tokens.
 3. Block by block: the hidden states go through block i in batches; a hook on the first member of each group sees the group's
-   input and adds it to the group's accumulator, pool by pool. The block's outputs go to a second memory map.
+   input and adds it to the group's accumulator, pool by pool. A hook on a mixture of experts sees what is routed to each. The
+   block's outputs go to a second memory map.
 4. The block's statistics are published as one safetensors file. Only then are the states before the block removed, so an
    interrupted pass resumes at the block where it stopped.
 
@@ -29,13 +30,14 @@ from safetensors import safe_open
 from torch import nn
 
 from lrserve.compression.covariance import Covariance, CovarianceAccumulator
-from lrserve.compression.groups import Group, family_of
+from lrserve.compression.experts import ExpertAccumulator, ExpertStatistics
+from lrserve.compression.groups import Group, Mixture, family_of
 from lrserve.compression.transfer import Receiver, sent
 from lrserve.errors import CalibrationError
 from lrserve.storage.store import publish, write_tensors
 
 _FIELDS = ("C", "mu", "pool_means", "pool_tokens")
-_SUMS = ("scatter", "sums", "sizes")  # of `CovarianceAccumulator.state`
+_EXPERT_FIELDS = ("tokens", "saliency", "error", "moments")
 
 
 class PassThrough(nn.Module):
@@ -187,7 +189,7 @@ def calibrate(
 
     Args:
         model: a dense causal LM of a known family.
-        groups: its groups, from `find_groups`.
+        groups: its groups, and its mixtures of experts, in layer order (`find_units`).
         windows: calibration tokens, int64 (sequences, length).
         folder: private to this pass; what is found there must come from the same model and windows.
         pool_sequences: sequences in one pool.
@@ -234,11 +236,15 @@ def calibrate(
     for index in range(start, len(layers)):
         block = layers[index]
         members = [group for group in groups if group.layer == index]
-        accumulators = {group.name: CovarianceAccumulator(group.n, device) for group in members}
+        accumulators = {group.name: _accumulator(group, device) for group in members}
         hooks, feeds = [], []
         if collect:
             for group in members:
-                feeds.append(_Feed(accumulators[group.name], token_weights and token_weights(group)))
+                own = accumulators[group.name]
+                if isinstance(own, ExpertAccumulator):
+                    hooks.append(model.get_submodule(group.members[0]).register_forward_pre_hook(own.hook))
+                    continue
+                feeds.append(_Feed(own, token_weights and token_weights(group)))
                 hooks.append(model.get_submodule(group.members[0]).register_forward_pre_hook(feeds[-1]))
         before = memory_map(states_path(folder, index), shape, dtype)
         after = memory_map(unfinished, shape, dtype)
@@ -269,11 +275,15 @@ def calibrate(
     return start
 
 
-def _publish(path: Path, statistics: dict[str, Covariance]) -> None:
+def _accumulator(group: Group, device: torch.device | str = "cpu") -> CovarianceAccumulator | ExpertAccumulator:
+    return ExpertAccumulator(group, device) if isinstance(group, Mixture) else CovarianceAccumulator(group.n, device)
+
+
+def _publish(path: Path, statistics: dict[str, Covariance | ExpertStatistics]) -> None:
     tensors: dict[str, torch.Tensor] = {}
-    for name, covariance in statistics.items():
-        for field in _FIELDS:
-            value = getattr(covariance, field).cpu()
+    for name, found in statistics.items():
+        for field in _FIELDS if isinstance(found, Covariance) else _EXPERT_FIELDS:
+            value = getattr(found, field).cpu()
             tensors[f"{name}.{field}"] = value.float() if value.is_floating_point() else value
     write_tensors(path, tensors)
 
@@ -288,7 +298,7 @@ def merge_statistics(
 
     Args:
         parts: the folders of these passes, in the order of their pools.
-        groups: the model's groups.
+        groups: those of the passes.
         folder: where the statistics go; private to these inputs.
         progress: called with the number of blocks that are done.
 
@@ -306,11 +316,15 @@ def merge_statistics(
     return reused
 
 
-def _merged(paths: Sequence[Path], group: Group) -> Covariance:
-    whole = CovarianceAccumulator(group.n)
+def _merged(paths: Sequence[Path], group: Group) -> Covariance | ExpertStatistics:
+    whole = _accumulator(group)
     for path in paths:
         with safe_open(path, framework="pt") as file:
-            whole.merge(CovarianceAccumulator.from_state({field: file.get_tensor(f"{group.name}.{field}") for field in _SUMS}))
+            state = {field: file.get_tensor(f"{group.name}.{field}") for field in whole.state()}
+        if isinstance(whole, ExpertAccumulator):
+            whole.add(state)
+        else:
+            whole.merge(CovarianceAccumulator.from_state(state))
     return whole.finish()
 
 
@@ -320,8 +334,21 @@ def read_statistics(folder: Path, group: Group) -> Covariance:
     Raises:
         CalibrationError: the calibration that should have written them did not finish.
     """
+    return Covariance(**_read(folder, group, _FIELDS))
+
+
+def read_expert_statistics(folder: Path, mixture: Mixture) -> ExpertStatistics:
+    """Read the statistics of one layer's experts back, float32.
+
+    Raises:
+        CalibrationError: as `read_statistics`.
+    """
+    return ExpertStatistics(**_read(folder, mixture, _EXPERT_FIELDS))
+
+
+def _read(folder: Path, group: Group, fields: Sequence[str]) -> dict[str, torch.Tensor]:
     path = statistics_path(folder, group.layer)
     if not path.is_file():
         raise CalibrationError(f"{path} is missing: the calibration did not finish; run the same command again")
     with safe_open(path, framework="pt") as file:
-        return Covariance(**{field: file.get_tensor(f"{group.name}.{field}") for field in _FIELDS})
+        return {field: file.get_tensor(f"{group.name}.{field}") for field in fields}

@@ -7,6 +7,7 @@ A (r, n) and one stacked B (m, r), of which each member owns its rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeGuard, get_args
@@ -20,16 +21,19 @@ if TYPE_CHECKING:  # recipes name kinds and structures, and are read without tor
 Kind = Literal["qkv", "o", "gate_up", "down"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
-Stored = Literal["identity_block", "low_rank", "narrow_in", "narrow_out", "dense"]
+Stored = Literal["identity_block", "low_rank", "narrow_in", "narrow_out", "dense", "experts"]
 """What a compressed group is stored as (docs/methods.md, "Structures").
 
-In this order: B (x_J + T x_Jc) + b, B (A x) + b, fewer inputs, fewer outputs, and W x + b, whose weight is only rounded.
+In this order: B (x_J + T x_Jc) + b, B (A x) + b, fewer inputs, fewer outputs, W x + b, whose weight is only rounded, and a mixture
+of fewer or narrower experts.
 """
 STORED: Final = get_args(Stored)
 
 Structure = Literal["identity_block", "low_rank", "narrow"]
 """What a plan makes of the groups: all of them factors of one kind, or MLPs with fewer neurons and two factors elsewhere."""
 STRUCTURES: Final = get_args(Structure)
+
+_EXPERT_LEVELS: Final = 16
 
 ORDERED: Final[Mapping[str, str]] = {"down": "gate_up"}
 """Kinds whose inputs may come in any order, and the kind that they come from: each of its linears gives all of them, and only
@@ -50,6 +54,19 @@ class GroupNames:
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """Names of a mixture of experts inside a decoder layer.
+
+    `experts` and `router` are modules of transformers. `fused` is the module that vLLM builds for the experts; config.json lists
+    the mixture by it.
+    """
+
+    experts: str
+    router: str
+    fused: str
+
+
+@dataclass(frozen=True)
 class Family:
     """Where an architecture keeps its decoder layers, and the fused groups inside one layer, by kind.
 
@@ -57,7 +74,7 @@ class Family:
     to its last rows, if it has more of them than the group has inputs. A kind without one is left out: the norms of Gemma multiply
     by 1 + w, and OLMo 2 has none before its linears.
 
-    `experts`: where a layer keeps a mixture of experts, if it has one in the MLP's place. Experts stay as they are.
+    `experts`: where a layer keeps a mixture of experts, if it has one in the MLP's place.
 
     `multimodal`: the decoder layers are those of an LLM inside a model that reads images too. What reads them stays as it is.
     """
@@ -65,13 +82,13 @@ class Family:
     layers: str
     groups: Mapping[str, GroupNames]
     scaled_by: Mapping[str, str]
-    experts: str | None = None
+    experts: ExpertNames | None = None
     multimodal: bool = False
 
     def experts_in(self, layer: nn.Module) -> nn.Module | None:
         """Return the experts of a decoder layer, None if it has none."""
         try:
-            return None if self.experts is None else layer.get_submodule(self.experts)
+            return None if self.experts is None else layer.get_submodule(self.experts.experts)
         except AttributeError:
             return None
 
@@ -133,8 +150,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
         # Not down: the activation stands between.
         scaled_by={kind: _LLAMA_LIKE.scaled_by[kind] for kind in ("qkv", "o", "gate_up")},
     ),
-    "MixtralForCausalLM": replace(_LLAMA_LIKE, experts="mlp.experts"),
-    "Qwen3MoeForCausalLM": replace(_LLAMA_LIKE, experts="mlp.experts"),
+    "MixtralForCausalLM": replace(_LLAMA_LIKE, experts=ExpertNames("mlp.experts", "mlp.gate", "block_sparse_moe.experts")),
+    "Qwen3MoeForCausalLM": replace(_LLAMA_LIKE, experts=ExpertNames("mlp.experts", "mlp.gate", "mlp.experts")),
     "Gemma3ForConditionalGeneration": _inside(_SCALED_BY_LINEARS),
     "Mistral3ForConditionalGeneration": _inside(_LLAMA_LIKE),
     "Qwen2_5_VLForConditionalGeneration": _inside(_LLAMA_LIKE),
@@ -204,6 +221,10 @@ class Group:
             return "narrow_in" if self.fed_by else "low_rank"
         return structure
 
+    def error_index(self, level: Level) -> int:
+        """Return the place of a level in a tensor of errors (`SpectrumStore.errors`): its rank."""
+        return self.full_rank if level.rank is None else level.rank
+
     def parameters(self, rank: int | None, stored: Stored) -> int:
         """Parameters stored for this group; the dense linears' for `None`.
 
@@ -260,8 +281,81 @@ class Group:
         return self.n if self.fed_by else min(self.m, self.n)
 
 
+@dataclass(frozen=True)
+class Mixture(Group):
+    """The experts of one decoder layer: gated MLPs of `n` neurons and `m` outputs. The router chooses `active` of them for a token.
+
+    A plan removes experts, or leaves each of them fewer neurons. A rank is the number of neurons that all experts keep together.
+    `members` is the module of the experts in transformers, and `router` that of their router, which is not counted here.
+    """
+
+    experts: int = 0
+    active: int = 0
+    router: str = ""
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of all experts."""
+        return self.parameters(self.full_rank, "experts")
+
+    @property
+    def full_rank(self) -> int:
+        """Neurons of all experts."""
+        return self.experts * self.n
+
+    def stored_as(self, structure: Structure) -> Stored:
+        """Return what a plan of any structure makes of it."""
+        return "experts"
+
+    def parameters(self, rank: int | None, stored: Stored) -> int:
+        """Parameters of `rank` neurons: of each a row of gate, a row of up and a column of down."""
+        return 3 * self.m * (self.full_rank if rank is None else rank)
+
+    def bias_entries(self, rank: int | None, stored: Stored) -> int:
+        """Return 0: there are no biases."""
+        return 0
+
+    def can_round(self, rank: int | None, weights: Precision, stored: Stored) -> bool:
+        """Return False: experts are not rounded."""
+        return False
+
+    def fewer(self, experts: int) -> Level:
+        """Return the level at which so many experts stay."""
+        return Level(experts * self.n, experts=experts)
+
+    def narrower(self, neurons: int) -> Level:
+        """Return the level at which every expert keeps so many neurons."""
+        return Level(self.experts * neurons)
+
+    def sizes(self, level: Level) -> tuple[int, int]:
+        """Return the number of experts at a level, and the neurons of each."""
+        experts = level.experts or self.experts
+        return experts, self.n if level.rank is None else level.rank // experts
+
+    def levels(self, step: int) -> list[Level]:
+        """List the levels below dense.
+
+        They are numbers of experts, no smaller than what the router chooses, and multiples of `step` as numbers of neurons of each:
+        at most `_EXPERT_LEVELS` of both, evenly spread.
+        """
+        counts, widths = range(self.active, self.experts), range(step, self.n, step)
+        return [make(size) for make, sizes in ((self.fewer, counts), (self.narrower, widths)) for size in _spread(sizes)]
+
+    def error_index(self, level: Level) -> int:
+        """Return the place of a level in a tensor of errors: the number of experts or, behind those, of the neurons of each."""
+        experts, neurons = self.sizes(level)
+        return experts if level.experts or level.rank is None else self.experts + 1 + neurons
+
+
+def _spread(sizes: range) -> range:
+    return sizes[:: max(1, math.ceil(len(sizes) / _EXPERT_LEVELS))]
+
+
 def allocated(groups: Sequence[Group], structure: Structure) -> list[Group]:
-    """List what a plan of that structure decides on: the groups, or with `narrow` attention's groups and each MLP as one."""
+    """List what a plan of that structure decides on: the groups, or with `narrow` attention's groups and each MLP as one.
+
+    Mixtures of experts are units of every structure.
+    """
     if structure != "narrow":
         return list(groups)
     feeding = {(group.layer, group.kind): group for group in groups if group.kind in ORDERED.values()}
@@ -330,6 +424,41 @@ def is_dense(module: object) -> TypeGuard[nn.Linear]:
     from torch import nn
 
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def find_mixtures(model: Any) -> list[Mixture]:
+    """List the mixtures of experts of a dense causal LM in layer order; the model may live on the meta device.
+
+    Raises:
+        UnsupportedModelError: unknown architecture.
+    """
+    family = family_of(model.config)
+    found: list[Mixture] = []
+    for index, layer in enumerate(model.get_submodule(family.layers).children()):
+        experts = family.experts_in(layer)
+        if family.experts is None or experts is None:
+            continue
+        prefix = f"{family.layers}.{index}."
+        count, hidden, width = experts.get_parameter("down_proj").shape
+        found.append(
+            Mixture(
+                name=prefix + family.experts.fused,
+                kind="experts",
+                layer=index,
+                members=(prefix + family.experts.experts,),
+                out_features=(hidden,),
+                in_features=width,
+                experts=count,
+                active=int(model.config.num_experts_per_tok),
+                router=prefix + family.experts.router,
+            )
+        )
+    return found
+
+
+def find_units(model: Any) -> list[Group]:
+    """List the fused groups and the mixtures of experts of a dense causal LM in layer order (`find_groups`, `find_mixtures`)."""
+    return sorted([*find_groups(model), *find_mixtures(model)], key=lambda group: group.layer)
 
 
 def find_groups(model: nn.Module) -> list[Group]:

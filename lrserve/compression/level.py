@@ -54,22 +54,25 @@ SCHEMES: Final[Mapping[Precision, Scheme]] = {
 class Level:
     """What becomes of one unit of a plan.
 
-    rank: of its factors, or the neurons that its MLP keeps; None leaves it dense.
+    rank: of its factors, or the neurons that its MLP, or all experts of its mixture, keep; None leaves it dense.
     weights: what its stored weights are rounded to; None keeps the dtype that is served.
     residual: rank of B A beside the rounded weights.
+    experts: how many experts of a mixture stay, with these neurons; None keeps all.
     """
 
     rank: int | None = None
     weights: Precision | None = None
     residual: int = 0
+    experts: int | None = None
 
     def __str__(self) -> str:
         parts = ["dense" if self.rank is None else f"rank {self.rank}", *([self.weights] if self.weights else [])]
+        parts += [f"in {self.experts} experts"] * bool(self.experts)
         return " ".join(parts) + (f" + residual {self.residual}" if self.residual else "")
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form, without what has its default."""
-        values = {"rank": self.rank, "weights": self.weights, "residual": self.residual}
+        values = {"rank": self.rank, "weights": self.weights, "residual": self.residual, "experts": self.experts}
         return {name: value for name, value in values.items() if value}
 
     @classmethod
@@ -79,17 +82,22 @@ class Level:
         Raises:
             ValueError: an unknown entry, or a value that no level can have.
         """
-        level = cls(**data) if set(data) <= {"rank", "weights", "residual"} else None
+        level = cls(**data) if set(data) <= {"rank", "weights", "residual", "experts"} else None
         if level is None or not all(
             (
                 level.rank is None or (type(level.rank) is int and level.rank > 0),
                 level.weights in (None, *PRECISIONS),
                 type(level.residual) is int and level.residual >= 0,
                 level.weights is not None or not level.residual,
+                level.experts is None or _divides(level.experts, level.rank),
             )
         ):
             raise ValueError(f"{dict(data)} is not a level")
         return level
+
+
+def _divides(experts: Any, rank: int | None) -> bool:
+    return type(experts) is int and experts > 0 and rank is not None and rank % experts == 0
 
 
 DENSE: Final = Level()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lrserve.compression.experts import resize_experts
 from lrserve.compression.factorize import Factors
 from lrserve.compression.groups import ORDERED, Group, family_of, is_dense
 from lrserve.compression.layers import (
@@ -30,6 +31,7 @@ from lrserve.errors import ArtifactError, CalibrationError
 def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: str = "") -> None:
     """Replace the dense linears of every listed group by layers with uninitialised factors, rounded weights and residuals.
 
+    Mixtures of experts get as many experts, of as many neurons, as they are listed with, uninitialised.
     Linears that lose outputs are left as they are: uninitialised on the meta device, else for `keep_outputs` and `load_rounded`.
 
     `prefix` is cut off the group names first: a base model loaded from a causal LM's checkpoint has no `model.` level.
@@ -38,6 +40,9 @@ def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: s
         ArtifactError: a listed group whose linears the model does not have, or whose weights cannot be rounded in those groups.
     """
     for name, spec in specs.items():
+        if spec.structure == "experts":
+            _resize(model, name, spec, prefix)
+            continue
         parent_name, _, leaf = name.removeprefix(prefix).rpartition(".")
         linears: list[nn.Linear] = []
         try:
@@ -76,6 +81,20 @@ def install_low_rank(model: nn.Module, specs: Mapping[str, GroupSpec], prefix: s
             setattr(parent, member, layer)
         if spec.residual and (spec.structure != "narrow_out" or weight.is_meta):
             _add_residual(parent, leaf, spec.members, spec.residual)
+
+
+def _resize(model: Any, name: str, spec: GroupSpec, prefix: str) -> None:
+    """Let a mixture have as many experts, and neurons in each, as its spec says."""
+    names, own = family_of(model.config).experts, name.removeprefix(prefix)
+    try:
+        if names is None or not own.endswith(f".{names.fused}"):
+            raise AttributeError("no mixture of experts has this name")
+        layer = model.get_submodule(own.removesuffix(f".{names.fused}"))
+        resize_experts(layer, names, model.config, spec.experts, spec.rank)
+    except AttributeError as error:
+        raise ArtifactError(f"{name}: config.json names a layer that the model does not have ({error})") from None
+    except ValueError as error:
+        raise ArtifactError(f"{name}: {error}. Export the artifact again") from None
 
 
 def _add_residual(parent: nn.Module, leaf: str, members: Sequence[str], rank: int) -> None:

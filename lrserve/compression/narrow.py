@@ -89,19 +89,12 @@ def narrow(
         NotFiniteError: a weight or statistic that is not finite.
     """
     require_finite(W, C, mu, gradient)
-    variance = C.diagonal().double()
-    unit = float(variance.mean())
-    variance = variance + _RIDGE * (variance + _RIDGE * (unit if unit > 0 else 1.0))
-    s = variance.sqrt()
-    R = (C / s[:, None].to(C)).div_(s.to(C)).fill_diagonal_(1.0)
+    R, s = _correlation(C)
     WR = (W.double() * s).to(C) @ R
-    F = sensitivity(W.double(), gradient) * s
-    size = float(F.square().mean().sqrt())
-    size = size if size > 0 else 1.0
-    order, worth = _order((F / size).float(), R.float())
+    order, worth = _ordered(sensitivity(W.double(), gradient) * s, R)
     return Neurons(
         order=order.int(),
-        eigenvalues=size**2 * worth.double(),
+        eigenvalues=worth,
         WR=WR,
         scales=s,
         offset=W.double() @ mu.double(),
@@ -109,6 +102,46 @@ def narrow(
         beta=WR.new_zeros(len(W)) if beta is None else beta.to(WR),
         C=C,
     )
+
+
+def ranked(W: torch.Tensor, M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order the inputs of a weight W (m, n) as `narrow` does, where a bias cannot be added.
+
+    M (n, n) is the second moment of the inputs, in the place of C, and mu is zero.
+
+    Returns:
+        The inputs (n,) in the order in which they are chosen, and the error E|W (x - x')|^2 (n + 1,) where 0, 1, ..., n stay.
+
+    Raises:
+        NotFiniteError: a weight or moment that is not finite.
+    """
+    require_finite(W, M, M.new_zeros(len(M)), None)
+    R, s = _correlation(M)
+    order, worth = _ordered(W.double() * s, R)
+    return order, tails(worth)
+
+
+def compensated(W: torch.Tensor, M: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Return B (m, k), the weight of the inputs `kept` (k,) of W (m, n) that makes up for the others, in float64 (`ranked`)."""
+    R, s = _correlation(M.double())
+    root = torch.linalg.cholesky(R[kept][:, kept])
+    return torch.cholesky_solve(R[kept] @ (W.double() * s).T, root).T / s[kept]
+
+
+def _correlation(C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return R (n, n), in C's dtype, and s (n,), in float64: of C with a ridge."""
+    variance = C.diagonal().double()
+    unit = float(variance.mean())
+    s = (variance + _RIDGE * (variance + _RIDGE * (unit if unit > 0 else 1.0))).sqrt()
+    return (C / s[:, None].to(C)).div_(s.to(C)).fill_diagonal_(1.0), s
+
+
+def _ordered(F: torch.Tensor, R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the inputs (n,) of F s (p, n) by what they are worth, and that (n,), float64; R is used up."""
+    size = float(F.square().mean().sqrt())
+    size = size if size > 0 else 1.0
+    order, worth = _order((F / size).float(), R.float())
+    return order, size**2 * worth.double()
 
 
 def _order(F: torch.Tensor, S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

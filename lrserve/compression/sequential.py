@@ -183,6 +183,7 @@ def walk(
     step: Step,
     *,
     batch_tokens: int,
+    prepare: Callable[[int], object] = lambda index: None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> TrainedFactors:
     """Improve each block's factors and return those of the whole plan.
@@ -192,6 +193,7 @@ def walk(
         ranks: the factorized groups with their ranks; within a block in the order in which the forward pass reaches them.
         windows, folder, batch_tokens, progress: as of `walk_blocks`.
         step: what happens to a block.
+        prepare: puts into the block of that number of `model`, in whose place a copy stands, what else is compressed there.
 
     Raises:
         CalibrationError: activations or factors that are not finite.
@@ -199,9 +201,12 @@ def walk(
 
     def improve(streams: Streams) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         own = [(group, rank) for group, rank in ranks if group.layer == streams.index]
+        compressed = _copy(streams.layers[streams.index])
+        with _standing_in(streams.layers, streams.index, compressed):
+            prepare(streams.index)
         if not own:
-            return streams.layers[streams.index], {}
-        block = Block(**vars(streams), ranks=own, compressed=_copy(streams.layers[streams.index]))
+            return compressed, {}
+        block = Block(**vars(streams), ranks=own, compressed=compressed)
         factors = {name: trainable.factors() for name, trainable in step(block).items()}
         return block.compressed, TrainedFactors(factors).tensors()
 

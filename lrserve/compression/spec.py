@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from lrserve.compression.groups import FAMILIES, ORDERED, STORED, Group, Stored, Structure
+from lrserve.compression.groups import FAMILIES, ORDERED, STORED, Group, Mixture, Stored, Structure
 from lrserve.compression.level import PRECISIONS, SCHEMES, Level, Precision
 from lrserve.errors import ArtifactError
 
@@ -41,7 +41,8 @@ class GroupSpec:
     linear carries that linear's own name, whether or not the engine multiplies it together with others. `ordered`: an identity
     block whose inputs arrive as J and then Jc, so that it has no `order`. `weights`: what the stored weights are rounded to, if
     they are. `residual`: rank of B A beside the rounded weights. `stacked`, where the structure is `narrow_out`: how many linears
-    lie one after the other in each member, as gate and up do where they are one tensor.
+    lie one after the other in each member, as gate and up do where they are one tensor. `experts`: how many there are, with `rank`
+    neurons each, where the structure is `experts`.
     """
 
     rank: int
@@ -51,6 +52,12 @@ class GroupSpec:
     weights: Precision | None = None
     residual: int = 0
     stacked: int = 1
+    experts: int = 0
+
+    @property
+    def kept(self) -> int:
+        """The rank that counts (`Group.parameters`): of a mixture the neurons of all its experts."""
+        return self.rank * (self.experts or 1)
 
     @property
     def rows(self) -> int:
@@ -66,7 +73,7 @@ class GroupSpec:
         """Return the JSON form."""
         rest = {"rank": self.rank, "members": list(self.members), "ordered": self.ordered}
         rest |= {"weights": self.weights, "residual": self.residual}
-        rest |= {"stacked": self.stacked if self.stacked > 1 else 0}
+        rest |= {"stacked": self.stacked if self.stacked > 1 else 0, "experts": self.experts}
         return {"structure": self.structure, **{name: value for name, value in rest.items() if value}}
 
 
@@ -123,7 +130,7 @@ def _parse(name: str, entry: Mapping[str, Any]) -> GroupSpec:
     structure: Any = entry.get("structure")
     rank, members = entry.get("rank"), entry.get("members")
     ordered, weights, residual = entry.get("ordered", False), entry.get("weights"), entry.get("residual", 0)
-    stacked = entry.get("stacked", 1)
+    stacked, experts = entry.get("stacked", 1), entry.get("experts", 0)
     if structure not in STORED:
         raise ArtifactError(
             f"{name}: unknown structure {reprlib.repr(structure)} in config.json; this lrserve reads {', '.join(STORED)}"
@@ -141,6 +148,10 @@ def _parse(name: str, entry: Mapping[str, Any]) -> GroupSpec:
         raise ArtifactError(f"{name}: stacked {reprlib.repr(stacked)} in config.json does not fit the structure {structure}")
     if structure == "narrow_out" and (name.rpartition(".")[2], tuple(members), stacked) not in _GIVE_NEURONS:
         raise ArtifactError(f"{name}: config.json removes neurons from a part of an MLP only. Export the artifact again")
+    if type(experts) is not int or (experts > 0) != (structure == "experts"):
+        raise ArtifactError(f"{name}: experts {reprlib.repr(experts)} in config.json does not fit the structure {structure}")
+    if experts and weights is not None:
+        raise ArtifactError(f"{name}: experts in config.json cannot have weights. Export the artifact again")
     if weights not in (None, *PRECISIONS):
         raise ArtifactError(
             f"{name}: unknown weights {reprlib.repr(weights)} in config.json; this lrserve reads {', '.join(PRECISIONS)}"
@@ -149,7 +160,7 @@ def _parse(name: str, entry: Mapping[str, Any]) -> GroupSpec:
         raise ArtifactError(f"{name}: residual {reprlib.repr(residual)} in config.json is not a positive integer")
     if residual and (weights is None or structure not in REPAIRED):
         raise ArtifactError(f"{name}: a residual in config.json needs weights, and one of the structures {', '.join(REPAIRED)}")
-    return GroupSpec(rank or 0, tuple(members), structure, ordered, weights, residual, stacked)
+    return GroupSpec(rank or 0, tuple(members), structure, ordered, weights, residual, stacked, experts)
 
 
 def _check_apart(specs: Mapping[str, GroupSpec]) -> None:
@@ -179,6 +190,10 @@ def specs_of(changed: Iterable[tuple[Group, Level]], structure: Structure) -> di
     """Say in the artifact's terms what a plan makes of the units that it changes; inputs are ordered wherever they can be."""
     specs: dict[str, GroupSpec] = {}
     for unit, level in changed:
+        if isinstance(unit, Mixture):
+            experts, width = unit.sizes(level)
+            specs[unit.name] = GroupSpec(width, leaves(unit.members), "experts", experts=experts)
+            continue
         whole = level.rank is None
         ordered = structure == "identity_block" and unit.ordered and not whole
         stored: Stored = "dense" if whole else unit.stored_as(structure)

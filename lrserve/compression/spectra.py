@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lrserve.compression.calibrate import read_statistics
+from lrserve.compression.calibrate import read_expert_statistics, read_statistics
+from lrserve.compression.experts import KeptExperts, rank_experts
 from lrserve.compression.factorize import Factors, GradientOf, Spectrum, factorize, moved, tails
-from lrserve.compression.groups import Group
+from lrserve.compression.groups import Group, Mixture
+from lrserve.compression.level import Level
 from lrserve.compression.narrow import Neurons, narrow
 from lrserve.errors import CalibrationError, NotFiniteError
 from lrserve.storage.store import write_tensors
@@ -63,9 +65,12 @@ def write_spectra(
     decompose: Decompose,
     folder: Path,
     *,
+    statistics: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Factorize every group at every rank, one file per block; blocks that are already there are kept.
+
+    Of a mixture, the order of its experts and of their neurons, and the errors of removing them, are written.
 
     One group at a time is factorized on the model's device, or on the CPU where it does not fit there. A group whose decomposition
     fails or is not finite in float32 has eigenvalues of NaN and nothing else (`SpectrumStore.not_finite`).
@@ -75,6 +80,7 @@ def write_spectra(
         groups: its groups.
         decompose: how a weight is factorized.
         folder: where the spectra go, float32; private to these inputs.
+        statistics: folder that `calibrate` filled; needed where `groups` has mixtures of experts.
         progress: called with the number of blocks that are done.
 
     Raises:
@@ -86,6 +92,12 @@ def write_spectra(
         if not path.is_file():
             tensors: dict[str, torch.Tensor] = {}
             for group in members:
+                if isinstance(group, Mixture):
+                    assert statistics is not None
+                    down = model.get_submodule(group.members[0]).down_proj
+                    found = rank_experts(group, down, read_expert_statistics(statistics, group))
+                    tensors |= {f"{group.name}.{field}": tensor for field, tensor in found.items()}
+                    continue
                 weight, bias = stacked_weight(model, group)
                 tensors |= _stored(group, decompose, weight, bias)
             write_tensors(path, tensors)
@@ -126,7 +138,7 @@ class SpectrumStore:
     Args:
         folder: what `write_spectra` filled.
         groups: the groups that it factorized.
-        statistics: folder of their statistics; needed to cut groups of which neurons are removed.
+        statistics: folder of their statistics; needed to cut groups of which neurons are removed, and narrower experts.
         device: where such a group is solved.
     """
 
@@ -156,14 +168,28 @@ class SpectrumStore:
         """Return a group's factors at one rank, float32."""
         return self.spectrum(name).cut(rank)
 
+    def kept(self, mixture: Mixture, level: Level) -> KeptExperts:
+        """Return what a mixture keeps at a level."""
+        count, width = mixture.sizes(level)
+        experts = self._read(mixture, ("experts",))["experts"][:count].sort().values
+        if width == mixture.n:
+            return KeptExperts(experts)
+        assert self._statistics is not None
+        neurons = self._read(mixture, ("neurons",))["neurons"][experts, :width]
+        return KeptExperts(experts, neurons, read_expert_statistics(self._statistics, mixture))
+
     def not_finite(self) -> frozenset[str]:
         """Return the names of the groups that have no finite spectrum, and so no factors."""
         return frozenset(name for name, errors in self.errors().items() if not torch.isfinite(errors).all())
 
     def errors(self) -> dict[str, torch.Tensor]:
-        """Return every group's expected squared error at ranks 0..k (`Spectrum.errors`)."""
+        """Return every group's expected squared error at ranks 0..k (`Spectrum.errors`), of a mixture those of `rank_experts`."""
         if self._errors is None:
-            self._errors = {name: tails(self._read(group, ("eigenvalues",))["eigenvalues"]) for name, group in self.groups.items()}
+            self._errors = {}
+            for name, group in self.groups.items():
+                field = "errors" if isinstance(group, Mixture) else "eigenvalues"
+                found = self._read(group, (field,))[field]
+                self._errors[name] = found.double() if isinstance(group, Mixture) else tails(found)
         return self._errors
 
     def _read(self, group: Group, fields: Sequence[str]) -> dict[str, torch.Tensor]:

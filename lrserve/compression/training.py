@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrserve.compression.experts import ExpertSource, KeptExperts
 from lrserve.compression.factorize import Factors, FactorSource
-from lrserve.compression.groups import Group
+from lrserve.compression.groups import Group, Mixture
+from lrserve.compression.level import Level
 from lrserve.compression.lowrank import keep_outputs
 from lrserve.compression.sharding import whole
 from lrserve.compression.spectra import stacked_weight
@@ -133,6 +135,23 @@ class TrainedFactors:
 
     def __init__(self, factors: Mapping[str, Factors]) -> None:
         self._factors = dict(factors)
+        self._experts: ExpertSource | None = None
+
+    def beside(self, experts: ExpertSource) -> TrainedFactors:
+        """Return these factors, with the mixtures' experts of another source: no improvement changes those."""
+        found = TrainedFactors(self._factors)
+        found._experts = experts
+        return found
+
+    def kept(self, mixture: Mixture, level: Level) -> KeptExperts:
+        """Return what a mixture keeps at a level.
+
+        Raises:
+            ValueError: these factors are not `beside` experts.
+        """
+        if self._experts is None:
+            raise ValueError(f"{mixture.name}: the improved factors have no experts")
+        return self._experts.kept(mixture, level)
 
     def cut(self, name: str, rank: int) -> Factors:
         """Return the group's factors.

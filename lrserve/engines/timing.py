@@ -36,7 +36,8 @@ _MAX_ROUNDS: Final = 100
 Entry = dict[str, Any]
 """A `Shape` as an object: `n`, `m`, `rank` (None for dense) and, of factors, `structure` and `ordered`.
 
-It may have `weights`, what the weights are rounded to, and `residual`, the rank of B A beside them; None and 0 are as absent.
+It may have `weights`, what the weights are rounded to, and `residual`, the rank of B A beside them; None and 0 are as absent. So it
+is with `experts` and `active`.
 """
 Row = list[float] | None
 """Microseconds of one layer by number of tokens; None of a layer that the engine cannot multiply by on this machine."""
@@ -120,6 +121,8 @@ def input_elements(entries: Sequence[Entry], tokens: Sequence[int]) -> int:
 def elements(entry: Entry) -> int:
     """Count the weights that a layer multiplies by."""
     n, m, rank = entry["n"], entry["m"], entry["rank"]
+    if entry.get("experts"):
+        return int(3 * entry["experts"] * n * m)
     return int(n * m if rank is None else factor_entries(m, n, rank, entry["structure"]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -38,10 +39,10 @@ def latency_table(
         return values[: count * n].view(count, n)
 
     def build(entry: Entry) -> Layer:
-        if not entry.get("weights"):
+        if not entry.get("weights") and not entry.get("experts"):
             return _build(entry, dtype)
         try:
-            layer = _build(entry, dtype)
+            layer = _experts(entry, dtype, max(tokens), vllm_config) if entry.get("experts") else _build(entry, dtype)
             layer(rows(1, entry["n"]))
         except Exception as error:  # of whatever kind vLLM's choice of a kernel, and that kernel, raise
             print(f"{entry}: {type(error).__name__}: {error}", file=sys.stderr)
@@ -65,6 +66,39 @@ def _build(entry: Entry, dtype: torch.dtype) -> Layer:
         return second.multiply(first.multiply(x))
 
     return factorized
+
+
+def _experts(entry: Entry, dtype: torch.dtype, rows: int, vllm_config: Any) -> Layer:
+    """Build a mixture of experts to which a router with random logits sends as many rows each, and that router."""
+    from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
+
+    apart = copy.copy(vllm_config)  # in which vLLM keeps track of this layer, and not in the engine's own
+    apart.compilation_config = copy.copy(vllm_config.compilation_config)
+    apart.compilation_config.static_forward_context, apart.compilation_config.static_all_moe_layers = {}, []
+    count, device = entry["experts"], current_platform.device_type
+    with set_current_vllm_config(apart):
+        runner = FusedMoEFactory(
+            num_experts=count,
+            top_k=entry["active"],
+            hidden_size=entry["n"],
+            intermediate_size=entry["m"],
+            params_dtype=dtype,
+            prefix="timed",
+        )
+        experts = runner.routed_experts.to(device)
+        _filled(experts, entry["n"] ** -0.5)
+        method = experts.quant_method
+        method.process_weights_after_loading(experts)
+    logits = torch.randn(rows, count, dtype=dtype, device=device)
+
+    def mixture(x: torch.Tensor) -> torch.Tensor:
+        weights, chosen = runner.router.select_experts(
+            hidden_states=x, router_logits=logits[: len(x)], topk_indices_dtype=method.topk_indices_dtype
+        )
+        y: Any = method.apply(experts, x, weights, chosen, None, None)
+        return y  # type: ignore[no-any-return]
+
+    return mixture
 
 
 def _repaired(multiply: Layer, entry: Entry, dtype: torch.dtype) -> Layer:

@@ -84,11 +84,11 @@ def calibrate_blocks(job: Job, model: Any, folder: WorkFolder, shard: Shard | No
     stage = folder.stage("calibration", inputs)
     with progress_bar(job.layers, "2/6 calibrate") as progress:
         if parts:
-            before = merge_statistics(parts, job.groups, stage, progress=progress)
+            before = merge_statistics(parts, job.observed, stage, progress=progress)
         else:
             before = calibrate(
                 model,
-                job.groups,
+                job.observed,
                 windows,
                 stage,
                 pool_sequences=settings.pool_sequences,

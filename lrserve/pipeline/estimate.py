@@ -12,7 +12,7 @@ import torch
 
 from lrserve.allocation.speed import calls, shapes_to_measure, token_counts
 from lrserve.compression.calibrate import Rehearsal, run_block
-from lrserve.compression.groups import family_of
+from lrserve.compression.groups import Mixture, family_of
 from lrserve.compression.logits import logits_of
 from lrserve.engines.onnx_provider import settled
 from lrserve.errors import reading
@@ -137,18 +137,21 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     hidden = int(job.source.config().get_text_config().hidden_size)
     calibration = job.windows["calibration"].numel()
     batch = min(recipe.calibration.batch_tokens, calibration)
-    largest = max(max(group.n, min(group.m, group.n)) for group in job.units)
-    covariances = 4 * sum(group.n**2 for group in job.groups)
+    units = [unit for unit in job.units if not isinstance(unit, Mixture)]
+    mixtures = [unit for unit in job.units if isinstance(unit, Mixture)]
+    largest = max(max(group.n, min(group.m, group.n)) for group in units)
+    of_experts = [4 * mixture.experts * mixture.n**2 for mixture in mixtures]
+    covariances = 4 * sum(group.n**2 for group in job.groups) + sum(of_experts)
     moments, kept = backward_bytes(job)
-    spectra = 4 * sum(unit.m * unit.n if unit.fed_by else unit.full_rank * (unit.m + unit.n) for unit in job.units)
-    solved = max(8 * unit.n**2 if unit.fed_by else 8 * 6 * unit.n**2 for unit in job.units)
-    feeding = sum(unit.fed_by.m * unit.fed_by.n for unit in job.units if unit.fed_by)
-    trained = 4 * (sum(unit.full_rank * (unit.m if unit.fed_by else unit.m + unit.n) for unit in job.units) + feeding)
+    spectra = 4 * sum(unit.m * unit.n if unit.fed_by else unit.full_rank * (unit.m + unit.n) for unit in units)
+    solved = max(8 * unit.n**2 if unit.fed_by else 8 * 6 * unit.n**2 for unit in units)
+    cubes = sum(unit.full_rank**3 for unit in units) + sum(unit.experts * unit.n**3 for unit in mixtures)
+    feeding = sum(unit.fed_by.m * unit.fed_by.n for unit in units if unit.fed_by)
+    trained = 4 * (sum(unit.full_rank * (unit.m if unit.fed_by else unit.m + unit.n) for unit in units) + feeding)
     activations = ACTIVATIONS * batch * hidden * job.dtype.itemsize
     compiled = recipe.engine.runtime == "vllm" and not recipe.engine.enforce_eager
     start = _ONNX_START if recipe.engine.runtime == "onnx" else _COMPILED_START if compiled else _EAGER_START
     run = workload_seconds(recipe.workloads, forward)
-    cubes = sum(unit.full_rank**3 for unit in job.units)
     refined = settings.refine_tokens or calibration // 4
     engine, held = weights + ENGINE_BYTES, holding(job)
 
@@ -157,7 +160,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
             "2 calibrate",
             _CALIBRATE * calibration * forward.decoder,
             2 * calibration * hidden * job.dtype.itemsize + covariances,
-            weights + activations + 3 * 4 * largest**2,
+            weights + activations + 3 * 4 * largest**2 + 2 * max(of_experts, default=0),
         )
     ]
     if settings.fisher:

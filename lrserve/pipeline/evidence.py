@@ -13,6 +13,7 @@ from typing import Any
 
 from lrserve.allocation.goal import pareto_front, rule, why_not
 from lrserve.allocation.study import importances, study_of, time_spent
+from lrserve.compression.groups import Mixture
 from lrserve.compression.spec import specs_of
 from lrserve.engines.runtimes import runtime_of
 from lrserve.pipeline.job import Job
@@ -39,6 +40,7 @@ def collect_metrics(
     """Return what metrics.json holds (docs/format.md)."""
     recipe = job.recipe
     plan = tuned.chosen.candidate.plan
+    levels = plan.changed(job.units)
     return {
         "made": made(),
         "model": {"name": job.source.title, "architecture": job.architecture, "licence": _licence(job)},
@@ -56,7 +58,11 @@ def collect_metrics(
             "embedding": plan.embedding,
             "embedding_loss": tuned.embedding_loss,
             "groups": len(job.units),
-            "factorized": sum(level.rank is not None for level in plan.levels.values()),
+            "factorized": sum(level.rank is not None for unit, level in levels if not isinstance(unit, Mixture)),
+            "fewer_experts": sum(level.experts is not None for _, level in levels),
+            "narrower_experts": sum(
+                level.rank is not None and level.experts is None for unit, level in levels if isinstance(unit, Mixture)
+            ),
             "rounded": dict(Counter(level.weights for level in plan.levels.values() if level.weights is not None)),
             "residuals": sum(level.residual > 0 for level in plan.levels.values()),
         },
@@ -129,7 +135,12 @@ def search_report(job: Job, tuned: Tuned) -> dict[str, Any]:
     plan = tuned.chosen.candidate.plan
     for unit in job.units:
         level, stored = plan.levels[unit.name], unit.stored_as(plan.structure)
-        cell: dict[str, Any] = {"layer": unit.layer, "rank": level.rank, "dense_rank": unit.full_rank}
+        rank, full, of = level.rank, unit.full_rank, None
+        if isinstance(unit, Mixture) and rank is not None:
+            rank, full, of = (
+                (level.experts, unit.experts, "experts") if level.experts else (unit.sizes(level)[1], unit.n, "neurons")
+            )
+        cell: dict[str, Any] = {"layer": unit.layer, "rank": rank, "dense_rank": full, "of": of}
         cell |= {"kept": unit.parameters(level.rank, stored) / unit.dense_parameters}
         kinds.setdefault(unit.kind, []).append({**cell, "weights": level.weights, "residual": level.residual})
     seconds, own = time_spent(study), [trial for trial in tuned.trials if trial.trial is not None]

@@ -7,7 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from lrserve.allocation.plan import Plan
-from lrserve.compression.factorize import FactorSource, GradientOf
+from lrserve.compression.assemble import PlanSource
+from lrserve.compression.experts import keep_mixtures
+from lrserve.compression.factorize import GradientOf
+from lrserve.compression.groups import Mixture
 from lrserve.compression.propagate import propagation
 from lrserve.compression.recover import Distilled, Recovered, Schedule, is_finished, recover
 from lrserve.compression.refine import adam
@@ -33,12 +36,12 @@ _PROPAGATED_RATIO = 0.3
 class Improved(NamedTuple):
     """What an improvement leaves.
 
-    factors: of the units that have a rank.
+    factors: of the units that have a rank, and the experts that mixtures keep.
     repairs: what to apply to the model that is rounded from them; None for nothing.
     done: the settings, and of a recovery its steps and divergences; empty if nothing was done.
     """
 
-    factors: FactorSource
+    factors: PlanSource
     repairs: Repairs | None
     done: dict[str, Any]
 
@@ -58,13 +61,15 @@ def improve_factors(
     2. where the plan rounds weights to fewer than 8 bits: round, and repair the rounded model block by block
     3. recover: distil the dense model into the factors or, where the plan rounds weights, into the rounded model
 
-    A step in which a number is not finite is left out. `team` is that of a process that recovers with others; None starts such
-    processes if the job has several.
+    Experts stay as the plan leaves them. A step in which a number is not finite is left out. `team` is that of a process that
+    recovers with others; None starts such processes if the job has several.
     """
-    settings, changed = job.recipe.factorization, plan.changed(job.units)
+    settings = job.recipe.factorization
+    everything = plan.changed(job.units)
+    changed = [(unit, level) for unit, level in everything if not isinstance(unit, Mixture)]
     ranks = [(unit, level.rank) for unit, level in changed if level.rank is not None]
     rounds = rounding is not None and any(level.weights is not None for _, level in changed)
-    factors: FactorSource = store
+    factors: PlanSource = store
     repairs: Repairs | None = None
     done: dict[str, Any] = {}
     propagate = settings.propagate
@@ -79,12 +84,18 @@ def improve_factors(
     identity: dict[str, Any] = {"factors": store.folder.name, "plan": fingerprint(plan.key()), "seed": seed}
     model = job.source.load(job.dtype)
 
+    def prepare(block: int) -> None:
+        keep_mixtures(model, [(unit, level) for unit, level in everything if unit.layer == block], store)
+
+    def load_student() -> Any:
+        return keep_mixtures(job.source.load(job.dtype), everything, store)
+
     def walked(name: str, step: Step, **inputs: Any) -> TrainedFactors:
         stage = folder.stage(name, {**identity, "windows": tensor_sha256(windows), **inputs})
         with progress_bar(job.layers, f"5/6 {name}") as progress:
-            found = walk(model, ranks, windows, stage, step, batch_tokens=batch, progress=progress)
+            found = walk(model, ranks, windows, stage, step, batch_tokens=batch, prepare=prepare, progress=progress)
         identity["factors"] = stage.name
-        return found
+        return found.beside(store)
 
     if propagate and ranks:
         with _if_finite("propagate", job.say):
@@ -126,8 +137,8 @@ def improve_factors(
                 if stage.name.startswith("distil"):
                     repairs, outcome = recover_rounded(model, student, changed, texts, stage, **how)
                 else:
-                    outcome = recover(model, lambda: job.source.load(job.dtype), ranks, factors, texts, stage, **how)
-                    factors = outcome.factors
+                    outcome = recover(model, load_student, ranks, factors, texts, stage, **how)
+                    factors = outcome.factors.beside(store)
             job.say(
                 f"5/6 recover: {outcome.steps} steps of {outcome.tokens} tokens, {outcome.tokens / texts.numel():.2g} times the "
                 f"text; KL divergence {outcome.first_divergence:.3f} to {outcome.last_divergence:.3f} nats on it"
@@ -166,9 +177,7 @@ def _if_finite(name: str, say: Say) -> Iterator[None]:
         say(f"5/6 {name}: given up, since {error}")
 
 
-def validate_improved(
-    job: Job, tuned: Tuned, improved: Improved, store: FactorSource, rounding: Rounding
-) -> tuple[Improved, float]:
+def validate_improved(job: Job, tuned: Tuned, improved: Improved, store: PlanSource, rounding: Rounding) -> tuple[Improved, float]:
     """Return what is kept of an improvement, and its validation perplexity, which is not above that of the search.
 
     Where all of it is worse than the search, the factors are tried without the repairs, and then given up.

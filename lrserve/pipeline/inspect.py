@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lrserve.allocation.plan import Plan
-from lrserve.compression.groups import allocated, as_listed, family_of, find_groups
+from lrserve.compression.groups import Mixture, allocated, as_listed, family_of, find_units
 from lrserve.compression.spec import QUANT_METHOD, GroupSpec, parse_groups, specs_of
 from lrserve.errors import ArtifactError, InputError, UnsupportedModelError, listed
 from lrserve.inputs.source import Source, model_folder, open_source
@@ -60,9 +60,10 @@ def inspect(model: str) -> str:
     sized = [[name.replace("_", " "), f"{u['dense']:,}", f"{u['compressed']:,}", f"{u['ratio']:.3f}"] for name, u in units]
     parts = [f"{found['path']}: {found['architecture']}", table(header, rows)]
     if own := found["experts"]:
+        counts, widths = (f"{low}" if low == high else f"{low} to {high}" for low, high in (own["kept"], own["neurons"]))
         parts.append(
-            f"mixtures of experts in {own['layers']} layers, of {own['experts']} experts with {own['active']} for a token: "
-            f"{own['parameters'] / 1e6:.1f} M parameters, which stay dense"
+            f"mixtures of experts in {own['layers']} layers, of {own['experts']} experts with {own['active']} for a token: they "
+            f"keep {counts} of {widths} neurons, {own['parameters'] / 1e6:.1f} M parameters"
         )
     if beside := found["image_parameters"]:
         parts.append(f"beside the LLM, to read images: {beside / 1e6:.1f} M parameters, which stay dense")
@@ -99,7 +100,7 @@ def describe(model: str) -> dict[str, Any]:
             return describe_unknown(source)
         source = open_source(model, accept=family_of)
     skeleton = source.skeleton()
-    groups = as_listed(find_groups(skeleton), specs)
+    groups = as_listed(find_units(skeleton), specs)
     kinds = {}
     for kind in dict.fromkeys(group.kind for group in groups):
         members = [group for group in groups if group.kind == kind]
@@ -122,7 +123,7 @@ def describe(model: str) -> dict[str, Any]:
         "architecture": type(skeleton).__name__,
         "supported": True,
         "groups": kinds,
-        "experts": experts(skeleton),
+        "experts": experts(skeleton, specs),
         "image_parameters": image_parameters(skeleton),
         "sizes": sizes(skeleton, specs, dtype.itemsize if dtype is not None else 4),
     }
@@ -192,7 +193,9 @@ def _plan_faults(out: Path, specs: Mapping[str, GroupSpec]) -> list[str]:
         plan = Plan.read(out / _PLAN)
     except InputError as error:
         raise ArtifactError(f"{error}; copy or export the artifact again") from error
-    units = {unit.name: unit for unit in allocated(find_groups(Source(name=str(out), path=out).skeleton()), plan.structure)}
+    found = allocated(find_units(Source(name=str(out), path=out).skeleton()), plan.structure)
+    # plans of older versions do not list the experts, which stayed dense
+    units = {unit.name: unit for unit in found if unit.name in plan.levels or not isinstance(unit, Mixture)}
     if units.keys() != plan.levels.keys():
         strange = sorted(units.keys() ^ plan.levels.keys())
         return [f"{_PLAN} is of another model: {listed(strange)}"]

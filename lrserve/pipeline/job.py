@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from lrserve.allocation.plan import Offers, Plan
-from lrserve.compression.assemble import compress_model
+from lrserve.compression.assemble import PlanSource, compress_model
 from lrserve.compression.embedding import round_embedding
-from lrserve.compression.factorize import FactorSource
 from lrserve.compression.filed import Filed
-from lrserve.compression.groups import Group, allocated, family_of, find_groups
+from lrserve.compression.groups import Group, Mixture, allocated, family_of, find_units
 from lrserve.compression.level import Precision
 from lrserve.compression.repair import Repairs
 from lrserve.compression.rounding import Rounding
@@ -30,22 +29,25 @@ from lrserve.report.console import Say
 _EMBEDDING_BLOCK = 32  # the hidden width of a rounded embedding is a multiple of this
 WORK_VERSION = 3
 """Version of the computation kept in work folders: raised when the same inputs would give other numbers."""
+_EXPERTS_VERSION = 1
+"""As WORK_VERSION, of what is collected of experts."""
 
 
 @dataclass(frozen=True)
 class Job:
     """A recipe with its model and texts opened.
 
-    `groups` are the model's, in layer order; `units` what a plan of the recipe's structure decides on. `parameters` are those of
-    the dense model, tied weights counted once. `output_layer` is the shape (m, n) of the output layer's weight. `windows` holds
-    int64 token windows by use: calibration, validation, report, prompts; `fingerprints` identify the content of the model and of
-    each text. `held_out` are the documents that nothing may be trained on. `filed` is where weights of compressed models are.
+    `observed` are the model's groups and mixtures of experts, in layer order; `groups` the groups alone; `units` what a plan of the
+    recipe's structure decides on. `parameters` are those of the dense model, tied weights counted once. `output_layer` is the shape
+    (m, n) of the output layer's weight. `windows` holds int64 token windows by use: calibration, validation, report, prompts;
+    `fingerprints` identify the content of the model and of each text. `held_out` are the documents that nothing may be trained on.
+    `filed` is where weights of compressed models are.
     """
 
     recipe: Recipe
     source: Source
     architecture: str
-    groups: list[Group]
+    observed: list[Group]
     parameters: int
     output_layer: tuple[int, int]
     windows: dict[str, torch.Tensor]
@@ -56,9 +58,14 @@ class Job:
     filed: Filed = field(default_factory=Filed)
 
     @property
+    def groups(self) -> list[Group]:
+        """The fused groups."""
+        return [group for group in self.observed if not isinstance(group, Mixture)]
+
+    @property
     def units(self) -> list[Group]:
         """What a plan allocates (`groups.allocated`)."""
-        return allocated(self.groups, self.recipe.structure)
+        return allocated(self.observed, self.recipe.structure)
 
     @property
     def offers(self) -> Offers:
@@ -92,7 +99,7 @@ class Job:
     @property
     def layers(self) -> int:
         """Number of decoder blocks."""
-        return max(group.layer for group in self.groups) + 1
+        return max(group.layer for group in self.observed) + 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,7 +115,8 @@ class Job:
     def calibration_inputs(self) -> dict[str, Any]:
         """Identify what the covariances depend on; JSON."""
         settings = self.recipe.calibration.model_dump(mode="json", exclude={"batch_tokens"})
-        return {**self.model_inputs(), "windows": tensor_sha256(self.windows["calibration"]), **settings}
+        experts = {"experts": _EXPERTS_VERSION} if len(self.observed) > len(self.groups) else {}
+        return {**self.model_inputs(), "windows": tensor_sha256(self.windows["calibration"]), **settings, **experts}
 
     def model_inputs(self) -> dict[str, Any]:
         """Identify the model and the dtype that it is used in; JSON."""
@@ -137,7 +145,7 @@ class Job:
     def compressed_model(
         self,
         plan: Plan,
-        factors: FactorSource,
+        factors: PlanSource,
         rounding: Rounding | None = None,
         repairs: Repairs | None = None,
         units: Sequence[Group] | None = None,
@@ -146,10 +154,9 @@ class Job:
 
         `repairs` are what an improvement left of these factors; `units` are the plan's, if they are no fused groups.
         """
-        changed = plan.changed(allocated(self.groups, plan.structure) if units is None else units)
-        compressed = compress_model(
-            self.source.load(self.dtype), changed, plan.structure, factors, self.dtype, rounding, self.filed
-        )
+        changed = plan.changed(allocated(self.observed, plan.structure) if units is None else units)
+        model = self.source.load(self.dtype)
+        compressed = compress_model(model, changed, plan.structure, factors, self.dtype, rounding, self.filed)
         if plan.embedding:
             round_embedding(compressed, plan.embedding, self.dtype)
         return compressed if repairs is None else repairs.apply(compressed)
@@ -175,7 +182,7 @@ def open_job(recipe: Recipe, say: Say) -> Job:
     require_known_tokens(source.path)
     skeleton = source.skeleton()
     of_text = config.get_text_config()
-    groups, rows = find_groups(skeleton), int(of_text.vocab_size)
+    observed, rows = find_units(skeleton), int(of_text.vocab_size)
     recipe = fitted(recipe, context_length(of_text, {recipe.engine.runtime, *recipe.export}), say)
     tokenizer = source.tokenizer()
     texts = load_texts(recipe.text.sources, recipe.text.validation, recipe.text.report, tokenizer)
@@ -223,7 +230,7 @@ def open_job(recipe: Recipe, say: Say) -> Job:
         recipe=recipe,
         source=source,
         architecture=config.architectures[0],
-        groups=groups,
+        observed=observed,
         parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
         output_layer=tuple(skeleton.get_output_embeddings().weight.shape),
         windows=windows,

@@ -74,8 +74,8 @@ def probe_units(
     """Measure what each unit alone does to the output when it keeps half of its parameters, and when it is rounded.
 
     Returns:
-        By unit, under `structure` the `rank` of the first and the KL divergence in nats; and by precision the divergence and, for
-        each rank of a residual, the share of the rounding's error that is `left`.
+        By unit, under `structure` the `rank` of the first (`Group.error_index`) and the KL divergence in nats; and by precision the
+        divergence and, for each rank of a residual, the share of the rounding's error that is `left`.
     """
     windows = _probe_windows(job)
     identity = {
@@ -109,7 +109,8 @@ def probe_units(
         def probe(unit: Group, weights: Precision | None) -> dict[str, Any]:
             if weights is None:
                 level = _half(unit, structures)
-                return {"rank": level.rank, "divergence": at(unit, level)}
+                rank = None if level.rank is None else unit.error_index(level)
+                return {"rank": rank, "divergence": at(unit, level)}
             try:
                 left = merged.left(unit, weights, offers.residuals) if SCHEMES[weights].bits < 8 else {}
                 return {"divergence": at(unit, Level(weights=weights)), "left": left}

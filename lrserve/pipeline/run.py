@@ -92,7 +92,7 @@ def compress_and_export(
     require_divisible(job)
     for exporter in [runtime_of(recipe.engine).exporter, *exporters]:  # it measures the plans, whatever is exported
         exporter.preflight(skeleton)
-    linears = sum(group.dense_parameters for group in job.groups)
+    linears = sum(group.dense_parameters for group in job.observed)
     say(
         f"1/6 open: {job.architecture}, {job.layers} layers, {len(job.groups)} fused groups, {linears / 1e6:.1f} M parameters in "
         f"linears; target {recipe.target}"
@@ -247,7 +247,8 @@ def factorize_groups(job: Job, model: Any, statistics: Path, gradients: Gradient
     )
     before = len(list(stage.glob("*.safetensors")))
     with progress_bar(job.layers, "3/6 factorize") as progress:
-        write_spectra(model, job.units, features(statistics, gradient_reader(job, gradients)), stage, progress=progress)
+        decompose = features(statistics, gradient_reader(job, gradients))
+        write_spectra(model, job.units, decompose, stage, statistics=statistics, progress=progress)
     job.say(f"3/6 factorize: {len(job.units)} groups at every rank{reused(before, job.layers)}")
     device = next(model.parameters()).device
     return SpectrumStore(stage, job.units, statistics, device)

@@ -42,14 +42,15 @@ _MARK_BYTES: Final = 1_000_000  # of what is kept in the cache, with room
 
 
 def require_divisible(job: Job) -> None:
-    """Check that the GPUs among which vLLM divides an MLP get equal parts of every number of neurons that a plan may keep.
+    """Check that the GPUs among which vLLM divides an MLP, or each expert, get equal parts of every number of neurons.
 
     Raises:
         InputError: `search.width_step` does not divide.
     """
     recipe, (_, width_step) = job.recipe, job.steps
     gpus = recipe.engine.tensor_parallel_size
-    if gpus == 1 or recipe.structure != "narrow" or "vllm" not in (recipe.engine.runtime, *recipe.export):
+    narrows = recipe.structure == "narrow" or len(job.observed) > len(job.groups)
+    if gpus == 1 or not narrows or "vllm" not in (recipe.engine.runtime, *recipe.export):
         return
     step = gpus * max([SCHEMES[precision].group or 1 for precision in job.precisions], default=1)
     if width_step % step:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import torch
 
-from lrserve.compression.groups import as_listed, find_groups
+from lrserve.compression.groups import as_listed, find_units
 from lrserve.compression.lowrank import install_low_rank
 from lrserve.compression.spec import QUANT_METHOD, GroupSpec, leaves, parse_groups
 from lrserve.compression.stored import Headers, read_headers, tensor_faults
@@ -75,7 +75,7 @@ def open_checkpoint(folder: Path) -> tuple[dict[str, GroupSpec], list[str]]:
 
 
 def _group_faults(skeleton: Any, specs: dict[str, GroupSpec]) -> list[str]:
-    groups = {group.name: leaves(group.members) for group in as_listed(find_groups(skeleton), specs)}
+    groups = {group.name: leaves(group.members) for group in as_listed(find_units(skeleton), specs)}
     return [
         f"{CONFIG} lists {name} of {shown(', '.join(spec.members))}, which is no group of the architecture"
         for name, spec in specs.items()

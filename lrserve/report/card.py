@@ -133,6 +133,8 @@ def made_of(metrics: Mapping[str, Any]) -> str:
     """Say what was done to the groups of linears."""
     plan = metrics["plan"]
     done = [f"{plan['factorized']} are {_STRUCTURES[plan['structure']]}"] * bool(plan["factorized"])
+    done += [f"{fewer} are mixtures of fewer experts" for fewer in [plan.get("fewer_experts")] if fewer]
+    done += [f"{narrower} are mixtures of narrower experts" for narrower in [plan.get("narrower_experts")] if narrower]
     done += [f"{count} have weights in {weights.partition('_')[0]}" for weights, count in plan["rounded"].items()]
     done += [f"{plan['residuals']} have a low-rank residual beside them"] * bool(plan["residuals"])
     return " and ".join(done) or "none is changed"

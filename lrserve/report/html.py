@@ -184,6 +184,8 @@ def _heat_map(plan: Mapping[str, Any], structure: str) -> str:
         f'<table class="heat{" many" if layers > _WIDE else ""}">' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
     )
     number = "rank, or the neurons of a narrow MLP" if structure == "narrow" else "rank"
+    if "experts" in plan["kinds"]:
+        number += ", or how many experts stay, or with an n the neurons of each expert"
     scale = f'{lowest:.0%} <span class="key" style="background: linear-gradient(90deg, rgb{_DEEP}, rgb{_PALE})"></span> 100%'
     return (
         f"<p>Share of the parameters that is left of each group of linears; the number is its {number}, 8 and 4 are the bits of "
@@ -198,9 +200,10 @@ def _heat_cell(kind: str, cell: Mapping[str, Any], lowest: float) -> str:
         return f'<td class="dense" title="{escape(name)}: dense"></td>'
     height = min((cell["kept"] - lowest) / (1 - lowest), 1.0) if lowest < 1 else 1.0
     color = tuple(round(a + (b - a) * height) for a, b in zip(_DEEP, _PALE, strict=True))
-    said = [f"{cell['rank'] or cell['dense_rank']} of {cell['dense_rank']}, {cell['kept']:.0%} of the parameters"]
+    of = {"experts": " experts", "neurons": " neurons of each expert"}.get(cell.get("of") or "", "")
+    said = [f"{cell['rank'] or cell['dense_rank']} of {cell['dense_rank']}{of}, {cell['kept']:.0%} of the parameters"]
     said += [f"weights in {weights}"] * bool(weights) + [f"residual of rank {residual}"] * bool(residual)
-    shown = [str(cell["rank"])] * bool(cell["rank"])
+    shown = [f"{cell['rank']}{'n' if cell.get('of') == 'neurons' else ''}"] * bool(cell["rank"])
     if weights:
         shown.append(f"{SCHEMES[weights].bits}{'+' if residual else ''}")
     title = escape(f"{name}: {'; '.join(said)}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lrserve.compression.groups import Group, as_listed, family_of, find_groups
+from lrserve.compression.groups import Group, Mixture, as_listed, family_of, find_mixtures, find_units
 from lrserve.compression.spec import GroupSpec, tensors_of
 
 
@@ -22,7 +22,7 @@ def linear_parameters(groups: Sequence[Group], specs: Mapping[str, GroupSpec]) -
     A weight counts as one in whatever precision it is stored. The factors of residuals count, scales do not.
     """
     return sum(
-        group.parameters(spec.rank, spec.structure) + _residual_entries(group, spec)
+        group.parameters(spec.kept, spec.structure) + _residual_entries(group, spec)
         if (spec := specs.get(group.name))
         else group.dense_parameters
         for group in groups
@@ -36,36 +36,40 @@ def _residual_entries(group: Group, spec: GroupSpec) -> int:
 
 def stored_bytes(group: Group, spec: GroupSpec, dtype_bytes: int) -> int:
     """Count the bytes of a listed group's tensors: weights, biases, scales, orders."""
+    if spec.structure == "experts":
+        return group.parameters(spec.kept, spec.structure) * dtype_bytes
     tensors = tensors_of(group, spec).values()
     own = sum(math.prod(shape) * (dtype.itemsize if dtype else dtype_bytes) for shape, dtype in tensors)
     plain = spec.structure in ("dense", "narrow_out")  # whose biases are not always there
     return own + (group.bias_entries(spec.rank, spec.structure) * dtype_bytes if plain else 0)
 
 
-def experts(skeleton: Any) -> dict[str, int] | None:
-    """Count a model's mixtures of experts, which are not compressed; None if it has none.
+def experts(skeleton: Any, specs: Mapping[str, GroupSpec]) -> dict[str, Any] | None:
+    """Count a model's mixtures of experts as they are stored; None if it has none.
 
     Returns:
-        The `layers` that have one, its `experts` and how many of them are `active` for a token; all their `parameters`, and the
-        `weights` that a token is multiplied by, of the router too.
+        The `layers` that have one, its `experts` and how many of them are `active` for a token; lowest and highest number that are
+        `kept` in a layer, and of their `neurons`; and all their `parameters`.
     """
-    family = family_of(skeleton.config)
-    layers = [layer for layer in skeleton.get_submodule(family.layers) if family.experts_in(layer) is not None]
-    if not layers or family.experts is None:
+    mixtures = find_mixtures(skeleton)
+    if not mixtures:
         return None
-    routed = [_parameters(layer.get_submodule(family.experts)) for layer in layers]
-    mixtures = [_parameters(layer.get_submodule(family.experts.rpartition(".")[0])) for layer in layers]
-    count, active = (
-        int(layers[0].get_submodule(family.experts).num_experts),
-        int(skeleton.config.get_text_config().num_experts_per_tok),
-    )
+    kept = [(spec.experts, spec.rank) if (spec := specs.get(own.name)) else (own.experts, own.n) for own in mixtures]
+    counts, widths = zip(*kept, strict=True)
     return {
-        "layers": len(layers),
-        "experts": count,
-        "active": active,
-        "parameters": sum(routed),
-        "weights": sum(mixtures) - sum(routed) * (count - active) // count,
+        "layers": len(mixtures),
+        "experts": mixtures[0].experts,
+        "active": mixtures[0].active,
+        "kept": [min(counts), max(counts)],
+        "neurons": [min(widths), max(widths)],
+        "parameters": linear_parameters(mixtures, specs),
     }
+
+
+def _active(group: Group, spec: GroupSpec | None) -> int:
+    """Count the parameters of a group that a token is multiplied by: of a mixture those of the experts that are chosen for it."""
+    stored = linear_parameters([group], {group.name: spec} if spec else {})
+    return stored * group.active // (spec.experts if spec else group.experts) if isinstance(group, Mixture) else stored
 
 
 def image_parameters(skeleton: Any) -> int:
@@ -85,26 +89,27 @@ def _parameters(module: nn.Module) -> int:
 def sizes(skeleton: Any, specs: Mapping[str, GroupSpec], dtype_bytes: int) -> dict[str, dict[str, Any]]:
     """Return `dense`, `compressed` and `ratio`, the share that is removed, of four counts.
 
-    linear_parameters: of the decoder's factorizable linears, biases included.
+    linear_parameters: of the decoder's factorizable linears and experts, biases included.
     model_parameters: of the whole model; tied weights count once.
     bytes: of the tensors on disk: the parameters in what they are stored in, their scales, and the orders of identity blocks.
-    flops_per_token: 2 for each weight that a token is multiplied by, in the linears, its experts and the output layer. Biases are
-        added, not multiplied by. Left out: attention scores, which grow with the context, and norms.
+    flops_per_token: 2 for each weight that a token is multiplied by, in the linears, its experts, the routers and the output
+        layer. Biases are added, not multiplied by. Left out: attention scores, which grow with the context, and norms.
 
     Args:
         skeleton: the dense model; may live on the meta device.
         specs: what is compressed, by group name; empty for a dense model.
         dtype_bytes: bytes of a stored value that is not rounded.
     """
-    groups = as_listed(find_groups(skeleton), specs)
+    groups = as_listed(find_units(skeleton), specs)
     linears = linear_parameters(groups, {}), linear_parameters(groups, specs)
     biases = (
         sum(group.biases for group in groups),
-        sum(group.bias_entries(spec.rank, spec.structure) if (spec := specs.get(group.name)) else group.biases for group in groups),
+        sum(group.bias_entries(spec.kept, spec.structure) if (spec := specs.get(group.name)) else group.biases for group in groups),
     )
     rest = _parameters(skeleton) - linears[0]
-    routed = experts(skeleton)
-    others = skeleton.get_output_embeddings().weight.numel() + (routed["weights"] if routed else 0)
+    others = skeleton.get_output_embeddings().weight.numel()
+    others += sum(skeleton.get_submodule(group.router).weight.numel() for group in groups if isinstance(group, Mixture))
+    active = sum(_active(group, None) for group in groups), sum(_active(group, specs.get(group.name)) for group in groups)
     counts = {
         "linear_parameters": linears,
         "model_parameters": tuple(rest + own for own in linears),
@@ -116,6 +121,6 @@ def sizes(skeleton: Any, specs: Mapping[str, GroupSpec], dtype_bytes: int) -> di
                 for group in groups
             ),
         ),
-        "flops_per_token": tuple(2 * (own - added + others) for own, added in zip(linears, biases, strict=True)),
+        "flops_per_token": tuple(2 * (own - added + others) for own, added in zip(active, biases, strict=True)),
     }
     return {name: {"dense": d, "compressed": c, "ratio": 1 - c / d} for name, (d, c) in counts.items()}

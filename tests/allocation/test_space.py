@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import optuna
 import pytest
+import torch
 from allocation.searching import GROUPS, LATENCIES, LOSSES, OFFERS, SPEED, TAILS, WORKLOADS, space
 
 from lrserve.allocation.goal import limit_of
 from lrserve.allocation.losses import by_level
+from lrserve.allocation.plan import Offers
 from lrserve.allocation.space import SearchSpace
-from lrserve.allocation.speed import Shape, SpeedModel
-from lrserve.compression.groups import Group
+from lrserve.allocation.speed import Shape, SpeedModel, shapes_to_measure
+from lrserve.compression.groups import Group, Mixture
+from lrserve.compression.level import DENSE
 from lrserve.errors import InfeasibleTargetError
 from lrserve.recipe import Search, Target, Workload
 
@@ -70,3 +73,23 @@ def test_infeasible_targets_are_refused_at_once() -> None:
         space(Target(min_speedup=50))
     with pytest.raises(InfeasibleTargetError, match="smallest levels"):
         space(Target(ratio=0.99))
+
+
+def test_a_unit_that_cannot_have_a_precision_is_not_rounded() -> None:
+    mixture = Mixture("mixture", "experts", 0, ("experts",), (32,), 64, experts=4, active=2)
+    offers = Offers(16, "narrow", ("int8",))
+    latencies = {shape: {1: 1.0 * shape.experts * shape.m} for shape in shapes_to_measure([mixture], offers)}
+    workloads = {"only": Workload(prompt_tokens=1, output_tokens=100, concurrency=1)}
+    speed = SpeedModel([mixture], workloads, {"only": 0.1}, latencies, offers)
+    errors = torch.cat([torch.linspace(1, 0, 5), torch.linspace(1, 0, 65)]).double()
+    losses = {"probed": by_level([mixture], {"mixture": offers.levels(mixture)}, {"mixture": errors}, {})}
+    found = SearchSpace([mixture], Target(ratio=0.4), Search(), losses, speed, offers)
+    for base in ("probed", "uniform"):
+        trial = optuna.trial.FixedTrial({"base": base, "experts.0": 1.0, "experts.0.weights": "int8"})
+        plan = found.suggest(trial)
+        assert plan.levels["mixture"] in (mixture.fewer(2), mixture.narrower(32)), "the largest of each that the budget allows"
+    faster = {shape: {1: row[1] / (2 if shape.experts < 4 else 1)} for shape, row in latencies.items()}
+    by_kind = SpeedModel([mixture], workloads, {"only": 0.1}, faster, offers)
+    times = [by_kind.cost(mixture, level) for level in (mixture.fewer(2), mixture.narrower(32), DENSE)]
+    assert times == pytest.approx([times[2] / 4, times[2] / 2, times[2]])
+    assert SpeedModel([mixture], workloads, {"only": 0.1}, dict.fromkeys(latencies), offers).untimed == {"mixture"}

@@ -21,6 +21,7 @@ ROUNDED = {
     "h.1.mlp.down_proj": GroupSpec(96, ("down_proj",), "narrow_in"),
     "h.2.mlp.c_fc": GroupSpec(96, ("c_fc",), "narrow_out"),
     "h.2.mlp.c_proj": GroupSpec(96, ("c_proj",), "narrow_in"),
+    "h.3.mlp.experts": GroupSpec(96, ("experts",), "experts", experts=6),
 }
 
 
@@ -40,6 +41,7 @@ def test_what_is_written_is_read() -> None:
         "members": ["gate_up_proj"],
         "stacked": 2,
     }
+    assert config["groups"]["h.3.mlp.experts"] == {"structure": "experts", "rank": 96, "members": ["experts"], "experts": 6}
     assert parse_groups(config) == ROUNDED
     plain = {"h.0.o_proj": GroupSpec(64, ("o_proj",))}
     assert quantization_config(plain)["format_version"] == 1
@@ -72,6 +74,11 @@ def test_every_precision_is_read(weights: str) -> None:
         ({"weights": "int8", "stacked": 2}, "stacked 2 in config.json does not fit the structure dense"),
         ({"structure": "narrow_out", "rank": 8, "stacked": 0}, "stacked 0 in config.json"),
         ({"structure": "narrow_out", "rank": 8}, "removes neurons from a part of an MLP only"),
+        ({"structure": "experts", "rank": 8}, "experts 0 in config.json does not fit the structure experts"),
+        ({"structure": "experts", "rank": 8, "experts": True}, "experts True in config.json"),
+        ({"structure": "experts", "experts": 2}, "rank None in config.json is not a positive integer"),
+        ({"structure": "experts", "rank": 8, "experts": 2, "weights": "int8"}, "experts in config.json cannot have weights"),
+        ({"structure": "low_rank", "rank": 8, "experts": 2}, "experts 2 in config.json does not fit the structure low_rank"),
         ({"weights": "int8", "version": 1}, "rounded weights need format_version 2, config.json says 1"),
         ({"weights": "int8", "version": 3}, "format_version is 3; this lrserve reads 1 and 2"),
     ],

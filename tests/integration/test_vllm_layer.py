@@ -748,3 +748,56 @@ def test_untested_vllm_is_refused_when_an_artifact_is_loaded(monkeypatch: pytest
     register()
     with pytest.raises(EngineError, match=r"vllm 0\.34\.0 is installed; lrserve is tested with >=0\.32,<0\.34"):
         LrserveConfig.from_config({"quant_method": "lrserve", "format_version": 1, "groups": {}})
+
+
+def mixture(*, experts: int = 3, rank: int = 32, ep: bool = False, lora: bool = False, ranks: int = 1) -> Any:
+    """The method of a layer of four experts, of which a token reads two."""
+    from lrserve.plugins.vllm.experts import MixtureMethod
+
+    parallel = SimpleNamespace(tp_size=ranks, use_ep=ep)
+    config = SimpleNamespace(experts_per_token=2, num_experts=4, moe_parallel_config=parallel, is_lora_enabled=lora)
+    spec = GroupSpec(rank, ("experts",), "experts", experts=experts)
+    return MixtureMethod("layers.0.experts", spec, SimpleNamespace(moe_config=config))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"experts": 1}, ArtifactError, "keeps 1 of 4 experts, of which a token reads 2"),
+        ({"experts": 5}, ArtifactError, "keeps 5 of 4 experts"),
+        ({"ep": True}, EngineError, "leave out --enable-expert-parallel"),
+        ({"lora": True}, EngineError, "leave out --enable-lora"),
+        ({"ranks": 3}, ArtifactError, "32 neurons cannot be divided among 3 ranks"),
+    ],
+)
+def test_mixtures_that_vllm_cannot_serve_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=rf"layers\.0\.experts: .*{message}"):
+        mixture(**options)
+
+
+def test_experts_that_do_not_fit_or_do_not_come_are_refused() -> None:
+    from lrserve.plugins.vllm.experts import MixtureMethod
+
+    loaded: list[Any] = []
+    method = MixtureMethod.__new__(MixtureMethod)
+    method.prefix, method.spec = "layers.0.experts", GroupSpec(8, ("experts",), "experts", experts=2)
+    method._seen, method._dummy, method._load = set(), False, lambda *arguments: loaded.append(arguments)
+    parameter = nn.Parameter(torch.empty(0))
+    for shape, shard, expert in (((8, 4), "w1", 2), ((9, 4), "w3", 1), ((4, 9), "w2", 1)):
+        with pytest.raises(ArtifactError, match=rf"of expert {expert}; config.json lists 2 experts of 8"):
+            method._load_expert(parameter, torch.zeros(shape), "w", shard, expert)
+    assert loaded == []
+    for shape, shard, expert in (((8, 4), "w1", 0), ((4, 8), "w2", 0), ((8, 4), "w3", 0), ((8, 4), "w1", 1)):
+        method._load_expert(parameter, torch.zeros(shape), "w", shard, expert)
+    assert len(loaded) == 4
+    with pytest.raises(ArtifactError, match=r"missing from the checkpoint: layers\.0\.experts\.1\.w2\.weight, .*\.1\.w3\.weight\."):
+        method.process_weights_after_loading(SimpleNamespace())
+
+
+def test_a_method_is_chosen_for_experts_only_where_experts_are_listed() -> None:
+    config = config_of()
+    config.groups["mlp.experts"] = GroupSpec(8, ("experts",), "experts", experts=2)
+    with pytest.raises(ArtifactError, match="mlp.experts: config.json lists experts, vLLM has Embedding there"):
+        config.get_quant_method(nn.Embedding(4, 4), "mlp.experts")
+    with pytest.raises(ArtifactError, match="lists experts, vLLM has a linear layer there"):
+        config.get_quant_method(bare("ReplicatedLinear"), "mlp.experts")

@@ -17,17 +17,19 @@ from lrserve.allocation.goal import Evaluated, Goal
 from lrserve.allocation.plan import Offers, Plan
 from lrserve.allocation.speed import SpeedModel, shapes_to_measure, token_counts
 from lrserve.allocation.study import open_study
-from lrserve.compression.groups import Structure
+from lrserve.compression.groups import Mixture, Structure
+from lrserve.compression.level import DENSE
 from lrserve.compression.spec import specs_of
 from lrserve.engines.protocol import Throughput
 from lrserve.engines.workloads import Comparison, MixComparison
-from lrserve.pipeline.evidence import collect_metrics, write_evidence
+from lrserve.pipeline.evidence import collect_metrics, search_report, write_evidence
 from lrserve.pipeline.inspect import inspect
 from lrserve.pipeline.job import Job, open_job
 from lrserve.pipeline.measure import Measured
 from lrserve.pipeline.prove import Proof
 from lrserve.pipeline.search import Tuned
 from lrserve.recipe import Recipe, shares
+from lrserve.report.card import made_of
 from lrserve.report.sizes import sizes
 
 PROOF = Proof(
@@ -139,6 +141,32 @@ def test_sizes_are_the_same_everywhere_and_those_of_the_files(architecture: str,
     assert inspected(out) == shown
     assert {name: size["compressed"] for name, size in inspected(dense).items()} == stored(dense)
     assert written["linear_parameters"]["ratio"] == pytest.approx(found.chosen.candidate.plan.ratio(job.units))
+
+
+def test_mixtures_are_reported_by_what_is_left_of_them(tmp_path: Path) -> None:
+    job = opened(tmp_path, write_dense(dense_model("MixtralForCausalLM", layers=3), tmp_path / "model"), "narrow")
+    mixtures = [unit for unit in job.units if isinstance(unit, Mixture)]
+    levels = {unit.name: DENSE for unit in job.units}
+    levels |= {mixtures[0].name: mixtures[0].fewer(3), mixtures[1].name: mixtures[1].narrower(24)}
+    plan = Plan(levels, "narrow")
+    plan.write(tmp_path / "plan.json")
+    assert Plan.read(tmp_path / "plan.json") == plan
+    found = tuned(job, [(plan, 120.0, 1.2)], tmp_path)
+    metrics = collect_metrics(job, found, {}, 120.0, PROOF, REPORT)
+    counted = {name: metrics["plan"][name] for name in ("groups", "factorized", "fewer_experts", "narrower_experts")}
+    assert counted == {"groups": 9, "factorized": 0, "fewer_experts": 1, "narrower_experts": 1}
+    assert made_of(metrics) == "1 are mixtures of fewer experts and 1 are mixtures of narrower experts"
+    assert metrics["sizes"]["linear_parameters"]["ratio"] == pytest.approx(plan.ratio(job.units))
+    cells = search_report(job, found)["plan"]["kinds"]["experts"]
+    assert [(cell["rank"], cell["dense_rank"], cell["of"], cell["kept"]) for cell in cells] == [
+        (3, 4, "experts", 0.75),
+        (24, 96, "neurons", 0.25),
+        (None, 384, None, 1.0),
+    ]
+    write_evidence(job, found, metrics, tmp_path)
+    page = (tmp_path / "lrserve" / "report.html").read_text()
+    assert "experts, layer 0: 3 of 4 experts, 75% of the parameters" in page
+    assert "experts, layer 1: 24 of 96 neurons of each expert, 25% of the parameters" in page
 
 
 def test_linears_apart_and_every_structure_in_one_artifact_are_counted(tmp_path: Path) -> None:

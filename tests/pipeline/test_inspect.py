@@ -105,17 +105,29 @@ def test_verify_names_what_is_wrong_with_an_order(artifact: Path, change: dict[s
 
 
 @pytest.mark.parametrize(("architecture", "inner"), [("MixtralForCausalLM", 96), ("Qwen3MoeForCausalLM", 32)])
-def test_experts_are_counted_and_stay_dense(architecture: str, inner: int, tmp_path: Path) -> None:
+def test_experts_are_counted(architecture: str, inner: int, tmp_path: Path) -> None:
     model = dense_model(architecture)
     found = describe(str(write_dense(model, tmp_path / "model")))
-    assert list(found["groups"]) == ["qkv", "o"]
+    assert list(found["groups"]) == ["qkv", "o", "experts"]
     width, expert = 64, 3 * 64 * inner
-    counts = {"layers": 2, "experts": 4, "active": 2, "parameters": 2 * 4 * expert, "weights": 2 * (2 * expert + 4 * width)}
+    counts = {"layers": 2, "experts": 4, "active": 2, "kept": [4, 4], "neurons": [inner, inner], "parameters": 2 * 4 * expert}
     assert found["experts"] == counts
-    attention = sum(group["parameters"] for group in found["groups"].values())
-    assert found["sizes"]["flops_per_token"]["dense"] == 2 * (attention + counts["weights"] + 256 * width)
+    attention = sum(group["parameters"] for kind, group in found["groups"].items() if kind != "experts")
+    active = 2 * (2 * expert + 4 * width)
+    assert found["sizes"]["flops_per_token"]["dense"] == 2 * (attention + active + 256 * width)
     assert found["sizes"]["model_parameters"]["dense"] == sum(parameter.numel() for parameter in model.parameters())
-    assert "in 2 layers, of 4 experts with 2 for a token" in inspect(str(tmp_path / "model"))
+    assert "in 2 layers, of 4 experts with 2 for a token: they keep 4 of" in inspect(str(tmp_path / "model"))
+
+    folder = write_artifact(factorized_model(architecture, layers=3), tmp_path / "artifact")
+    stored = describe(str(folder))
+    kept = (3 * inner + 4 * inner + 4 * inner // 2) * 3 * width
+    assert stored["experts"] == {**counts, "layers": 3, "kept": [3, 4], "neurons": [inner // 2, inner], "parameters": kept}
+    weights = load_file(folder / "model.safetensors")
+    assert stored["sizes"]["bytes"]["compressed"] == sum(tensor.nbytes for tensor in weights.values())
+    attention = sum(group["parameters"] for kind, group in stored["groups"].items() if kind != "experts")
+    added = sum(tensor.numel() for name, tensor in weights.items() if name.endswith(".bias"))
+    active = 2 * (2 * expert + expert // 2) + 3 * 4 * width
+    assert stored["sizes"]["flops_per_token"]["compressed"] == 2 * (attention - added + active + 256 * width)
     assert describe(str(write_artifact(factorized_model("LlamaForCausalLM"), tmp_path / "llama")))["experts"] is None
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from tiny import dense_model, write_dense, write_text
+from tiny import WITH_EXPERTS, dense_model, write_dense, write_text
 
 from exporters.vllm import VllmExporter
 from lrserve.allocation.speed import Shape
 from lrserve.allocation.study import study_of
+from lrserve.compression.groups import Mixture
 from lrserve.engines.protocol import Throughput
 from lrserve.engines.runtimes import Runtime
 from lrserve.engines.timing import elements
@@ -150,6 +151,21 @@ def test_the_front_is_measured_beside_one_dense_engine(place: Path, folder: Work
         # the made-up engine is as fast as its parameters are few, so the table predicts it but for what it leaves out
         assert measured.comparison.speedup == pytest.approx(measured.predicted_speedup, rel=0.05)
     assert not (folder.root / "candidate").exists()
+
+
+@pytest.mark.parametrize("architecture", WITH_EXPERTS)
+def test_mixtures_of_experts_are_units_of_the_plan(architecture: str, tmp_path: Path, folder: WorkFolder, engines: Engines) -> None:
+    write_dense(dense_model(architecture), tmp_path / "model")
+    write_text(tmp_path / "text.jsonl", 200)
+    job = open_small(tmp_path, **{"target.ratio": 0.3})
+    mixtures = [unit for unit in job.units if isinstance(unit, Mixture)]
+    assert len(mixtures) == 2
+    found = tuned(job, folder)
+    plan = found.chosen.candidate.plan
+    assert any(plan.levels[mixture.name].rank for mixture in mixtures), "attention alone has not so many parameters"
+    assert plan.ratio(job.units) >= 0.3
+    for measured in found.measured:
+        assert measured.comparison.speedup == pytest.approx(measured.predicted_speedup, rel=0.05)
 
 
 def test_on_a_small_gpu_dense_and_plans_run_one_after_the_other(

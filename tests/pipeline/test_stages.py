@@ -125,7 +125,7 @@ def test_stage_that_starts_from_changed_factors_is_made_anew(
     name: str, made_anew: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcome = SimpleNamespace(factors=None, steps=1, tokens=8, first_divergence=1.0, last_divergence=1.0, reused=False)
-    monkeypatch.setattr(improve, "walk", lambda *args, **kwargs: None)
+    monkeypatch.setattr(improve, "walk", lambda *args, **kwargs: TrainedFactors({}))
     monkeypatch.setattr(improve, "recover", lambda *args, **kwargs: outcome)
     before = improved(tmp_path)
     assert [stage.partition("-")[0] for stage in before] == ["propagate", "recover", "refine"]

@@ -83,6 +83,18 @@ def test_neurons_must_divide_among_gpus(
         require_divisible(replace(job, recipe=recipe))
 
 
+def test_neurons_of_experts_must_divide_among_gpus_in_every_structure(opened: Open) -> None:
+    for architecture, error in (
+        ("Qwen3MoeForCausalLM", pytest.raises(InputError, match="3 GPUs")),
+        ("LlamaForCausalLM", nullcontext()),
+    ):
+        job, _ = opened(architecture, "vllm")
+        factorization = job.recipe.factorization.model_copy(update={"structure": "low_rank"})
+        engine = job.recipe.engine.model_copy(update={"tensor_parallel_size": 3})
+        with error:
+            require_divisible(replace(job, recipe=job.recipe.model_copy(update={"factorization": factorization, "engine": engine})))
+
+
 @pytest.mark.parametrize("architecture", RENDERED)
 def test_onnx_runtime_can_run_every_family(
     architecture: str, opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FACTORED, FAMILIES_TESTED, VOCABULARY, apart_specs, dense_model, factorized_model, groups_in, write_artifact
+from tiny import (
+    FACTORED,
+    FAMILIES_TESTED,
+    VOCABULARY,
+    WITH_EXPERTS,
+    apart_specs,
+    dense_model,
+    factorized_model,
+    groups_in,
+    write_artifact,
+)
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import lrserve
@@ -54,6 +64,9 @@ def test_loaded_model_computes_what_the_written_one_did(architecture: str, apart
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert low_rank_groups(loaded) == low_rank_groups(model)
     specs = low_rank_groups(loaded)
+    mixtures = [name for name, spec in specs.items() if spec.structure == "experts"]
+    assert len(mixtures) == (architecture in WITH_EXPERTS)  # in the first layer
+    specs = {name: spec for name, spec in specs.items() if name not in mixtures}
     structures = [spec.structure for spec in specs.values()]
     groups = groups_in(architecture)
     alone = apart_specs(1, architecture) if apart else {}

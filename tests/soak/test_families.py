@@ -14,15 +14,32 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES_TESTED, MULTIMODAL, SERVED_IN_TESTS, VOCABULARY, Rounding, factorized_model, rounded_model, write_artifact
+from tiny import (
+    FAMILIES_TESTED,
+    MULTIMODAL,
+    SERVED_IN_TESTS,
+    VOCABULARY,
+    WITH_EXPERTS,
+    Rounding,
+    dense_model,
+    factorized_model,
+    rounded_model,
+    write_artifact,
+    write_dense,
+    write_text,
+)
 from vllm_engine import Serving
 from with_torchvision import python_path
 
 import lrserve  # noqa: F401 - registers the quantizer
+from lrserve.allocation.plan import Plan
 from lrserve.engines.transcripts import Transcript, transcribe_checkpoint
 from lrserve.engines.vllm import Engine
 from lrserve.errors import AgreementError
 from lrserve.pipeline.agreement import agree
+from lrserve.pipeline.inspect import verify
+from lrserve.pipeline.run import compress_and_export
+from lrserve.recipe import Recipe
 
 pytestmark = pytest.mark.soak
 
@@ -40,6 +57,24 @@ ROUNDINGS = (
 SERVED_HERE = [name for name in FAMILIES_TESTED if name not in SERVED_IN_TESTS]
 
 EngineFor = Callable[[Path, int], AbstractContextManager[Engine]]
+JOB: dict[str, Any] = {
+    "target.ratio": 0.4,
+    "calibration": {"sequences": 8, "length": 32},
+    "factorization": {"fisher_tokens": 128, "refine_steps": 2, "refine_tokens": 128},
+    "search": {
+        "trials": 6,
+        "rank_step": 8,
+        "probe_tokens": 64,
+        "validation_tokens": 256,
+        "validation_pool": 512,
+        "validation_length": 32,
+        "measured_plans": 1,
+    },
+    "workloads": {"decode": {"prompt_tokens": 4, "output_tokens": 8, "concurrency": 2}},
+    "engine": {"repeats": 1, "enforce_eager": True},
+    "report": {"tokens": 64, "length": 32, "prompts": 2, "prompt_tokens": 8},
+    "export": ["vllm"],
+}
 
 
 @pytest.fixture
@@ -88,3 +123,17 @@ def test_rounded(architecture: str, tmp_path: Path, engine_for: EngineFor, soak_
 def test_two_ranks(architecture: str, tmp_path: Path, engine_for: EngineFor, soak_row: Callable[..., None]) -> None:
     model = factorized_model(architecture, layers=5, apart=True)
     check(soak_row, f"{architecture} in vLLM, 2 ranks", model, tmp_path, engine_for, ranks=2)
+
+
+@pytest.mark.parametrize("architecture", WITH_EXPERTS)
+def test_the_whole_job_on_a_mixture_of_experts(architecture: str, tmp_path: Path, soak_row: Callable[..., None]) -> None:
+    started = time.perf_counter()
+    write_dense(dense_model(architecture), tmp_path / "model")
+    write_text(tmp_path / "text.jsonl", 200)
+    settings = {"model": str(tmp_path / "model"), "text.calibration": str(tmp_path / "text.jsonl"), **JOB}
+    compress_and_export(Recipe.load(None, settings), tmp_path / "out", work=tmp_path / "work", say=lambda line: None)
+    assert "match the manifest" in verify(tmp_path / "out")
+    plan = Plan.read(tmp_path / "out/lrserve/plan.json")
+    mixtures = [level for name, level in plan.levels.items() if name.endswith(".experts")]
+    assert any(level.rank for level in mixtures), "attention alone has not so many parameters"
+    soak_row(f"{architecture}, the whole job", 1, 0, time.perf_counter() - started, ", ".join(map(str, mixtures)))

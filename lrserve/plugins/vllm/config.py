@@ -124,11 +124,11 @@ class LrserveConfig(QuantizationConfig):
         return alone
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """Choose the method of one layer; None (vLLM's default) for what is not a linear, such as embeddings."""
+        """Choose the method of one layer; None (vLLM's default) for what is not listed and no linear, such as embeddings."""
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
         if not isinstance(layer, LinearBase):
-            return None
+            return self._method_of_experts(layer, prefix)
         from lrserve.plugins.vllm.apart import PerShardMethod
         from lrserve.plugins.vllm.layers import LowRankLinearMethod, StockMethod
 
@@ -137,4 +137,25 @@ class LrserveConfig(QuantizationConfig):
             return PerShardMethod(prefix, self.packed_modules_mapping[prefix.rpartition(".")[2]], specs)
         if specs[0] is None:
             return UnquantizedLinearMethod()
+        if specs[0].structure == "experts":
+            raise ArtifactError(f"{prefix}: config.json lists experts, vLLM has a linear layer there. Export the artifact again")
         return (StockMethod if specs[0].structure in ("dense", "narrow_out") else LowRankLinearMethod)(prefix, specs[0])
+
+    def _method_of_experts(self, layer: nn.Module, prefix: str) -> Any:
+        """Choose the method of a mixture of experts; None where it is dense, and for any other layer.
+
+        Raises:
+            ArtifactError: config.json lists another kind of layer there.
+        """
+        spec = self.groups.get(prefix.removeprefix(_DRAFT_PREFIX))
+        if spec is None:
+            return None
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+        from lrserve.plugins.vllm.experts import MixtureMethod
+
+        if spec.structure != "experts" or not isinstance(layer, RoutedExperts):
+            raise ArtifactError(
+                f"{prefix}: config.json lists {spec.structure}, vLLM has {type(layer).__name__} there. Export the artifact again"
+            )
+        return MixtureMethod(prefix, spec, layer)
