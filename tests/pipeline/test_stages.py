@@ -14,6 +14,7 @@ import torch
 import lrserve.pipeline
 from lrserve.allocation.plan import Plan
 from lrserve.compression.level import Level
+from lrserve.compression.training import TrainedFactors
 from lrserve.pipeline import improve
 from lrserve.pipeline.stages import MODULES, provenance
 from lrserve.storage.work import WorkFolder
@@ -124,7 +125,9 @@ def improved(tmp_path: Path) -> list[str]:
 def test_stage_that_starts_from_changed_factors_is_made_anew(
     name: str, made_anew: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcome = SimpleNamespace(factors=None, steps=1, tokens=8, first_divergence=1.0, last_divergence=1.0, reused=False)
+    outcome = SimpleNamespace(
+        factors=TrainedFactors({}), steps=1, tokens=8, first_divergence=1.0, last_divergence=1.0, reused=False
+    )
     monkeypatch.setattr(improve, "walk", lambda *args, **kwargs: TrainedFactors({}))
     monkeypatch.setattr(improve, "recover", lambda *args, **kwargs: outcome)
     before = improved(tmp_path)
