@@ -61,7 +61,7 @@ SERVED_IN_TESTS: Final = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-"""Families on real vLLM engines in `make test`. The others are in `make soak`: every start takes half a minute."""
+"""Families on real vLLM engines in `make test`. The others are in `make soak`."""
 VOCABULARY = 256
 _MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
@@ -164,7 +164,7 @@ def _vision(architecture: str, width: int) -> dict[str, Any]:
     }[architecture]
 
 
-def dense_model(architecture: str, *, layers: int = 2, key_heads: int = 2) -> Any:
+def dense_model(architecture: str, *, layers: int = 2) -> Any:
     """A random model whose outputs depend visibly on every weight and bias."""
     # vLLM's CPU attention wants a head_dim of at least 32.
     sizes = {"hidden_size": 128} if architecture in _WIDE else {"hidden_size": 64, "head_dim": 32}
@@ -174,7 +174,7 @@ def dense_model(architecture: str, *, layers: int = 2, key_heads: int = 2) -> An
         "intermediate_size": 96,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "num_key_value_heads": key_heads,
+        "num_key_value_heads": 2,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 256,
         **special_tokens,
@@ -220,16 +220,14 @@ def levels_of(ranks: Iterable[tuple[Group, int]]) -> list[tuple[Group, Level]]:
     return [(unit, Level(rank)) for unit, rank in ranks]
 
 
-def factorized_model(
-    architecture: str, *, layers: int = 2, key_heads: int = 2, structure: Structure | None = None, apart: bool = False
-) -> Any:
+def factorized_model(architecture: str, *, layers: int = 2, structure: Structure | None = None, apart: bool = False) -> Any:
     """In all layers but the second every group compressed (each to its own rank), in the second only some.
 
     In one structure, or by turns: identity blocks in the first layer, two factors in the second, fewer neurons in the third.
     With `apart` the second layer's linears q, v and gate have factors of their own, and k and up are dense; where each of them is a
     part of one tensor there is nothing to take apart.
     """
-    model = dense_model(architecture, layers=layers, key_heads=key_heads)
+    model = dense_model(architecture, layers=layers)
     groups = find_groups(model)
     units = {own: {unit.name: unit for unit in allocated(groups, own)} for own in STRUCTURES}
     specs = {}

@@ -117,7 +117,7 @@ def test_rounding_the_factors_to_bfloat16_adds_little(
     store = stores["narrow" if structure == "narrow" else "fisher"]
     model = compress_model(job.source.load(torch.float32), changed, structure, store, torch.float32)
     reference = Reference(model, job.windows["validation"][:1])
-    assert reference(round_parameters(model, torch.bfloat16))["divergence"] < 0.01
+    assert reference(round_parameters(model, torch.bfloat16))["divergence"] < 0.01 / 3  # of a third of the layers
 
 
 def lose_a_bias(model: Any) -> None:
