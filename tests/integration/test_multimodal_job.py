@@ -30,7 +30,7 @@ def recipe(place: Path, **overrides: Any) -> Recipe:
     folder = write_dense(dense_model(ARCHITECTURE), place / "model")
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Gemma3ImageProcessor"}))
     write_text(place / "text.jsonl", 200)
-    settings = {**SMALL, "factorization": {"structure": "narrow", "fisher_tokens": 128, "refine": "none"}}
+    settings = {**SMALL, "factorization": {"structure": "narrow", "weights": [], "fisher_tokens": 128, "refine": "none"}}
     inputs = {"model": str(folder), "target": {"ratio": 0.2}, "text": {"calibration": str(place / "text.jsonl")}}
     return Recipe.model_validate({**inputs, **settings, **overrides})
 
