@@ -76,4 +76,5 @@ def test_every_shape_has_its_models_size() -> None:
         with torch.device("meta"):
             return sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config(name)).parameters())
 
-    assert {name: round(parameters(name) / 1e6) for name in MODELS} == {"smollm2": 135, "1b": 1100, "llama-1b": 1236}
+    expected = {"smollm2": 135, "1b": 1100, "llama-1b": 1236, "0.5b": 494, "8b": 8030}
+    assert {name: round(parameters(name) / 1e6) for name in MODELS} == expected

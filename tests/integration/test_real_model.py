@@ -55,7 +55,7 @@ def job() -> Job:
         "report.new_tokens": 16,
     }
     opened = open_job(Recipe.load(demo_recipe(), settings), say=lambda line: None)
-    return replace(opened, groups=[group for group in opened.groups if group.layer % 3 == 2])
+    return replace(opened, observed=[group for group in opened.groups if group.layer % 3 == 2])
 
 
 def uniform_plan(job: Job, structure: Structure) -> Plan:
