@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import MULTIMODAL, VOCABULARY, dense_model, factorized_model, with_image, write_dense
+from tiny import MULTIMODAL, VOCABULARY, dense_model, factorized_model, with_image, write_dense, write_text
 
 from exporters.onnx import OnnxExporter
 from exporters.vllm import VllmExporter, low_rank_groups
@@ -19,6 +19,8 @@ from lrserve.errors import ArtifactError, EngineError, InputError, UnsupportedMo
 from lrserve.inputs.config_file import require_known_tokens
 from lrserve.inputs.source import Source, open_source
 from lrserve.pipeline.inspect import describe, inspect, verify
+from lrserve.pipeline.run import compress_and_export
+from lrserve.recipe import Recipe
 from lrserve.serving.server import check_model
 from lrserve.storage.store import write_manifest
 
@@ -184,3 +186,12 @@ def test_vllm_without_torchvision_is_refused_at_the_start(
     for check in (lambda: VllmExporter().preflight(Source(name="model", path=folder).skeleton()), lambda: check_model(folder)):
         with pytest.raises(EngineError, match=f"vLLM loads {architecture} only where torchvision is installed.*pip install"):
             check()
+
+
+def test_onnx_is_refused_before_any_work(tmp_path: Path) -> None:
+    dense = dense_folder(MULTIMODAL[0], tmp_path / "model")
+    write_text(tmp_path / "text.jsonl", 50)
+    inputs = {"model": str(dense), "text": {"calibration": str(tmp_path / "text.jsonl")}, "engine": {"runtime": "onnx"}}
+    with pytest.raises(UnsupportedModelError, match=f"{MULTIMODAL[0]} reads images too.*for vLLM only"):
+        compress_and_export(Recipe.model_validate(inputs), tmp_path / "out", say=lambda line: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.jsonl"]

@@ -60,10 +60,10 @@ def load(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
     @cache
-    def make(architecture: str) -> Case:
-        model = factorized_model(architecture, apart=True)
+    def make(architecture: str, layers: int = 2) -> Case:
+        model = factorized_model(architecture, layers=layers, apart=True)
         folder = write_artifact(model, tmp_path_factory.mktemp(architecture) / "model")
         return Case(folder, transcribe_model(load(folder), [*PROMPTS, LIKE_THE_FIRST], NEW_TOKENS))
 
@@ -71,7 +71,7 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 
 
 @pytest.fixture
-def llama(case_of: Callable[[str], Case]) -> Case:
+def llama(case_of: Callable[..., Case]) -> Case:
     return case_of("LlamaForCausalLM")
 
 
@@ -105,7 +105,7 @@ def test_two_ranks_compiled_and_eager(llama: Case, serving: Serving) -> None:
         assert_agrees_compiled_and_eager(engine, llama, ranks=2)
 
 
-def test_compiled_and_eager_with_ngram_drafts(case_of: Callable[[str], Case], serving: Serving) -> None:
+def test_compiled_and_eager_with_ngram_drafts(case_of: Callable[..., Case], serving: Serving) -> None:
     case = case_of(WITH_DRAFTS[1])
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     extra = {"speculative_config": drafts, "disable_log_stats": False}
@@ -115,7 +115,7 @@ def test_compiled_and_eager_with_ngram_drafts(case_of: Callable[[str], Case], se
         assert 0 < accepted < drafted
 
 
-def test_compiled_and_eager_with_a_compressed_draft_model(case_of: Callable[[str], Case], serving: Serving, tmp_path: Path) -> None:
+def test_compiled_and_eager_with_a_compressed_draft_model(case_of: Callable[..., Case], serving: Serving, tmp_path: Path) -> None:
     """The draft is the model's own map as other factors: a layer of it that computed anything else would show as refused tokens."""
     case = case_of(WITH_DRAFTS[0])
     draft = write_artifact(as_two_factors(case.folder, WITH_DRAFTS[0]), tmp_path / "model")
@@ -144,20 +144,21 @@ def as_two_factors(folder: Path, architecture: str) -> Any:
 LORA_RANK = 8
 
 
-def test_lora_adapter_with_replicated_key_heads(llama: Case, serving: Serving, tmp_path: Path) -> None:
-    """PEFT trains an adapter beside every linear. Four ranks serve it, for two key and value heads; then without it.
+def test_lora_adapter_with_replicated_key_heads(case_of: Callable[..., Case], serving: Serving, tmp_path: Path) -> None:
+    """PEFT trains an adapter beside every linear of all structures. Four ranks serve it, for two key heads; then without it.
 
     Not both in one batch: there vLLM's CPU build gives the last adapter to requests that ask for none, dense models included.
     """
-    model = train_adapter(load(llama.folder))
+    case = case_of("LlamaForCausalLM", layers=3)
+    model = train_adapter(load(case.folder))
     model.save_pretrained(tmp_path)
     adapted = transcribe_model(model, PROMPTS, NEW_TOKENS)
-    assert all(with_it.tokens != without.tokens for with_it, without in zip(adapted, llama.reference, strict=False))
+    assert all(with_it.tokens != without.tokens for with_it, without in zip(adapted, case.reference, strict=False))
 
     extra = {"enable_lora": True, "max_lora_rank": LORA_RANK, "max_loras": 1}
-    with serving(llama.folder, extra=extra, tensor_parallel_size=4) as engine:
+    with serving(case.folder, extra=extra, tensor_parallel_size=4) as engine:
         assert_agree(continuations(adapted), engine.greedy(PROMPTS, NEW_TOKENS, tmp_path)[0])
-        assert_agree(continuations(llama.reference[:3]), engine.greedy(PROMPTS, NEW_TOKENS)[0])
+        assert_agree(continuations(case.reference[:3]), engine.greedy(PROMPTS, NEW_TOKENS)[0])
 
 
 def train_adapter(model: Any) -> Any:

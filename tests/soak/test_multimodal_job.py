@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from tiny import dense_model, with_image, write_dense, write_text
 from with_torchvision import python_path
 
-from lrserve.errors import UnsupportedModelError
 from lrserve.inputs.source import Source
 from lrserve.pipeline.inspect import verify
-from lrserve.pipeline.run import compress_and_export
 from lrserve.recipe import Recipe
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 
 ARCHITECTURE = "Gemma3ForConditionalGeneration"
 
@@ -35,13 +35,6 @@ def recipe(place: Path, **overrides: Any) -> Recipe:
     return Recipe.model_validate({**inputs, **settings, **overrides})
 
 
-def test_onnx_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"{ARCHITECTURE} reads images too.*for vLLM only"):
-        compress_and_export(recipe(tmp_path, engine={"runtime": "onnx"}), tmp_path / "out", say=lambda line: None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.jsonl"]
-
-
-@pytest.mark.engine
 def test_the_llm_is_compressed_and_images_are_still_read(tmp_path: Path) -> None:
     out, chosen = tmp_path / "out", tmp_path / "recipe.yaml"
     chosen.write_text(recipe(tmp_path, export=["vllm"]).to_yaml())
