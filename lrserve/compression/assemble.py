@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from lrserve.compression.experts import ExpertSource, keep_mixtures
 from lrserve.compression.factorize import Factors, FactorSource
-from lrserve.compression.filed import Filed
+from lrserve.compression.filed import IN_MEMORY, Filed
 from lrserve.compression.groups import Group, Mixture, Structure
 from lrserve.compression.layers import LowRankLinear, exact_names
 from lrserve.compression.level import DENSE, SCHEMES, Level, Precision
@@ -33,8 +33,6 @@ from lrserve.compression.spec import specs_of
 from lrserve.compression.spectra import SpectrumStore, stacked_weight
 from lrserve.compression.structure import structured
 
-_IN_MEMORY: Final = Filed()
-
 
 class PlanSource(FactorSource, ExpertSource, Protocol):
     """Where all comes from that a plan puts into a model."""
@@ -48,7 +46,7 @@ def compress_model(
     source: PlanSource,
     dtype: torch.dtype,
     rounding: Rounding | None = None,
-    filed: Filed = _IN_MEMORY,
+    filed: Filed = IN_MEMORY,
 ) -> Any:
     """Put compressed layers in the place of a dense model's linears and return the model.
 
@@ -126,9 +124,12 @@ def _round_weights(
 
 
 def _modules(model: Any, unit: Group) -> Iterator[nn.Module]:
-    """Yield what a unit is made of; what its members share is among their own."""
+    """Yield what a unit is made of, and what its members share, which has the name of the group."""
     for group in parts(unit):
         yield from map(model.get_submodule, group.members)
+        parent, _, leaf = group.name.rpartition(".")
+        if (shared := getattr(model.get_submodule(parent), leaf, None)) is not None:
+            yield shared
 
 
 def _input_scales(
@@ -175,7 +176,7 @@ class MergedLevels:
         store: SpectrumStore,
         rounding: Rounding | None = None,
         scratch: Path | None = None,
-        filed: Filed = _IN_MEMORY,
+        filed: Filed = IN_MEMORY,
     ) -> None:
         self.model, self._filed, self._rounded_in = model, filed, Filed(scratch)
         self._units = {unit.name: unit for unit in units}

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 from lrserve.compression.covariance import exact_products
 from lrserve.compression.factorize import Side
-from lrserve.compression.filed import Filed
+from lrserve.compression.filed import IN_MEMORY, Filed
 from lrserve.compression.groups import Group
 from lrserve.compression.logits import LOGIT_ROWS, logits_of
 from lrserve.compression.recompute import recomputed
@@ -38,7 +38,6 @@ from lrserve.storage.store import write_tensors
 
 _FILE = "moments.safetensors"
 _TOKENS, _OUTPUTS = "tokens", "outputs"
-_IN_MEMORY = Filed()
 _SAVED_TOKENS = 8192  # between two saves of the running sums: what an interruption costs
 
 
@@ -124,7 +123,7 @@ def collect_gradients(
     seed: int,
     first: int = 0,
     recompute: bool = False,
-    filed: Filed = _IN_MEMORY,
+    filed: Filed = IN_MEMORY,
     progress: Callable[[int], None] = lambda done: None,
 ) -> int:
     """Collect every group's gradient moment into `folder`; resumes where it last saved.

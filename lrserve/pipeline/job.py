@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from lrserve.allocation.plan import Offers, Plan
 from lrserve.compression.assemble import PlanSource, compress_model
 from lrserve.compression.embedding import round_embedding
-from lrserve.compression.filed import Filed
+from lrserve.compression.filed import IN_MEMORY, Filed
 from lrserve.compression.groups import Group, Mixture, allocated, family_of, find_units
 from lrserve.compression.level import Precision
 from lrserve.compression.repair import Repairs
@@ -55,7 +55,7 @@ class Job:
     calibration_text: Documents
     held_out: frozenset[str]
     say: Say
-    filed: Filed = field(default_factory=Filed)
+    filed: Filed = IN_MEMORY
 
     @property
     def groups(self) -> list[Group]:

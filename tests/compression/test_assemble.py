@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import FAMILIES_TESTED, VOCABULARY, WITH_MLPS, dense_model
 
-from lrserve.compression.assemble import MergedLevels, compress_model, rows_of
+from lrserve.compression.assemble import MergedLevels, compress_model, parts, rows_of
 from lrserve.compression.calibrate import calibrate, read_statistics
 from lrserve.compression.filed import Filed
 from lrserve.compression.gradients import GradientStore, collect_gradients
@@ -126,22 +126,25 @@ def test_a_residual_takes_most_of_the_error_of_rounding_back(made: Made) -> None
     assert torch.equal(model(WINDOWS).logits, before)
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Phi3ForCausalLM"])  # q, k, v share an A, or are one tensor
 @pytest.mark.parametrize("level", LEVELS, ids=str)
 @torch.no_grad()
-def test_weights_in_files_are_those_in_memory(level: Level, tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_in_files_are_those_in_memory(
+    level: Level, architecture: str, tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lrserve.compression.filed._SMALL", 0)
-    store, rounding = made("Phi3ForCausalLM")
+    store, rounding = made(architecture)
     units = list(store.groups.values())
     changed = [(unit, level) for unit in units if suits(unit, level, "narrow")]
     states, logits, files = [], [], []
     for place in (None, tmp_path / "files"):
         if place:
             place.mkdir()
-        model = dense_model("Phi3ForCausalLM")
+        model = dense_model(architecture)
         merged = MergedLevels(model, units, store, rounding, None, Filed(place))
         merged.apply({unit.name: level for unit, level in changed})
         logits.append(model(WINDOWS).logits)
-        exported = compress_model(dense_model("Phi3ForCausalLM"), changed, "narrow", store, torch.bfloat16, rounding, Filed(place))
+        exported = compress_model(dense_model(architecture), changed, "narrow", store, torch.bfloat16, rounding, Filed(place))
         states.append(exported.state_dict())
         if place:
             files = in_files_of(place)
@@ -152,6 +155,11 @@ def test_weights_in_files_are_those_in_memory(level: Level, tmp_path: Path, made
     assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
     weights = [name for name, tensor in states[1].items() if tensor.ndim == 2 and "proj" in name]
     assert len(files) >= len(weights) / 2
+    places = [range(*(int(end, 16) for end in line.split()[0].split("-"))) for line in in_files_of(tmp_path / "files")]
+    own = tuple(f"{name}." for unit, _ in changed for group in parts(unit) for name in (group.name, *group.members))
+    for name, tensor in states[1].items():
+        if name.startswith(own):
+            assert any(tensor.data_ptr() in place for place in places), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
