@@ -380,8 +380,9 @@ class Recipe(_Frozen):
     """Renderings to write: `vllm` (a checkpoint, which transformers loads too), `onnx`, or those of other packages; `--export`."""
     memory: Annotated[float | None, Field(gt=0), "GiB"] = None
     """Of this machine that the run may take, its engines included; null: all that the machine or the container has. Where it is
-    short, engines run one after the other, the float32 reference of the proof is computed block by block, and engines that serve in
-    16 bits are proved as they serve only. What is exported of a plan does not depend on it.
+    short, engines run one after the other, weights of a plan and moments of gradients are pages of files, activations and the
+    float32 reference of the proof are computed block by block, and engines that serve in 16 bits are proved as they serve only.
+    What is exported of a plan does not depend on it.
     """
     seed: Annotated[int, Field(ge=0), "seed"] = 0
     """Seed of the calibration windows, the search and the prompts; `--seed`."""

@@ -223,9 +223,9 @@ class SpeedModel:
         latencies: Mapping[Shape, Mapping[int, float] | None],
         counts: Sequence[int],
     ) -> _Curve:
-        weights = kind[0]
-        levels = [level for level in measured_levels(group, self.offers) if level.rank is None or _curve_kind(level) == kind]
-        levels = [level for level in levels if level.weights == weights]
+        weights, removes = kind
+        levels = [level for level in measured_levels(group, self.offers) if level.weights == weights]
+        levels = [level for level in levels if level.rank is None or bool(level.experts) == removes]
         factors = sorted((level for level in levels if level.rank is not None), key=lambda level: level.rank or 0)
 
         def microseconds(level: Level, rows: int) -> float:

@@ -153,7 +153,7 @@ class SpectrumStore:
         """Return the spectrum of a group, float32.
 
         Raises:
-            CalibrationError: the factorization that should have written it did not finish, or its numbers were not finite.
+            CalibrationError: the factorization that should have written it did not finish.
         """
         group = self.groups[name]
         tensors = self._read(group, _fields(group))

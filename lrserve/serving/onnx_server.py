@@ -110,8 +110,12 @@ def serve(out: str, arguments: Sequence[str] = ()) -> None:
                     super().handle_exit(sig, frame)
 
             # h11 bounds a request's head, whatever other parser is installed; there are no web sockets here
-            limits: dict[str, Any] = {"http": "h11", "ws": "none", "timeout_keep_alive": _KEEP_ALIVE}
-            limits["timeout_graceful_shutdown"] = _GRACE_SECONDS
+            limits: dict[str, Any] = {
+                "http": "h11",
+                "ws": "none",
+                "timeout_keep_alive": _KEEP_ALIVE,
+                "timeout_graceful_shutdown": _GRACE_SECONDS,
+            }
             server = Server(uvicorn.Config(build_app(service), server_header=False, **limits))
             service.on_failure = lambda: setattr(server, "should_exit", True)
             shown = f"[{host}]" if ":" in host else host
