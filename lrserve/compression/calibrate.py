@@ -29,7 +29,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from lrserve.compression.covariance import Covariance, CovarianceAccumulator
+from lrserve.compression.covariance import Covariance, CovarianceAccumulator, Triangle
 from lrserve.compression.experts import ExpertAccumulator, ExpertStatistics
 from lrserve.compression.groups import Group, Mixture, family_of
 from lrserve.compression.transfer import Receiver, sent
@@ -263,12 +263,8 @@ def calibrate(
                 handle.remove()
         publish(unfinished, states_path(folder, index + 1))
         if collect:
-            statistics = {name: accumulator.finish() for name, accumulator in accumulators.items()}  # which are finite
-            if partial:
-                sums = {f"{name}.{field}": s for name, a in accumulators.items() for field, s in a.state().items()}
-                write_tensors(statistics_path(folder, index), sums)
-            else:
-                _publish(statistics_path(folder, index), statistics)
+            tensors = {f"{name}.{field}": t for name, a in accumulators.items() for field, t in _stored(a, partial).items()}
+            write_tensors(statistics_path(folder, index), tensors)
         states_path(folder, index).unlink()
         progress(index + 1)
     states_path(folder, len(layers)).unlink()
@@ -279,13 +275,17 @@ def _accumulator(group: Group, device: torch.device | str = "cpu") -> Covariance
     return ExpertAccumulator(group, device) if isinstance(group, Mixture) else CovarianceAccumulator(group.n, device)
 
 
-def _publish(path: Path, statistics: dict[str, Covariance | ExpertStatistics]) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    for name, found in statistics.items():
-        for field in _FIELDS if isinstance(found, Covariance) else _EXPERT_FIELDS:
-            value = getattr(found, field).cpu()
-            tensors[f"{name}.{field}"] = value.float() if value.is_floating_point() else value
-    write_tensors(path, tensors)
+def _stored(accumulator: CovarianceAccumulator | ExpertAccumulator, partial: bool = False) -> dict[str, torch.Tensor]:
+    """Return what is kept of an accumulator, on the CPU: its statistics in float32, of C the triangle; or its state, if partial."""
+    found = accumulator.finish()  # which are finite
+    if partial:
+        return accumulator.state()
+    fields = _FIELDS if isinstance(found, Covariance) else _EXPERT_FIELDS
+    values = {field: getattr(found, field) for field in fields}
+    stored = {field: (value.float() if value.is_floating_point() else value).cpu() for field, value in values.items()}
+    if isinstance(found, Covariance):
+        stored["C"] = Triangle.of(stored["C"]).values
+    return stored
 
 
 def merge_statistics(
@@ -311,12 +311,16 @@ def merge_statistics(
         if path.is_file():
             reused += 1
         else:
-            _publish(path, {group.name: _merged([statistics_path(part, layer) for part in parts], group) for group in members})
+            tensors = {}
+            for group in members:
+                whole = _merged([statistics_path(part, layer) for part in parts], group)
+                tensors |= {f"{group.name}.{field}": tensor for field, tensor in _stored(whole).items()}
+            write_tensors(path, tensors)
         progress(done)
     return reused
 
 
-def _merged(paths: Sequence[Path], group: Group) -> Covariance | ExpertStatistics:
+def _merged(paths: Sequence[Path], group: Group) -> CovarianceAccumulator | ExpertAccumulator:
     whole = _accumulator(group)
     for path in paths:
         with safe_open(path, framework="pt") as file:
@@ -325,7 +329,7 @@ def _merged(paths: Sequence[Path], group: Group) -> Covariance | ExpertStatistic
             whole.add(state)
         else:
             whole.merge(CovarianceAccumulator.from_state(state))
-    return whole.finish()
+    return whole
 
 
 def read_statistics(folder: Path, group: Group) -> Covariance:
@@ -334,7 +338,8 @@ def read_statistics(folder: Path, group: Group) -> Covariance:
     Raises:
         CalibrationError: the calibration that should have written them did not finish.
     """
-    return Covariance(**_read(folder, group, _FIELDS))
+    found = _read(folder, group, _FIELDS)
+    return Covariance(**(found | {"C": Triangle(group.n, found["C"]).matrix()}))
 
 
 def read_expert_statistics(folder: Path, mixture: Mixture) -> ExpertStatistics:

@@ -91,33 +91,75 @@ def exact_products(x: torch.Tensor) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+class Triangle:
+    """The upper triangle of a symmetric matrix (n, n) in one tensor, half the matrix's size.
+
+    `rows` are views of `values`, blocks of neighbouring rows (b, n - start), each from its diagonal block on.
+    """
+
+    def __init__(self, n: int, values: torch.Tensor) -> None:
+        self.n, self.values = n, values
+        self.starts = range(0, n, _BLOCK)
+        blocks = values.split([_height(n, start) * (n - start) for start in self.starts])
+        self.rows = [block.view(-1, n - start) for start, block in zip(self.starts, blocks, strict=True)]
+
+    @classmethod
+    def zeros(cls, n: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Triangle:
+        """Return the triangle of a matrix of zeros."""
+        return cls(n, torch.zeros(triangle_size(n), dtype=dtype, device=device))
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor) -> Triangle:
+        """Return the triangle of a symmetric matrix (n, n)."""
+        n = len(matrix)
+        return cls(n, torch.cat([matrix[start : start + _BLOCK, start:].flatten() for start in range(0, n, _BLOCK)]))
+
+    def matrix(self) -> torch.Tensor:
+        """Return the matrix (n, n)."""
+        whole = self.values.new_empty(self.n, self.n)
+        for start, row in zip(self.starts, self.rows, strict=True):
+            end = start + len(row)
+            diagonal, right = row[:, : len(row)], row[:, len(row) :]
+            whole[start:end, start:end] = diagonal.triu() + diagonal.triu(1).T
+            whole[start:end, end:] = right
+            whole[end:, start:end] = right.T
+        return whole
+
+
+def _height(n: int, start: int) -> int:
+    return min(_BLOCK, n - start)
+
+
+def triangle_size(n: int) -> int:
+    """Return how many numbers a `Triangle` has."""
+    return sum(_height(n, start) * (n - start) for start in range(0, n, _BLOCK))
+
+
 class _Moments:
-    """Sum (n,) and upper triangle of x^T x (n, n) of the open pool, the triangle in rows of blocks."""
+    """Sum (n,) and upper triangle of x^T x (n, n) of the open pool."""
 
     def __init__(self, n: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.tokens = 0
         self.dtype = torch.float32 if dtype.itemsize <= 2 else torch.float64
-        self._starts = range(0, n, _BLOCK)
         self._sum = torch.zeros(1, n, dtype=self.dtype, device=device)
-        self._rows = [torch.zeros(min(_BLOCK, n - start), n - start, dtype=self.dtype, device=device) for start in self._starts]
+        self._products = Triangle.zeros(n, self.dtype, device)
 
     def add(self, x: torch.Tensor) -> None:
         """Add tokens x (t, n)."""
         with exact_products(x):
             wide = x.to(self.dtype)
             self._sum.addmm_(wide.new_ones(1, x.shape[0]), wide)  # several times as fast as x.sum(0)
-            for start, row in zip(self._starts, self._rows, strict=True):
+            for start, row in zip(self._products.starts, self._products.rows, strict=True):
                 row.addmm_(wide[:, start : start + _BLOCK].T, wide[:, start:])
         self.tokens += x.shape[0]
 
-    def take(self, scatter: torch.Tensor) -> torch.Tensor:
-        """Add the pool's scatter around its own mean to `scatter`'s upper triangle and return its sum (n,), float64; start anew."""
+    def take(self, scatter: Triangle) -> torch.Tensor:
+        """Add the pool's scatter around its own mean to `scatter` and return its sum (n,), float64; start anew."""
         own = self._sum[0].to(torch.float64, copy=True)
-        for start, row in zip(self._starts, self._rows, strict=True):
-            upper = scatter[start : start + _BLOCK, start:]
-            upper += row
-            upper.addr_(own[start : start + _BLOCK], own[start:], alpha=-1 / self.tokens)
-            row.zero_()
+        for start, row, whole in zip(scatter.starts, self._products.rows, scatter.rows, strict=True):
+            whole += row
+            whole.addr_(own[start : start + _BLOCK], own[start:], alpha=-1 / self.tokens)
+        self._products.values.zero_()
         self._sum.zero_()
         self.tokens = 0
         return own
@@ -126,12 +168,12 @@ class _Moments:
 class CovarianceAccumulator:
     """Collects `Covariance` of an n-wide input without keeping activations. Accumulators of disjoint pools merge exactly.
 
-    Memory: the closed pools' scatter, the open pool's triangle, and the sum (n,) of each pool.
+    Memory: the triangles of the closed pools' scatter and of the open pool, and the sum (n,) of each pool.
     """
 
     def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
         self.n = n
-        self._M2 = torch.zeros(n, n, dtype=torch.float64, device=device)  # its upper triangle
+        self._M2 = Triangle.zeros(n, torch.float64, device)
         self._sums: list[torch.Tensor] = []  # of each closed pool (n,), float64
         self._sizes: list[int] = []
         self._pool: _Moments | None = None
@@ -152,17 +194,18 @@ class CovarianceAccumulator:
     def state(self) -> dict[str, torch.Tensor]:
         """Close the open pool and return what `from_state` needs, on the CPU.
 
-        `scatter` (n, n), the upper triangle of M2, and `sums` (pools, n) in float64, and `sizes` (pools,) int64.
+        `scatter`, the values of M2's triangle, and `sums` (pools, n) in float64, and `sizes` (pools,) int64.
         """
         self.close_pool()
-        sums = torch.stack(self._sums) if self._sums else self._M2.new_zeros(0, self.n)
-        return {"scatter": self._M2.cpu(), "sums": sums.cpu(), "sizes": torch.tensor(self._sizes, dtype=torch.int64)}
+        scatter = self._M2.values
+        sums = torch.stack(self._sums) if self._sums else scatter.new_zeros(0, self.n)
+        return {"scatter": scatter.cpu(), "sums": sums.cpu(), "sizes": torch.tensor(self._sizes, dtype=torch.int64)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, torch.Tensor]) -> CovarianceAccumulator:
         """Return an accumulator of the closed pools that gave a `state`, on the CPU."""
-        found = cls(state["scatter"].shape[0])
-        found._M2 = state["scatter"].clone()
+        found = cls(state["sums"].shape[1])
+        found._M2.values.copy_(state["scatter"])
         found._sums, found._sizes = list(state["sums"]), state["sizes"].tolist()
         return found
 
@@ -170,8 +213,9 @@ class CovarianceAccumulator:
         """Add another accumulator's pools behind this one's; both open pools are closed first."""
         self.close_pool()
         other.close_pool()
-        self._M2 += other._M2.to(self._M2.device)
-        self._sums += [total.to(self._M2.device) for total in other._sums]
+        device = self._M2.values.device
+        self._M2.values += other._M2.values.to(device)
+        self._sums += [total.to(device) for total in other._sums]
         self._sizes += other._sizes
 
     def finish(self) -> Covariance:
@@ -185,12 +229,12 @@ class CovarianceAccumulator:
         if not self._sizes:
             raise CalibrationError("no token reached this layer; give more calibration text")
         tokens, pools = sum(self._sizes), len(self._sizes)
-        C = (self._M2.triu() + self._M2.triu(1).T) / max(tokens - pools, 1)
-        sums, sizes = torch.stack(self._sums), torch.tensor(self._sizes).to(self._M2.device)
+        sums, sizes = torch.stack(self._sums), torch.tensor(self._sizes).to(self._M2.values.device)
         mu = sums.sum(0) / tokens
-        if not (torch.isfinite(C).all() and torch.isfinite(mu).all()):
+        if not (torch.isfinite(self._M2.values).all() and torch.isfinite(mu).all()):
             raise NotFiniteError(
                 "activations are not finite: the model overflows in this dtype on this text; "
                 "load it in bfloat16 or float32, and check the weights"
             )
+        C = self._M2.matrix().div_(max(tokens - pools, 1))
         return Covariance(C=C, mu=mu, pool_means=sums / sizes[:, None], pool_tokens=sizes)

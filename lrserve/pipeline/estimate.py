@@ -12,6 +12,7 @@ import torch
 
 from lrserve.allocation.speed import calls, shapes_to_measure, token_counts
 from lrserve.compression.calibrate import Rehearsal, run_block
+from lrserve.compression.covariance import triangle_size
 from lrserve.compression.groups import Mixture, family_of
 from lrserve.compression.logits import logits_of
 from lrserve.engines.onnx_provider import settled
@@ -141,7 +142,7 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     mixtures = [unit for unit in job.units if isinstance(unit, Mixture)]
     largest = max(max(group.n, min(group.m, group.n)) for group in units)
     of_experts = [4 * mixture.experts * mixture.n**2 for mixture in mixtures]
-    covariances = 4 * sum(group.n**2 for group in job.groups) + sum(of_experts)
+    covariances = 4 * sum(triangle_size(group.n) for group in job.groups) + sum(of_experts)
     moments, kept = backward_bytes(job)
     spectra = 4 * sum(unit.m * unit.n if unit.fed_by else unit.full_rank * (unit.m + unit.n) for unit in units)
     solved = max(8 * unit.n**2 if unit.fed_by else 8 * 6 * unit.n**2 for unit in units)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -54,17 +53,17 @@ def test_an_interrupted_pass_resumes_with_the_same_result(tmp_path: Path, monkey
     options = {"pool_sequences": 2, "batch_tokens": 20}
     calibrate(model, groups, tokens, tmp_path / "whole", **options)
 
-    publish = calibration._publish
+    write = calibration.write_tensors
 
-    def fail_at_third(path: Path, statistics: Any) -> None:
+    def fail_at_third(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         if path == statistics_path(tmp_path / "cut", 2):
             raise KeyboardInterrupt
-        publish(path, statistics)
+        write(path, tensors)
 
-    monkeypatch.setattr(calibration, "_publish", fail_at_third)
+    monkeypatch.setattr(calibration, "write_tensors", fail_at_third)
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, groups, tokens, tmp_path / "cut", **options)
-    monkeypatch.setattr(calibration, "_publish", publish)
+    monkeypatch.setattr(calibration, "write_tensors", write)
     steps: list[int] = []
     assert calibrate(model, groups, tokens, tmp_path / "cut", **options, progress=steps.append) == 2
     assert steps == [2, 3, 4]

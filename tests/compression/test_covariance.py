@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrserve.compression.covariance import CovarianceAccumulator
+from lrserve.compression.covariance import CovarianceAccumulator, Triangle, triangle_size
 from lrserve.errors import CalibrationError
 
 
@@ -131,3 +131,14 @@ def test_one_token_gives_a_zero_covariance() -> None:
     accumulator = CovarianceAccumulator(3)
     accumulator.update(torch.ones(1, 3))
     assert torch.equal(accumulator.finish().C, torch.zeros(3, 3).double())
+
+
+@pytest.mark.parametrize("n", [1, 5, 192, 193, 500])
+def test_a_triangle_is_half_of_its_matrix_and_gives_it_back(n: int) -> None:
+    matrix = torch.randn(n, n)
+    matrix = matrix + matrix.T
+    triangle = Triangle.of(matrix)
+    assert len(triangle.values) == triangle_size(n) <= n * (n + 192) / 2
+    assert torch.equal(triangle.matrix(), matrix)
+    assert torch.equal(Triangle(n, triangle.values.clone()).matrix(), matrix)
+    assert not Triangle.zeros(n, torch.float32).matrix().any()
