@@ -203,11 +203,10 @@ def _unweighted(W: torch.Tensor, C: torch.Tensor) -> _Decomposition:
     m, n = W.shape
     if m <= n:
         values, U = _eigh(W @ C @ W.T)
-    else:
-        Q, R = torch.linalg.qr(W)
-        values, P = _eigh(R @ C @ R.T)
-        U = Q @ P
-    return U, U.T @ W, values
+        return U, U.T @ W, values
+    Q, R = torch.linalg.qr(W)
+    values, P = _eigh(R @ C @ R.T)
+    return Q @ P, P.T @ R, values
 
 
 def _output_side(W: torch.Tensor, C: torch.Tensor, moment: torch.Tensor) -> _Decomposition:

@@ -24,8 +24,9 @@ import torch
 from lrserve.compression.factorize import Factors, Side, require_finite, sensitivity, tails
 
 _RIDGE = 1e-3  # of each neuron's own variance: the guess of x is fitted on the calibration tokens, and has to hold on others
-_BLOCK = 32  # neurons chosen between two updates of S
-_CANDIDATES = 8  # times the block: neurons that are looked at more closely
+_BLOCK = 32  # neurons chosen between two updates of S, at least
+_UPDATES = 112  # of S, at most: each of them reads and writes all of it
+_CANDIDATES = 4  # times the block: neurons that are looked at more closely
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,16 @@ def narrow(
     """
     require_finite(W, C, mu, gradient)
     R, s = _correlation(C)
-    WR = (W.double() * s).to(C) @ R
-    order, worth = _ordered(sensitivity(W.double(), gradient) * s, R)
+    W64 = W.double()
+    F = sensitivity(W64, gradient)
+    WR = (W64 * s).to(C) @ R
+    order, worth = _ordered(WR if F is W64 else (F * s).to(C) @ R, R)
     return Neurons(
         order=order.int(),
         eigenvalues=worth,
         WR=WR,
         scales=s,
-        offset=W.double() @ mu.double(),
+        offset=W64 @ mu.double(),
         mean=mu.to(WR),
         beta=WR.new_zeros(len(W)) if beta is None else beta.to(WR),
         C=C,
@@ -117,7 +120,7 @@ def ranked(W: torch.Tensor, M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """
     require_finite(W, M, M.new_zeros(len(M)), None)
     R, s = _correlation(M)
-    order, worth = _ordered(W.double() * s, R)
+    order, worth = _ordered((W.double() * s).to(M) @ R, R)
     return order, tails(worth)
 
 
@@ -136,32 +139,33 @@ def _correlation(C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (C / s[:, None].to(C)).div_(s.to(C)).fill_diagonal_(1.0), s
 
 
-def _ordered(F: torch.Tensor, R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the inputs (n,) of F s (p, n) by what they are worth, and that (n,), float64; R is used up."""
-    size = float(F.square().mean().sqrt())
+def _ordered(G: torch.Tensor, S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the inputs (n,) by what they are worth, and that (n,), float64, given G = F s S (p, n) and S, which is used up."""
+    size = float(G.double().square().mean().sqrt())
     size = size if size > 0 else 1.0
-    order, worth = _order((F / size).float(), R.float())
+    order, worth = _order((G / size).float(), S.float())
     return order, size**2 * worth.double()
 
 
-def _order(F: torch.Tensor, S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the inputs (n,) in the order in which they are chosen, and what each lowers the error by (n,); S is used up.
+def _order(G: torch.Tensor, S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the inputs (n,) in the order in which they are chosen, and what each lowers the error by (n,); both are used up.
 
     A block of them at a time: the most promising candidates are chosen among one by one, and then taken out of S together. Rows and
     columns of inputs that are chosen are cut out once they are a quarter. Nothing here is read back by the host, which would have
     to wait for a GPU each time.
     """
-    G, n = F @ S, len(S)
+    n = len(S)
+    step = max(_BLOCK, n // _UPDATES)
     inputs = torch.arange(n, device=S.device)  # of which S still has rows
     left = torch.ones(n, dtype=torch.bool, device=S.device)
     order: list[torch.Tensor] = []
     worths: list[torch.Tensor] = []
-    for done in range(0, n, _BLOCK):
+    for done in range(0, n, step):
         if n - done <= 0.75 * len(S):
             stay = left.byte().argsort(descending=True, stable=True)[: n - done]
             G, S, inputs, left = G[:, stay], S[stay][:, stay], inputs[stay], left[stay]
         worth = (G.square().sum(0) / S.diagonal()).masked_fill(~left, -1.0)
-        block = min(_BLOCK, n - done)
+        block = min(step, n - done)
         candidates = worth.topk(min(_CANDIDATES * block, n - done)).indices
         chosen = candidates[_greedy(G[:, candidates], S[candidates][:, candidates], block)]
         L = torch.linalg.cholesky(S[chosen][:, chosen])
@@ -176,7 +180,7 @@ def _order(F: torch.Tensor, S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _greedy(G: torch.Tensor, S: torch.Tensor, count: int) -> torch.Tensor:
-    """Choose `count` of a few inputs one by one, given F S (p, c) and S (c, c), which is used up."""
+    """Choose `count` of a few inputs one by one, given G (p, c) and S (c, c), which is used up."""
     gram = G.T @ G
     worth, variance = gram.diagonal(), S.diagonal()
     left = torch.ones(len(S), dtype=torch.bool, device=S.device)
