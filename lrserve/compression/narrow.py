@@ -47,7 +47,9 @@ class Neurons:
     C: torch.Tensor
 
     def cut(self, width: int) -> Factors:
-        """Solve for a number of neurons from 1 to n: factors by the order (k,) of their inputs, ascending. Solves in float64.
+        """Solve for a number of neurons from 1 to n: factors by the order (k,) of their inputs, ascending.
+
+        Solves in C's dtype, whose rounding is far below the ridge, or in float64 where C is too close to singular for it.
 
         Raises:
             ValueError: a width outside 1..n.
@@ -56,11 +58,10 @@ class Neurons:
         if not 1 <= width <= n:
             raise ValueError(f"width {width} is outside 1..{n}")
         J = self.order[:width].long().sort().values
-        s = self.scales[J].double()
-        correlation = self.C.index_select(0, J.to(self.C.device)).to(J.device).index_select(1, J).double()
+        s = self.scales[J].to(self.C.dtype)
+        correlation = self.C.index_select(0, J.to(self.C.device)).to(J.device).index_select(1, J)
         correlation.div_(s).div_(s[:, None]).fill_diagonal_(1.0)
-        root = torch.linalg.cholesky(correlation)
-        B = (torch.cholesky_solve(self.WR[:, J].T.double(), root).T / s).to(self.WR.dtype)
+        B = (_solved(correlation, self.WR[:, J].T) / s[:, None]).T.to(self.WR.dtype)
         return Factors(A=B.new_zeros(width, 0), B=B, b=self.beta + self.offset - B @ self.mean[J], order=J.int())
 
     def errors(self) -> torch.Tensor:
@@ -129,6 +130,14 @@ def compensated(W: torch.Tensor, M: torch.Tensor, kept: torch.Tensor) -> torch.T
     R, s = _correlation(M.double())
     root = torch.linalg.cholesky(R[kept][:, kept])
     return torch.cholesky_solve(R[kept] @ (W.double() * s).T, root).T / s[kept]
+
+
+def _solved(R: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Solve R x = right for R (k, k) positive definite and right (k, m), in R's dtype if that will do."""
+    root, failed = torch.linalg.cholesky_ex(R)
+    if failed:
+        root = torch.linalg.cholesky(R.double())
+    return torch.cholesky_solve(right.to(root), root)
 
 
 def _correlation(C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
