@@ -51,9 +51,9 @@ class Covariance:
         """Return the statistics of the same tokens in one pool, K = 1: C takes up the scatter between the pools; float64."""
         means, mu = self.pool_means.double(), self.mu.double()
         centred = means - mu
-        scatter = self._within() + centred.T @ (self.pool_tokens.double()[:, None] * centred)
+        scatter = self._within().addmm_(centred.T, self.pool_tokens.double()[:, None] * centred)
         return Covariance(
-            C=scatter / max(self.tokens - 1, 1),
+            C=scatter.div_(max(self.tokens - 1, 1)),
             mu=mu,
             pool_means=mu[None],
             pool_tokens=self.pool_tokens.sum()[None],
@@ -62,10 +62,10 @@ class Covariance:
     def second_moment(self) -> torch.Tensor:
         """Return E[x x^T] (n, n), uncentred, over all tokens; float64."""
         means = self.pool_means.double()
-        return (self._within() + means.T @ (self.pool_tokens.double()[:, None] * means)) / self.tokens
+        return self._within().addmm_(means.T, self.pool_tokens.double()[:, None] * means).div_(self.tokens)
 
     def _within(self) -> torch.Tensor:
-        return self.C.double() * (self.tokens - self.pools)
+        return self.C.to(torch.float64, copy=True).mul_(self.tokens - self.pools)
 
 
 @contextmanager

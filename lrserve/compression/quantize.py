@@ -24,6 +24,7 @@ from lrserve.errors import CalibrationError
 _TINY = 1e-12
 _DAMPING = 1e-2  # share of H's mean diagonal that is added to it
 _COLUMNS = 64  # rounded before the columns after them are corrected
+_ROWS = 8 * _COLUMNS  # of U that are held at once
 _ENTRIES = 1 << 18  # of a weight whose scales are searched at once: they stay in the processor's cache
 _PEAKS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)  # largest magnitudes that are tried, in units of the largest entry
 _REPEATS = 2  # of rounding with the best scales and fitting these to what was rounded
@@ -185,15 +186,15 @@ def _with_feedback(W: torch.Tensor, H: torch.Tensor, scales: torch.Tensor, schem
     and e^2 / U_kk^2 is left. Columns stand in rows here, which are contiguous.
     """
     n, g = W.shape[1], W.shape[1] // scales.shape[1]
-    # H with its columns in reverse order is L L^T: L^-1, reversed, is U
     L = torch.linalg.cholesky(H.flip(0, 1))
-    U = torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False).flip(0, 1).float()
-    pivots = U.diagonal().cpu().tolist()
+    pivots = L.diagonal().flip(0).reciprocal().cpu().tolist()
     left, steps = W.T.contiguous(), scales.T.contiguous()
     values = torch.empty(left.shape, dtype=torch.int8, device=W.device)
     lost = torch.zeros(len(W), device=W.device)
     for start in range(0, n, _COLUMNS):
         stop = min(start + _COLUMNS, n)
+        if start % _ROWS == 0:
+            first, U = start, _rows_of_inverse(L, start, min(start + _ROWS, n)).float()
         errors = torch.empty(stop - start, len(W), device=W.device)
         for k in range(start, stop):
             s = steps[k // g]
@@ -201,18 +202,27 @@ def _with_feedback(W: torch.Tensor, H: torch.Tensor, scales: torch.Tensor, schem
             values[k] = q
             torch.div(left[k] - q * s, pivots[k], out=errors[k - start])
             if k + 1 < stop:
-                left[k + 1 : stop].addr_(U[k, k + 1 : stop], errors[k - start], alpha=-1)
+                left[k + 1 : stop].addr_(U[k - first, k + 1 - first : stop - first], errors[k - start], alpha=-1)
         lost += errors.square().sum(0)
-        left[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+        left[stop:].addmm_(U[start - first : stop - first, stop - first :].T, errors, alpha=-1)
     return values.T.contiguous(), lost
+
+
+def _rows_of_inverse(L: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Return rows `start` to `stop` of U from their diagonal on, given L (n, n): L^-1 with rows and columns in reverse order is U."""
+    size, count = len(L) - start, stop - start
+    unit = torch.eye(count, dtype=L.dtype, device=L.device)
+    right = torch.cat([unit.new_zeros(count, size - count), unit], dim=1)
+    return torch.linalg.solve_triangular(L[:size, :size], right, upper=False, left=False).flip(0, 1)
 
 
 def _damped(H: torch.Tensor) -> torch.Tensor:
     """Return H / its mean diagonal plus a little of the identity, float64, which is positive definite even where H is singular."""
     H = H.double()
     mean = float(H.diagonal().mean())
-    H = (H + H.T) / (2 * mean) if mean > 0 else torch.zeros_like(H)
-    return H + _DAMPING * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    H = (H + H.T).div_(2 * mean) if mean > 0 else torch.zeros_like(H)
+    H.diagonal().add_(_DAMPING)
+    return H
 
 
 def _nearest(units: torch.Tensor, scheme: Scheme) -> torch.Tensor:

@@ -113,7 +113,8 @@ def _root(moment: torch.Tensor | None) -> torch.Tensor | None:
         return None
     if moment.ndim == 1:
         return (moment + _DAMPING * mean).sqrt()
-    lifted = (moment + moment.T) / 2 + _DAMPING * mean * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    lifted = (moment + moment.T).div_(2)
+    lifted.diagonal().add_(_DAMPING * mean)
     root: torch.Tensor = torch.linalg.cholesky(lifted)
     return root
 
