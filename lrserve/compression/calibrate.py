@@ -311,7 +311,7 @@ def merge_statistics(
         if path.is_file():
             reused += 1
         else:
-            tensors = {}
+            tensors: dict[str, torch.Tensor] = {}
             for group in members:
                 whole = _merged([statistics_path(part, layer) for part in parts], group)
                 tensors |= {f"{group.name}.{field}": tensor for field, tensor in _stored(whole).items()}

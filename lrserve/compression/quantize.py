@@ -209,11 +209,12 @@ def _with_feedback(W: torch.Tensor, H: torch.Tensor, scales: torch.Tensor, schem
 
 
 def _rows_of_inverse(L: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Return rows `start` to `stop` of U from their diagonal on, given L (n, n): L^-1 with rows and columns in reverse order is U."""
+    """Return rows `start` to `stop` of U from their diagonal on: U is L^-1 with its rows and columns in reverse order."""
     size, count = len(L) - start, stop - start
     unit = torch.eye(count, dtype=L.dtype, device=L.device)
     right = torch.cat([unit.new_zeros(count, size - count), unit], dim=1)
-    return torch.linalg.solve_triangular(L[:size, :size], right, upper=False, left=False).flip(0, 1)
+    rows: torch.Tensor = torch.linalg.solve_triangular(L[:size, :size], right, upper=False, left=False)
+    return rows.flip(0, 1)
 
 
 def _damped(H: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -34,18 +34,25 @@ _RECOVER: Final = 2.5
 _EAGER_START, _COMPILED_START = 16.0, 75.0  # of vLLM, seconds
 _ONNX_START: Final = 3.0
 _LAYER_SECONDS: Final = 0.02  # of timing one layer at one number of rows
-_DECOMPOSE: Final = 1.5  # decomposing a group, over one eigendecomposition of its full rank
+# decomposing a group, ordering neurons and solving for some of them, over one eigendecomposition of as many inputs
+_DECOMPOSE, _ORDER, _SOLVE = 1.5, 0.12, 0.03
+_RENDERINGS: Final = 4  # of plans for which neurons are solved, besides trials and measured plans: in probes, export and proof
+_BYTE_SHARE_INT8: Final = 0.55  # of what dense weights of 16 bits take
 _TIMED_OPERATIONS: Final = 2e11  # of the timed batch, at most
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """An estimate: seconds, bytes on disk below the work folder (or of the artifact), and bytes of memory in all processes."""
+    """An estimate: seconds, bytes on disk below the work folder (or of the artifact), and bytes of memory in all processes.
+
+    `passing`: further bytes below the work folder, which are there only while the stage runs.
+    """
 
     stage: str
     seconds: float
     disk: int
     memory: int
+    passing: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,8 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     moments, kept = backward_bytes(job)
     spectra = 4 * sum(unit.m * unit.n if unit.fed_by else unit.full_rank * (unit.m + unit.n) for unit in units)
     solved = max(8 * unit.n**2 if unit.fed_by else 8 * 6 * unit.n**2 for unit in units)
-    cubes = sum(unit.full_rank**3 for unit in units) + sum(unit.experts * unit.n**3 for unit in mixtures)
+    inputs = sum(unit.n**3 for unit in units if unit.fed_by) + sum(mixture.experts * mixture.n**3 for mixture in mixtures)
+    cube, cubes = _seconds_per_cube(), sum(unit.full_rank**3 for unit in units if not unit.fed_by)
     feeding = sum(unit.fed_by.m * unit.fed_by.n for unit in units if unit.fed_by)
     trained = 4 * (sum(unit.full_rank * (unit.m if unit.fed_by else unit.m + unit.n) for unit in units) + feeding)
     activations = ACTIVATIONS * batch * hidden * job.dtype.itemsize
@@ -170,22 +178,27 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
         kept = kept if held.activations else kept // job.layers
         disk = (2 + (not held.tensors)) * moments
         costs.append(StageCost("2 gradients", seconds, disk, weights + held.tensors * moments + kept))
-    costs.append(StageCost("3 factorize", _DECOMPOSE * cubes * _seconds_per_cube(), spectra, weights + solved))
+    costs.append(StageCost("3 factorize", (_DECOMPOSE * cubes + _ORDER * inputs) * cube, spectra, weights + solved))
     precisions = 1 + len(job.precisions)  # at most
     probes = precisions * len(job.units) * search.probe_tokens * (forward.decoder / 2 + forward.head)
     judged = search.trials * search.validation_tokens + 2 * min(search.validation_pool, job.windows["validation"].numel())
-    searched = probes + _TRIAL * judged * forward.total
+    plans = search.trials + search.measured_plans + _RENDERINGS
+    searched = probes + _TRIAL * judged * forward.total + plans * _SOLVE * inputs * cube
     logits = 4 * search.probe_tokens * int(job.source.config().get_text_config().vocab_size)
     linears = sum(group.m * group.n for group in job.groups)
     rounded = len(job.precisions) * linears  # a byte each
+    in_files = 0 if held.tensors else linears * job.dtype.itemsize
+    share = _byte_share(job)
     tried = weights + held.tensors * weights + activations + logits
-    costs.append(StageCost("4 search", searched, rounded + (not held.tensors) * weights, tried + held.engines * engine))
+    costs.append(StageCost("4 search", searched, rounded, tried + held.engines * engine, in_files))
     cells = len(shapes_to_measure(job.units, job.offers, job.output_layer)) * len(token_counts(recipe.workloads))
     costs.append(StageCost("4 latency", start + 3 * run + _LAYER_SECONDS * cells, 0, weights + engine))
     measured = (search.measured_plans + 2) * (start + 2 * (1 + recipe.engine.repeats) * run)
     graph = job.parameters * getattr(torch, str(settled(recipe.engine).onnx_dtype)).itemsize if "onnx" in recipe.export else 0
     proven_by = graph + (float32 if 0 < graph < float32 else 0)  # the dense model's, and where numbers are rounded a float32 one
-    costs.append(StageCost("4 measure", measured, weights + proven_by, weights + (1 + held.engines) * engine))
+    plan = weights - round((1 - share) * linears * job.dtype.itemsize)
+    rendered = round(share * in_files)
+    costs.append(StageCost("4 measure", measured, proven_by, weights + (1 + held.engines) * engine, plan + rendered))
     seconds, disk, memory = 0.0, 0, 0
     if settings.refinement != "none":
         walks = 1 + bool(settings.weights)  # at most: of the factors, and of what rounding leaves
@@ -202,9 +215,23 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
         costs.append(StageCost("5 improve", seconds, disk, memory))
     proof = 2 * job.windows["report"].numel() * forward.total
     proof += (_EAGER_START + start) * ("vllm" in recipe.export) + 2 * _ONNX_START * ("onnx" in recipe.export)
-    artifact = weights * ("vllm" in recipe.export) + graph
-    costs.append(StageCost("6 export and prove", proof, artifact, weights + _proof(weights, float32, held)))
-    return [StageCost(cost.stage, cost.seconds, cost.disk, cost.memory + PROCESS_BYTES) for cost in costs]
+    artifact = plan * ("vllm" in recipe.export) + graph
+    costs.append(StageCost("6 export and prove", proof, artifact, weights + _proof(weights, float32, held), rendered))
+    return [replace(cost, memory=cost.memory + PROCESS_BYTES) for cost in costs]
+
+
+def _byte_share(job: Job) -> float:
+    """Return the most that a plan may keep of the bytes of the decoder's linears: less than all where the target says so."""
+    target = job.recipe.target
+    asked = target.max_bytes or 1 - (target.ratio or 0.0)
+    return max(asked, _BYTE_SHARE_INT8) if job.precisions else asked  # which everywhere is measured as well
+
+
+def disk_needed(costs: Sequence[StageCost]) -> list[tuple[int, int]]:
+    """Return the bytes in the work folder and in the artifact: at the fullest moment before the export, and at that."""
+    *before, export = costs
+    stays = sum(cost.disk for cost in before)
+    return [(stays + max(cost.passing for cost in before), 0), (stays + export.passing, export.disk)]
 
 
 def _proof(weights: int, float32: int, held: Holding) -> int:
@@ -223,7 +250,7 @@ def _seconds_per_cube() -> float:
 def in_words(costs: Sequence[StageCost]) -> str:
     """Return the estimate as one sentence."""
     total = sum(cost.seconds for cost in costs)
-    disk, memory = sum(cost.disk for cost in costs), max(cost.memory for cost in costs)
+    disk, memory = max(map(sum, disk_needed(costs))), max(cost.memory for cost in costs)
     return (
         f"estimate, if nothing is reused: about {duration(total)}, {disk / 1e9:.1f} GB of disk, and {memory / 1e9:.1f} GB of "
         "memory in all processes together"
@@ -232,5 +259,5 @@ def in_words(costs: Sequence[StageCost]) -> str:
 
 def by_stage(costs: Sequence[StageCost]) -> str:
     """Return the estimate as a table."""
-    rows = [[c.stage, duration(c.seconds), f"{c.disk / 1e9:.2f} GB", f"{c.memory / 1e9:.2f} GB"] for c in costs]
+    rows = [[c.stage, duration(c.seconds), f"{(c.disk + c.passing) / 1e9:.2f} GB", f"{c.memory / 1e9:.2f} GB"] for c in costs]
     return table(["stage", "time", "disk", "memory, all processes"], rows)

@@ -25,7 +25,7 @@ from lrserve.errors import ArtifactError
 from lrserve.inputs.finite import require_finite
 from lrserve.inputs.source import cache_folder
 from lrserve.pipeline.collect import backpropagate, calibrate_blocks, require_shards
-from lrserve.pipeline.estimate import StageCost, by_stage, estimate, in_words, time_forward
+from lrserve.pipeline.estimate import StageCost, by_stage, disk_needed, estimate, in_words, time_forward
 from lrserve.pipeline.evidence import collect_metrics, write_evidence
 from lrserve.pipeline.holding import ALL, holding
 from lrserve.pipeline.improve import improve_factors, validate_improved
@@ -108,13 +108,14 @@ def compress_and_export(
         fit = BudgetFit(job.units, job.offers, size)
         fit.require((recipe.target.max_bytes or 1 - (recipe.target.ratio or 0.0)) * fit.dense_cost)
     costs = estimate(job, time_forward(job))
-    later = sum(cost.disk for cost in costs[:-1]) - bytes_below(work)
-    require_space(
-        [
-            Place("the artifact (-o)", out, costs[-1].disk, replaced=True),
-            Place("the work folder (--work)", work, max(0, later)),
-        ]
-    )
+    there = bytes_below(work)
+    for of_work, of_artifact in disk_needed(costs):
+        require_space(
+            [
+                Place("the artifact (-o)", out, of_artifact, replaced=True),
+                Place("the work folder (--work)", work, max(0, of_work - there)),
+            ]
+        )
     say(in_words(costs))
     if (held := holding(job)) != ALL:
         say(f"memory: {held}")

@@ -12,7 +12,16 @@ import pytest
 from tiny import FAMILIES_TESTED, dense_model, write_dense, write_text
 
 from lrserve.allocation.speed import token_counts
-from lrserve.pipeline.estimate import Forward, StageCost, by_stage, estimate, in_words, time_forward, workload_seconds
+from lrserve.pipeline.estimate import (
+    Forward,
+    StageCost,
+    by_stage,
+    disk_needed,
+    estimate,
+    in_words,
+    time_forward,
+    workload_seconds,
+)
 from lrserve.pipeline.job import Job, open_job
 from lrserve.recipe import Recipe
 
@@ -93,11 +102,26 @@ def test_time_grows_with_what_is_asked_for(job: Job) -> None:
 
 def test_disk_and_memory_hold_what_is_written(job: Job) -> None:
     parameters = sum(parameter.numel() for parameter in job.source.skeleton().parameters())
-    costs = costs_of(job)
+    costs = costs_of(changed(job, "target", ratio=None, min_speedup=1.1))
     assert costs["6 export and prove"].disk == parameters * (2 + 4)  # bfloat16 for vLLM, float32 for ONNX Runtime
     assert costs["6 export and prove"].memory > 2 * 4 * parameters
     hidden = job.windows["calibration"].numel() * 64 * 2
     assert costs["2 calibrate"].disk > 2 * hidden
+
+
+def test_the_disk_holds_what_passes_at_its_fullest_moment() -> None:
+    costs = [StageCost("a", 1.0, 5, 0, 30), StageCost("b", 1.0, 7, 0, 20), StageCost("c", 1.0, 11, 0, 3)]
+    assert disk_needed(costs) == [(12 + 30, 0), (12 + 3, 11)]
+    assert disk_needed(costs[1:]) == [(7 + 20, 0), (7 + 3, 11)]
+
+
+def test_a_target_that_fixes_a_size_takes_less_disk(job: Job) -> None:
+    def needed(**target: float) -> int:
+        costs = costs_of(changed(job, "target", **{"ratio": None, **target}))
+        return max(map(sum, disk_needed(list(costs.values()))))
+
+    assert needed(ratio=0.4) < needed(ratio=0.2) < needed(min_speedup=1.1)
+    assert needed(max_bytes=0.6) < needed(min_speedup=1.1)
 
 
 def test_processes_that_shard_a_recovery_share_what_copies_hold_each(job: Job) -> None:
@@ -117,6 +141,7 @@ def test_a_workload_is_its_prefill_and_its_decode_steps(job: Job) -> None:
 
 def test_in_words() -> None:
     costs = [StageCost("a", 100.0, 2 * 10**9, 3 * 10**9), StageCost("b", 50.0, 10**9, 5 * 10**9)]
+    assert disk_needed(costs) == [(2 * 10**9, 0), (2 * 10**9, 10**9)]
     words = in_words(costs)
     assert "about 2 min 30 s, 3.0 GB of disk, and 5.0 GB of memory" in words
 
