@@ -98,12 +98,15 @@ def merged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, help="[default: that of README's table]")
+    parser.add_argument(
+        "--folder", type=Path, help="of the artifact and the work folder, which stay there [default: a temporary one]"
+    )
     parser.add_argument("flags", nargs="*", help="further flags of compress-and-export, after --")
     add_results_option(parser)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="lrserve-") as folder:
+    with tempfile.TemporaryDirectory(prefix="lrserve-") as temporary:
         flags = arguments.flags if arguments.recipe or arguments.flags else ["--min-speedup", "1.15"]
-        rows = merged(run(arguments.recipe or readme_recipe(), Path(folder), flags))
+        rows = merged(run(arguments.recipe or readme_recipe(), arguments.folder or Path(temporary), flags))
     lines = [[r["stage"], f"{r['seconds']:.0f}", f"{r['memory'] / 1e6:.0f}", f"{r['resident'] / 1e6:.0f}"] for r in rows]
     total = [
         "all",

@@ -5,8 +5,8 @@
     python bench/speed.py --model 1b --plan shape/plan/lrserve/plan.json
 
 The clock does not see values, so the plan's speed is that of a real model; its perplexity has no meaning. Statistics of random
-weights need few tokens. The tokenizer's tokens are bytes. `--short` makes a recipe with little of everything, for what a run costs
-by stage (bench/cost.py), and `--layers` a model of fewer layers.
+weights need few tokens. The tokenizer's tokens are bytes. `--short` makes a recipe with little of everything and without rounding,
+for what a run costs by stage (bench/cost.py), and `--layers` a model of fewer layers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -58,23 +60,11 @@ def write_random(config: LlamaConfig, checkpoint: Path) -> None:
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where to put the checkpoint and recipe.yaml")
-    parser.add_argument("--model", choices=MODELS, default="1b")
-    parser.add_argument("--min-speedup", type=float, default=1.3)
-    parser.add_argument("--layers", type=int, help="decoder layers [default: those of the shape]")
-    parser.add_argument("--short", action="store_true", help="few tokens, trials and prompts")
-    arguments = parser.parse_args()
-    checkpoint = arguments.folder / "model"
-    config = model_config(arguments.model)
-    config.num_hidden_layers = arguments.layers or config.num_hidden_layers
-    write_random(config, checkpoint)
-    byte_tokenizer().save_pretrained(checkpoint)
-    texts = demo_texts()
-    recipe = {
+def recipe_for(checkpoint: Path, texts: Mapping[str, Path], min_speedup: float, short: bool) -> dict[str, Any]:
+    """Return a recipe for a checkpoint with random weights, with texts by use."""
+    recipe: dict[str, Any] = {
         "model": str(checkpoint.resolve()),
-        "target": {"min_speedup": arguments.min_speedup},
+        "target": {"min_speedup": min_speedup},
         "text": {use: str(texts[use]) for use in ("calibration", "validation", "report")},
         "calibration": {"sequences": 4, "length": 512, "pool_sequences": 2},
         "factorization": {"fisher": [], "refine": "none"},
@@ -95,11 +85,13 @@ def main() -> None:
         "report": {"tokens": 1024, "length": 512, "prompts": 2, "prompt_tokens": 32, "new_tokens": 16},
         "export": ["vllm"],
     }
-    if arguments.short:
+    if short:
         recipe |= {
+            "target": {"ratio": 0.3},  # which any engine can meet
             "calibration": {"sequences": 4, "length": 64, "pool_sequences": 2},
+            "factorization": {"weights": [], "fisher": [], "refine": "none"},
             "search": {
-                "trials": 2,
+                "trials": 3,
                 "rank_step": 1024,
                 "width_step": 1024,
                 "depth_groups": 1,
@@ -113,6 +105,23 @@ def main() -> None:
             "engine": {"enforce_eager": True, "repeats": 2},
             "report": {"tokens": 64, "length": 64, "prompts": 2, "prompt_tokens": 8, "new_tokens": 4},
         }
+    return recipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to put the checkpoint and recipe.yaml")
+    parser.add_argument("--model", choices=MODELS, default="1b")
+    parser.add_argument("--min-speedup", type=float, default=1.3)
+    parser.add_argument("--layers", type=int, help="decoder layers [default: those of the shape]")
+    parser.add_argument("--short", action="store_true", help="few tokens, trials and prompts")
+    arguments = parser.parse_args()
+    checkpoint = arguments.folder / "model"
+    config = model_config(arguments.model)
+    config.num_hidden_layers = arguments.layers or config.num_hidden_layers
+    write_random(config, checkpoint)
+    byte_tokenizer().save_pretrained(checkpoint)
+    recipe = recipe_for(checkpoint, demo_texts(), arguments.min_speedup, arguments.short)
     (arguments.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
 

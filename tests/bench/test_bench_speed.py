@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from lrserve.allocation.plan import Plan
 from lrserve.compression.groups import allocated, find_groups
 from lrserve.compression.level import Level
+from lrserve.recipe import Recipe
+from shape import recipe_for
 from speed import LOADS, MODELS, PREFILL, PREFILL_LOAD, Contender, model_config, render, rows_of
 
 LINEARS, HEAD = 106_168_320, 576 * 49152  # of SmolLM2
@@ -78,3 +82,12 @@ def test_every_shape_has_its_models_size() -> None:
 
     expected = {"smollm2": 135, "1b": 1100, "llama-1b": 1236, "0.5b": 494, "8b": 8030}
     assert {name: round(parameters(name) / 1e6) for name in MODELS} == expected
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_recipes_for_shapes_are_valid(short: bool, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    texts = {use: tmp_path / use for use in ("calibration", "validation", "report")}
+    file.write_text(yaml.safe_dump(recipe_for(tmp_path / "model", texts, 1.3, short)), encoding="utf-8")
+    target = Recipe.load(file, {}).target
+    assert (target.ratio, target.min_speedup) == ((0.3, None) if short else (None, 1.3))
