@@ -87,7 +87,7 @@ def recipe_for(checkpoint: Path, texts: Mapping[str, Path], min_speedup: float, 
     }
     if short:
         recipe |= {
-            "target": {"ratio": 0.3},  # which any engine can meet
+            "target": {"ratio": 0.4},  # which any engine can meet
             "calibration": {"sequences": 4, "length": 64, "pool_sequences": 2},
             "factorization": {"weights": [], "fisher": [], "refine": "none"},
             "search": {

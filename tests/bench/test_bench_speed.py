@@ -90,4 +90,4 @@ def test_recipes_for_shapes_are_valid(short: bool, tmp_path: Path) -> None:
     texts = {use: tmp_path / use for use in ("calibration", "validation", "report")}
     file.write_text(yaml.safe_dump(recipe_for(tmp_path / "model", texts, 1.3, short)), encoding="utf-8")
     target = Recipe.load(file, {}).target
-    assert (target.ratio, target.min_speedup) == ((0.3, None) if short else (None, 1.3))
+    assert (target.ratio, target.min_speedup) == ((0.4, None) if short else (None, 1.3))
