@@ -62,7 +62,7 @@ def compress_model(
         rounding: rounds weights; needed where a level says so.
         filed: where the new weights are.
     """
-    keep_mixtures(model, changed, source)
+    keep_mixtures(model, changed, source, filed)
     changed = [(unit, level) for unit, level in changed if not isinstance(unit, Mixture)]
     ranks = [(unit, level.rank) for unit, level in changed if level.rank is not None]
     specs, orders, kept = specs_of([(unit, Level(rank)) for unit, rank in ranks], structure), [], {}
@@ -219,7 +219,7 @@ class MergedLevels:
             self._restore(unit)
             self._levels[name] = DENSE
             if isinstance(unit, Mixture):
-                keep_mixtures(self.model, [(unit, level)] if level != DENSE else [], self._store)
+                keep_mixtures(self.model, [(unit, level)] if level != DENSE else [], self._store, self._filed)
             elif level != DENSE:
                 factors = None if level.rank is None else self._store.cut(name, level.rank)
                 if level.weights is None:

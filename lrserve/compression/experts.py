@@ -23,6 +23,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lrserve.compression.covariance import exact_products
+from lrserve.compression.filed import IN_MEMORY, Filed
 from lrserve.compression.groups import ExpertNames, Family, Group, Mixture, family_of
 from lrserve.compression.level import Level
 from lrserve.compression.narrow import compensated, ranked
@@ -224,8 +225,11 @@ class ExpertSource(Protocol):
 
 
 @torch.no_grad()
-def keep_experts(model: Any, mixture: Mixture, family: Family, kept: KeptExperts) -> None:
-    """Leave a mixture these experts and neurons. The rows of their router come first, those of removed experts are zero."""
+def keep_experts(model: Any, mixture: Mixture, family: Family, kept: KeptExperts, filed: Filed = IN_MEMORY) -> None:
+    """Leave a mixture these experts and neurons, with new weights where `filed` puts them.
+
+    The rows of their router come first, those of removed experts are zero.
+    """
     names = family.experts
     assert names is not None
     experts, router = model.get_submodule(mixture.members[0]), model.get_submodule(mixture.router)
@@ -248,12 +252,13 @@ def keep_experts(model: Any, mixture: Mixture, family: Family, kept: KeptExperts
         weight = torch.zeros_like(rows)
         weight[: len(chosen)] = rows[chosen]
         model.get_submodule(mixture.router).weight = nn.Parameter(weight, requires_grad=rows.requires_grad)
+    filed.modules([smaller])
 
 
-def keep_mixtures(model: Any, changed: Iterable[tuple[Group, Level]], source: ExpertSource) -> Any:
-    """Leave the mixtures among some units of a dense model what their levels say, and return the model."""
+def keep_mixtures(model: Any, changed: Iterable[tuple[Group, Level]], source: ExpertSource, filed: Filed = IN_MEMORY) -> Any:
+    """Leave the mixtures among some units of a dense model what their levels say, one after the other, and return the model."""
     family = family_of(model.config)
     for unit, level in changed:
         if isinstance(unit, Mixture):
-            keep_experts(model, unit, family, source.kept(unit, level))
+            keep_experts(model, unit, family, source.kept(unit, level), filed)
     return model

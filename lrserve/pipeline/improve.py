@@ -85,7 +85,7 @@ def improve_factors(
     model = job.source.load(job.dtype)
 
     def prepare(block: int) -> None:
-        keep_mixtures(model, [(unit, level) for unit, level in everything if unit.layer == block], store)
+        keep_mixtures(model, [(unit, level) for unit, level in everything if unit.layer == block], store, job.filed)
 
     def load_student() -> Any:
         return keep_mixtures(job.source.load(job.dtype), everything, store)

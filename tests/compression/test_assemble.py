@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from blockwise import in_files_of
 from tiny import FAMILIES_TESTED, VOCABULARY, WITH_MLPS, dense_model
 
 from lrserve.compression.assemble import MergedLevels, compress_model, parts, rows_of
@@ -50,12 +51,6 @@ def make(architecture: str, folder: Path) -> tuple[SpectrumStore, Rounding]:
         lambda group: read_statistics(folder / "statistics", group).second_moment(), gradients.outputs, torch.float32
     )
     return SpectrumStore(folder / "spectra", units, folder / "statistics"), rounding
-
-
-def in_files_of(folder: Path) -> list[str]:
-    """List what this process maps of files in a folder, none of which has a name any more."""
-    assert not list(folder.iterdir())
-    return [line for line in Path("/proc/self/maps").read_text().splitlines() if f"{folder}/" in line]
 
 
 @pytest.fixture(scope="module")

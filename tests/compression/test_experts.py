@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from blockwise import in_files_of
 from tiny import VOCABULARY, WITH_EXPERTS, dense_model, factorized_model, write_artifact
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +18,7 @@ import lrserve  # noqa: F401 - registers the quantizer
 from lrserve.compression.assemble import MergedLevels, compress_model
 from lrserve.compression.calibrate import calibrate, merge_statistics, read_expert_statistics
 from lrserve.compression.experts import ExpertAccumulator, ExpertStatistics, FewerExpertsRouter, keep_mixtures, rank_experts
+from lrserve.compression.filed import Filed
 from lrserve.compression.groups import Group, Mixture, find_mixtures, find_units
 from lrserve.compression.level import DENSE, Level
 from lrserve.compression.lowrank import install_low_rank
@@ -273,3 +276,24 @@ def test_experts_of_a_model_without_them_are_refused(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts"
     with pytest.raises(ArtifactError, match=f"{name}: config.json names a layer that the model does not have"):
         install_low_rank(dense_model("LlamaForCausalLM"), {name: GroupSpec(8, ("experts",), "experts", experts=2)})
+
+
+@pytest.mark.parametrize("changes", [removals, narrowings])
+@torch.no_grad()
+def test_new_weights_of_experts_are_where_those_of_other_layers_are(
+    changes: Callable[[list[Mixture]], list[tuple[Group, Level]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrserve.compression.filed._SMALL", 0)
+    store, mixtures = made(WITH_EXPERTS[0], tmp_path)
+    changed, files = changes(mixtures), tmp_path / "files"
+    files.mkdir()
+    in_memory = compress_model(dense_model(WITH_EXPERTS[0]), changed, "narrow", store, torch.float32)
+    in_files = compress_model(dense_model(WITH_EXPERTS[0]), changed, "narrow", store, torch.float32, filed=Filed(files))
+    assert torch.equal(in_memory(WINDOWS).logits, in_files(WINDOWS).logits)
+    assert len(in_files_of(files)) == 2 * len(changed)  # gate and up, down
+    model = dense_model(WITH_EXPERTS[0])
+    merged = MergedLevels(model, list(store.groups.values()), store, None, None, Filed(files))
+    merged.apply({unit.name: level for unit, level in changed})
+    assert len(in_files_of(files)) == 4 * len(changed)
+    merged.apply({})
+    assert len(in_files_of(files)) == 2 * len(changed)  # let go of
