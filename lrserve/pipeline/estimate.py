@@ -14,7 +14,9 @@ from lrserve.allocation.speed import calls, shapes_to_measure, token_counts
 from lrserve.compression.calibrate import Rehearsal, run_block
 from lrserve.compression.covariance import triangle_size
 from lrserve.compression.groups import Mixture, family_of
+from lrserve.compression.level import SCHEMES, Precision
 from lrserve.compression.logits import logits_of
+from lrserve.compression.quantize import quantize
 from lrserve.engines.onnx_provider import settled
 from lrserve.errors import reading
 from lrserve.inputs.config_file import keep_one_vision_layer, model_class
@@ -36,6 +38,7 @@ _ONNX_START: Final = 3.0
 _LAYER_SECONDS: Final = 0.02  # of timing one layer at one number of rows
 # decomposing a group, ordering neurons and solving for some of them, over one eigendecomposition of as many inputs
 _DECOMPOSE, _ORDER, _SOLVE = 1.5, 0.12, 0.03
+_INVERT: Final = 0.1  # rounding to 4 bits, besides each weight's own time, over the same
 _RENDERINGS: Final = 4  # of plans for which neurons are solved, besides trials and measured plans: in probes, export and proof
 _BYTE_SHARE_INT8: Final = 0.55  # of what dense weights of 16 bits take
 _TIMED_OPERATIONS: Final = 2e11  # of the timed batch, at most
@@ -121,9 +124,9 @@ def _one_block(job: Job) -> Any:
     return model.eval()
 
 
-def _timed(run: Callable[[], object]) -> float:
+def _timed(run: Callable[[], object], times: int = 2) -> float:
     best = float("inf")
-    for _ in range(2):
+    for _ in range(times):
         began = time.perf_counter()
         run()
         if torch.cuda.is_available():
@@ -182,15 +185,17 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     precisions = 1 + len(job.precisions)  # at most
     probes = precisions * len(job.units) * search.probe_tokens * (forward.decoder / 2 + forward.head)
     judged = search.trials * search.validation_tokens + 2 * min(search.validation_pool, job.windows["validation"].numel())
-    plans = search.trials + search.measured_plans + _RENDERINGS
-    searched = probes + _TRIAL * judged * forward.total + plans * _SOLVE * inputs * cube
+    weighed = bool(settings.fisher) and any(SCHEMES[precision].bits < 8 for precision in job.precisions)
+    weighing = weighed * _CALIBRATE * min(settings.fisher_tokens, calibration) * forward.decoder
+    solving = (search.trials + search.measured_plans + _RENDERINGS) * _SOLVE * inputs * cube
+    searched = probes + _TRIAL * judged * forward.total + weighing + _rounding(job, cube) + solving
     logits = 4 * search.probe_tokens * int(job.source.config().get_text_config().vocab_size)
     linears = sum(group.m * group.n for group in job.groups)
     rounded = len(job.precisions) * linears  # a byte each
     in_files = 0 if held.tensors else linears * job.dtype.itemsize
     share = _byte_share(job)
     tried = weights + held.tensors * weights + activations + logits
-    costs.append(StageCost("4 search", searched, rounded, tried + held.engines * engine, in_files))
+    costs.append(StageCost("4 search", searched, rounded + weighed * covariances, tried + held.engines * engine, in_files))
     cells = len(shapes_to_measure(job.units, job.offers, job.output_layer)) * len(token_counts(recipe.workloads))
     costs.append(StageCost("4 latency", start + 3 * run + _LAYER_SECONDS * cells, 0, weights + engine))
     measured = (search.measured_plans + 2) * (start + 2 * (1 + recipe.engine.repeats) * run)
@@ -220,6 +225,20 @@ def estimate(job: Job, forward: Forward) -> list[StageCost]:
     return [replace(cost, memory=cost.memory + PROCESS_BYTES) for cost in costs]
 
 
+def _rounding(job: Job, cube: float) -> float:
+    """Return the seconds in which weights are rounded: all to each precision, once judged and once measured; and in other plans."""
+    entries = sum(group.m * group.n for group in job.groups)
+    inputs = sum(group.n**3 for group in job.groups)
+    once = [entries * _seconds_per_weight(p) + _INVERT * inputs * cube * (SCHEMES[p].bits < 8) for p in job.precisions]
+    return 2 * sum(once) + (job.recipe.search.measured_plans + 1) * max(once, default=0.0)
+
+
+def _seconds_per_weight(precision: Precision) -> float:
+    m, n = 512, 1024
+    W = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
+    return _timed(lambda: quantize(W, precision)) / (m * n)
+
+
 def _byte_share(job: Job) -> float:
     """Return the most that a plan may keep of the bytes of the decoder's linears: less than all where the target says so."""
     target = job.recipe.target
@@ -244,7 +263,7 @@ def _seconds_per_cube() -> float:
     n = 384
     matrix = torch.cov(torch.randn(n, 2 * n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     torch.linalg.eigh(matrix)
-    return _timed(lambda: torch.linalg.eigh(matrix)) / n**3
+    return _timed(lambda: torch.linalg.eigh(matrix), 10) / n**3  # so short that others on the machine disturb it
 
 
 def in_words(costs: Sequence[StageCost]) -> str:
