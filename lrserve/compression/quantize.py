@@ -133,12 +133,12 @@ def quantize(W: torch.Tensor, precision: Precision, H: torch.Tensor | None = Non
             "a weight or the moments of its inputs are not finite; check the checkpoint and the calibration text"
         )
     W = W.float()
-    metric = None if H is None else _damped(H)
-    diagonal = torch.ones(W.shape[1], device=W.device) if metric is None else metric.diagonal().float()
+    diagonal = torch.ones(W.shape[1], device=W.device) if H is None else _damped(H.diagonal()).float()
     scales = torch.cat([_searched(part, scheme, diagonal, dtype) for part in W.split(max(1, _ENTRIES // W.shape[1]))])
     nearest = rounded_to(W, scales, precision)
-    if metric is None or scheme.bits > 4:
+    if H is None or scheme.bits > 4:
         return nearest
+    metric = _damped(H)
     values, lost = _with_feedback(W, metric, scales, scheme)
     errors = W - nearest.dense()
     better = lost < ((errors @ metric.float()) * errors).sum(1)
@@ -218,11 +218,14 @@ def _rows_of_inverse(L: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 
 
 def _damped(H: torch.Tensor) -> torch.Tensor:
-    """Return H / its mean diagonal plus a little of the identity, float64, which is positive definite even where H is singular."""
+    """Return H / its mean diagonal plus a little of the identity, float64, which is positive definite even where H is singular.
+
+    H (n, n), or its diagonal (n,) alone.
+    """
     H = H.double()
-    mean = float(H.diagonal().mean())
-    H = (H + H.T).div_(2 * mean) if mean > 0 else torch.zeros_like(H)
-    H.diagonal().add_(_DAMPING)
+    mean = float((H if H.ndim == 1 else H.diagonal()).mean())
+    H = torch.zeros_like(H) if mean <= 0 else H / mean if H.ndim == 1 else (H + H.T).div_(2 * mean)
+    (H if H.ndim == 1 else H.diagonal()).add_(_DAMPING)
     return H
 
 
