@@ -114,6 +114,11 @@ class Triangle:
         n = len(matrix)
         return cls(n, torch.cat([matrix[start : start + _BLOCK, start:].flatten() for start in range(0, n, _BLOCK)]))
 
+    def add_products(self, x: torch.Tensor) -> None:
+        """Add x^T x for x (t, n) of the same dtype."""
+        for start, row in zip(self.starts, self.rows, strict=True):
+            row.addmm_(x[:, start : start + _BLOCK].T, x[:, start:])
+
     def matrix(self) -> torch.Tensor:
         """Return the matrix (n, n)."""
         whole = self.values.new_empty(self.n, self.n)
@@ -149,8 +154,7 @@ class _Moments:
         with exact_products(x):
             wide = x.to(self.dtype)
             self._sum.addmm_(wide.new_ones(1, x.shape[0]), wide)  # several times as fast as x.sum(0)
-            for start, row in zip(self._products.starts, self._products.rows, strict=True):
-                row.addmm_(wide[:, start : start + _BLOCK].T, wide[:, start:])
+            self._products.add_products(wide)
         self.tokens += x.shape[0]
 
     def take(self, scatter: Triangle) -> torch.Tensor:

@@ -27,7 +27,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lrserve.compression.covariance import exact_products
+from lrserve.compression.covariance import Triangle, exact_products, triangle_size
 from lrserve.compression.factorize import Side
 from lrserve.compression.filed import IN_MEMORY, Filed
 from lrserve.compression.groups import Group
@@ -51,10 +51,11 @@ def _width(group: Group) -> int:
 
 
 class _Moment:
-    """Sum of g g^T over the tokens seen."""
+    """Sum of g g^T over the tokens seen, of which the triangle is kept."""
 
     def __init__(self, width: int, device: torch.device, start: torch.Tensor | None, filed: Filed) -> None:
-        self.sum = filed(torch.zeros(width, width, device=device) if start is None else start.to(device))
+        values = torch.zeros(triangle_size(width), device=device) if start is None else start.to(device)
+        self.sum = Triangle(width, filed(values))
         self._watched: weakref.ref[torch.Tensor] | None = None
 
     def watch(self, model: Any, group: Group) -> Any:
@@ -74,8 +75,7 @@ class _Moment:
     def _add(self, gradient: torch.Tensor) -> None:
         g = gradient.detach().flatten(0, -2)
         with exact_products(g):
-            wide = g.float()
-            self.sum.addmm_(wide.T, wide)
+            self.sum.add_products(g.float())
 
 
 class _Powers:
@@ -183,14 +183,14 @@ def collect_gradients(
                     "factorization.fisher to [] to go without them"
                 ) from None
             if (done - published) * length >= _SAVED_TOKENS or done == len(windows):
-                sums = [moment.sum for moment in moments.values()]
+                sums = [moment.sum.values for moment in moments.values()]
                 sums += [tensor for power in powers.values() for tensor in (power.tokens, power.outputs)]
                 if not all(torch.isfinite(tensor).all() for tensor in sums):
                     raise CalibrationError(
                         "a gradient is not finite; calibrate in bfloat16 or float32, or set factorization.fisher to []"
                     )
                 metadata = {"windows": str(done), "tokens": str(done * length)}
-                tensors = {name: moment.sum.cpu() for name, moment in moments.items()}
+                tensors = {name: moment.sum.values.cpu() for name, moment in moments.items()}
                 tensors |= {f"{name}.{_TOKENS}": power.tokens[:done].cpu().contiguous() for name, power in powers.items()}
                 tensors |= {f"{name}.{_OUTPUTS}": power.outputs.cpu() for name, power in powers.items()}
                 write_tensors(path, tensors, metadata)
@@ -264,7 +264,8 @@ class GradientStore:
     def read(self, group: Group) -> tuple[Side, torch.Tensor]:
         """Return a group's side and moment per token, float64."""
         with safe_open(self._path, framework="pt") as file:
-            return gradient_side(group), file.get_tensor(group.name).double() / int(file.metadata()["tokens"])
+            total = Triangle(_width(group), file.get_tensor(group.name)).matrix()
+            return gradient_side(group), total.double().div_(int(file.metadata()["tokens"]))
 
     def token_weights(self, group: Group) -> torch.Tensor:
         """Return w (windows, length) of the tokens that gradients were collected on, over its mean."""

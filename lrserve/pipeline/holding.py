@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from lrserve.compression.covariance import triangle_size
 from lrserve.engines.gpu import both_fit, device_memory, fit
 from lrserve.engines.memory import free_memory
 from lrserve.engines.runtimes import runtime_of
@@ -73,6 +74,6 @@ def backward_bytes(job: Job) -> tuple[int, int]:
     kinds = job.recipe.factorization.fisher
     if not kinds:
         return 0, 0
-    moments = 4 * sum(min(group.n, group.m) ** 2 for group in job.groups)
+    moments = 4 * sum(triangle_size(min(group.n, group.m)) for group in job.groups)
     tokens = min(job.gradient_batch_tokens, job.windows["calibration"].numel())
     return moments, ACTIVATIONS * tokens * job.output_layer[1] * job.dtype.itemsize * job.layers
