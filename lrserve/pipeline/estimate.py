@@ -234,7 +234,7 @@ def _rounding(job: Job, cube: float) -> float:
 
 
 def _seconds_per_weight(precision: Precision) -> float:
-    m, n = 512, 1024
+    m, n = 256, 1024
     W = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
     return _timed(lambda: quantize(W, precision)) / (m * n)
 
