@@ -165,10 +165,15 @@ def compress_and_export(
     exporter_points(settings.export)
     require_compress("compress-and-export")
 
+    from lrserve.pipeline.launched import launched
+    from lrserve.pipeline.recovery_worker import follow
     from lrserve.pipeline.run import compress_and_export as run
 
-    with _interruptible():
-        run(settings, out, work=work, storage=storage, overwrite=overwrite, dry_run=dry_run)
+    with _interruptible(), launched() as launch:
+        if launch is not None and launch.index:
+            follow(launch)
+            return
+        run(settings, out, work=work, storage=storage, overwrite=overwrite, dry_run=dry_run, launch=launch)
 
 
 @app.command()

@@ -214,7 +214,7 @@ class Factorization(_Frozen):
 
     recover_processes: Annotated[int, Field(ge=1), "processes"] | None = None
     """Processes of this machine that recover together, each on its part of the windows of a step; null is one for each GPU, and one
-    on a machine without.
+    on a machine without. A launcher's number goes before.
     """
     recover_sharded: bool | None = None
     """Let each of several processes keep a part of both models and of what is trained (FSDP), in place of copies: less memory, more

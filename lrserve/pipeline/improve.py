@@ -23,7 +23,7 @@ from lrserve.compression.training import TrainedFactors
 from lrserve.errors import NotFiniteError
 from lrserve.pipeline.job import Job, first_tokens, tensor_sha256
 from lrserve.pipeline.search import Tuned
-from lrserve.pipeline.together import recover_together
+from lrserve.pipeline.together import recover_together, recovery_task
 from lrserve.pipeline.training_text import recovery_windows
 from lrserve.report.console import Say, progress_bar, reused
 from lrserve.storage.store import fingerprint
@@ -62,7 +62,7 @@ def improve_factors(
     3. recover: distil the dense model into the factors or, where the plan rounds weights, into the rounded model
 
     Experts stay as the plan leaves them. A step in which a number is not finite is left out. `team` is that of a process that
-    recovers with others; None starts such processes if the job has several.
+    recovers with others; None starts such processes, or calls those of a launcher, if the job has several.
     """
     settings = job.recipe.factorization
     everything = plan.changed(job.units)
@@ -126,11 +126,15 @@ def improve_factors(
         stage = folder.stage("recover", inputs) if student is None else folder.stage("distil", inputs)
         with _if_finite("recover", job.say):
             if team is None and job.recovery_processes > 1 and not is_finished(stage):
-                model = student = None  # the processes have their own
                 weighed = rounding is not None and rounding.weighed
-                recover_together(job, plan, folder, weighed=weighed, processes=job.recovery_processes)
-                if not is_finished(stage):
-                    raise NotFiniteError("a number in the recovery is not finite (recovery.log in the work folder)")
+                if job.launch is not None:
+                    job.launch.send(recovery_task(job, plan, folder, weighed))
+                    team = job.launch.team(job.recovery_sharded)
+                else:
+                    model = student = None  # the processes have their own
+                    recover_together(job, plan, folder, weighed=weighed)
+                    if not is_finished(stage):
+                        raise NotFiniteError("a number in the recovery is not finite (recovery.log in the work folder)")
             with _shown_by_the_first(team, round(schedule.budget)) as progress:
                 how = {"schedule": schedule, "seed": seed, "team": team or ALONE, "progress": progress}
                 outcome: Recovered | Distilled

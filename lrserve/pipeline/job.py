@@ -22,6 +22,7 @@ from lrserve.inputs.source import Source, device_for, open_source
 from lrserve.inputs.stream import origin_fingerprint
 from lrserve.inputs.text import Documents, load_texts, shortage, token_windows
 from lrserve.pipeline.context import context_length, fitted
+from lrserve.pipeline.launched import Launch
 from lrserve.plugins.versions import require_sound_torchvision
 from lrserve.recipe import Recipe
 from lrserve.report.console import Say
@@ -41,7 +42,7 @@ class Job:
     recipe's structure decides on. `parameters` are those of the dense model, tied weights counted once. `output_layer` is the shape
     (m, n) of the output layer's weight. `windows` holds int64 token windows by use: calibration, validation, report, prompts;
     `fingerprints` identify the content of the model and of each text. `held_out` are the documents that nothing may be trained on.
-    `filed` is where weights of compressed models are.
+    `filed` is where weights of compressed models are. `launch` are the processes that a launcher started, if one did.
     """
 
     recipe: Recipe
@@ -56,6 +57,7 @@ class Job:
     held_out: frozenset[str]
     say: Say
     filed: Filed = IN_MEMORY
+    launch: Launch | None = None
 
     @property
     def groups(self) -> list[Group]:
@@ -130,6 +132,8 @@ class Job:
     @property
     def recovery_processes(self) -> int:
         """How many processes recover together."""
+        if self.launch is not None:
+            return self.launch.count
         return self.recipe.factorization.recover_processes or max(1, torch.cuda.device_count())
 
     @property

@@ -1,4 +1,7 @@
-"""One of the processes of a recovery: `python -m lrserve.pipeline.recovery_worker TASK INDEX`, as together.py starts it."""
+"""One of the processes of a recovery.
+
+`python -m lrserve.pipeline.recovery_worker TASK INDEX` as together.py starts it, or what a launcher started (`follow`).
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,20 @@ from lrserve.errors import LrserveError
 from lrserve.pipeline.collect import backpropagate, calibrate_blocks
 from lrserve.pipeline.improve import improve_factors
 from lrserve.pipeline.job import open_job
+from lrserve.pipeline.launched import Launch
 from lrserve.pipeline.rounding import gradient_reader, rounding_of, weigh_tokens
 from lrserve.pipeline.run import factorize_groups
 from lrserve.pipeline.stages import MODULES
 from lrserve.recipe import Recipe
+from lrserve.report.console import Say
 from lrserve.storage.work import WorkFolder
 
 
-def recover_in(task: dict[str, Any], team: Team) -> None:
+def recover_in(task: dict[str, Any], team: Team, say: Say = print) -> None:
     """Go to the recovery, through stages that are finished, and train there with the team."""
-    job = open_job(Recipe.model_validate(task["recipe"]), print)
+    job = open_job(Recipe.model_validate(task["recipe"]), say)
     job.say(f"5/6 recover: process {team.index + 1} of {team.count}, with {'parts' if team.sharded else 'copies'} of the models")
-    folder = WorkFolder(Path(task["work"]), print, MODULES)
+    folder = WorkFolder(Path(task["work"]), say, MODULES)
     model = job.source.load(job.dtype)
     with float32_matmuls():
         statistics = calibrate_blocks(job, model, folder)
@@ -39,6 +44,14 @@ def recover_in(task: dict[str, Any], team: Team) -> None:
             rounding.measure_by(weigh_tokens(job, model, gradients, folder))
         del model
         improve_factors(job, Plan.from_json(*task["plan"]), store, gradient_reader(job, gradients), folder, rounding, team)
+
+
+def follow(launch: Launch) -> None:
+    """Train when the first process of a launch recovers, until it ends."""
+    while (task := launch.receive()) is not None:
+        for number in ENDINGS:
+            signal.signal(number, _end)
+        recover_in(task, launch.team(task["sharded"]), lambda line: None)
 
 
 def _end(number: int, frame: object) -> None:

@@ -30,6 +30,7 @@ from lrserve.pipeline.evidence import collect_metrics, write_evidence
 from lrserve.pipeline.holding import ALL, holding
 from lrserve.pipeline.improve import improve_factors, validate_improved
 from lrserve.pipeline.job import Job, open_job
+from lrserve.pipeline.launched import Launch
 from lrserve.pipeline.prove import Rendered, prove_agreement, report_perplexity
 from lrserve.pipeline.rounding import gradient_reader, rounding_of
 from lrserve.pipeline.search import tune
@@ -53,6 +54,7 @@ def compress_and_export(
     storage: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    launch: Launch | None = None,
     say: Say = print,
 ) -> dict[str, Any]:
     """Compress a model, search the ranks, export the result and prove it.
@@ -70,6 +72,7 @@ def compress_and_export(
         storage: URL of a database in which several runs with the same inputs share the study (`study.open_study`); each has a
             work folder and an artifact of its own.
         overwrite: replace an artifact at `out` that was made from other inputs.
+        launch: the processes that a launcher started, of which this is the first (`launched`); all of them recover.
         dry_run: open the inputs, check the target, say what would be done; nothing is written to `out` or `work`.
         say: takes each line of result.
 
@@ -86,7 +89,7 @@ def compress_and_export(
     if not dry_run:
         _clean_up(out, work, say)
     exporters = load_exporters(recipe.export, recipe.engine)
-    job = replace(open_job(recipe, say), say=timed(say))
+    job = replace(open_job(recipe, say), say=timed(say), launch=launch)
     recipe = job.recipe
     skeleton = job.source.skeleton()
     require_divisible(job)

@@ -1,4 +1,4 @@
-"""Recovery in several processes of this machine, one for each GPU: starts them, watches them, and ends them.
+"""Recovery in several processes of this machine, one for each GPU, without a launcher: starts them, watches them, and ends them.
 
 Each goes the pipeline's way through the finished stages of the work folder to the recovery (recovery_worker.py), where they train
 together (compression/team.py). What they find is in the recovery's stage then.
@@ -27,7 +27,7 @@ _PATIENCE_SECONDS: Final = 60.0  # with processes that save what they have learn
 _LOOK_SECONDS: Final = 0.2
 
 
-def recover_together(job: Job, plan: Plan, folder: WorkFolder, *, weighed: bool, processes: int) -> None:
+def recover_together(job: Job, plan: Plan, folder: WorkFolder, *, weighed: bool) -> None:
     """Run the recovery of a plan in several processes, to its end.
 
     The first one's progress comes on standard error; what else they say is in recovery.log in the work folder.
@@ -37,20 +37,12 @@ def recover_together(job: Job, plan: Plan, folder: WorkFolder, *, weighed: bool,
         plan: the chosen plan.
         folder: the work folder, with every stage before the recovery.
         weighed: whether rounding is measured by weighed moments (`Rounding.weighed`).
-        processes: how many.
 
     Raises:
         EngineError: one of them failed; the message ends with the log's last lines.
     """
-    task = {
-        "recipe": job.recipe.model_dump(mode="json"),
-        "work": str(folder.root.absolute()),
-        "plan": [plan.to_json(), plan.structure, plan.embedding],
-        "weighed": weighed,
-        "processes": processes,
-        "sharded": job.recovery_sharded,
-    }
-    path = folder.root / "recovery.log"
+    task = recovery_task(job, plan, folder, weighed)
+    processes, path = job.recovery_processes, folder.root / "recovery.log"
     release_memory()
     with temporary_folder() as place, path.open("wb") as log:
         write_json(Path(place) / "task.json", task)
@@ -66,6 +58,18 @@ def recover_together(job: Job, plan: Plan, folder: WorkFolder, *, weighed: bool,
     if failed is not None:
         message = f"process {failed} of {processes} ended with code {workers[failed].returncode}"
         raise failure("recovery", f"{message}; the same command goes on from the last save, at most two minutes back", path)
+
+
+def recovery_task(job: Job, plan: Plan, folder: WorkFolder, weighed: bool) -> dict[str, Any]:
+    """Return what a process has to know to recover a plan with others, JSON; arguments as of `recover_together`."""
+    return {
+        "recipe": job.recipe.model_dump(mode="json"),
+        "work": str(folder.root.absolute()),
+        "plan": [plan.to_json(), plan.structure, plan.embedding],
+        "weighed": weighed,
+        "processes": job.recovery_processes,
+        "sharded": job.recovery_sharded,
+    }
 
 
 def _environment(inherited: Mapping[str, str]) -> dict[str, str]:
