@@ -112,7 +112,7 @@ def compress_and_export(
         fit.require((recipe.target.max_bytes or 1 - (recipe.target.ratio or 0.0)) * fit.dense_cost)
     costs = estimate(job, time_forward(job))
     there = bytes_below(work)
-    for of_work, of_artifact in disk_needed(costs):
+    for of_work, of_artifact in sorted(disk_needed(costs), key=sum, reverse=True):  # the fullest is named
         require_space(
             [
                 Place("the artifact (-o)", out, of_artifact, replaced=True),
