@@ -60,8 +60,8 @@ def write_random(config: LlamaConfig, checkpoint: Path) -> None:
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def recipe_for(checkpoint: Path, texts: Mapping[str, Path], min_speedup: float, short: bool) -> dict[str, Any]:
-    """Return a recipe for a checkpoint with random weights, with texts by use."""
+def recipe_for(checkpoint: Path, texts: Mapping[str, Path], min_speedup: float, neurons: int, short: bool) -> dict[str, Any]:
+    """Return a recipe for a checkpoint with random weights and so many neurons in an MLP, with texts by use."""
     recipe: dict[str, Any] = {
         "model": str(checkpoint.resolve()),
         "target": {"min_speedup": min_speedup},
@@ -86,14 +86,15 @@ def recipe_for(checkpoint: Path, texts: Mapping[str, Path], min_speedup: float, 
         "export": ["vllm"],
     }
     if short:
+        step = 1024 if neurons > 4096 else 128
         recipe |= {
             "target": {"ratio": 0.4},  # which any engine can meet
             "calibration": {"sequences": 4, "length": 64, "pool_sequences": 2},
             "factorization": {"weights": [], "fisher": [], "refine": "none"},
             "search": {
                 "trials": 3,
-                "rank_step": 1024,
-                "width_step": 1024,
+                "rank_step": step,
+                "width_step": step,
                 "depth_groups": 1,
                 "probe_tokens": 64,
                 "validation_tokens": 64,
@@ -121,7 +122,7 @@ def main() -> None:
     config.num_hidden_layers = arguments.layers or config.num_hidden_layers
     write_random(config, checkpoint)
     byte_tokenizer().save_pretrained(checkpoint)
-    recipe = recipe_for(checkpoint, demo_texts(), arguments.min_speedup, arguments.short)
+    recipe = recipe_for(checkpoint, demo_texts(), arguments.min_speedup, config.intermediate_size, arguments.short)
     (arguments.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
 

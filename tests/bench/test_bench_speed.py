@@ -88,6 +88,6 @@ def test_every_shape_has_its_models_size() -> None:
 def test_recipes_for_shapes_are_valid(short: bool, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     texts = {use: tmp_path / use for use in ("calibration", "validation", "report")}
-    file.write_text(yaml.safe_dump(recipe_for(tmp_path / "model", texts, 1.3, short)), encoding="utf-8")
+    file.write_text(yaml.safe_dump(recipe_for(tmp_path / "model", texts, 1.3, 1536, short)), encoding="utf-8")
     target = Recipe.load(file, {}).target
     assert (target.ratio, target.min_speedup) == ((0.4, None) if short else (None, 1.3))
