@@ -20,6 +20,7 @@ import typer
 import yaml
 from pydantic import BaseModel
 from tiny import dense_model, factorized_model, tiny_tokenizer, write_artifact, write_dense, write_text
+from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
 
 from lrserve.cli import app
@@ -148,6 +149,10 @@ def check(words: list[str]) -> None:
                 assert not context.args or (verb == "serve" and context.args[0].startswith("-")), context.args
         case "vllm":
             assert arguments[0] == "serve"
+        case "torchrun":
+            launched = get_args_parser().parse_args(arguments)
+            assert launched.no_python
+            check([launched.training_script, *launched.training_script_args])
         case "make":
             assert set(arguments) <= TARGETS, f"the Makefile has {sorted(TARGETS)}"
         case "pip":
