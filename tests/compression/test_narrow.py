@@ -19,7 +19,7 @@ from lrserve.compression.calibrate import calibrate
 from lrserve.compression.factorize import Factors, FactorSource, Side, factorize, sensitivity
 from lrserve.compression.groups import allocated, find_groups
 from lrserve.compression.level import Level
-from lrserve.compression.narrow import narrow
+from lrserve.compression.narrow import _solved, narrow
 from lrserve.compression.propagate import propagation
 from lrserve.compression.recover import Schedule, recover
 from lrserve.compression.refine import adam
@@ -129,6 +129,16 @@ def test_degenerate_covariances_give_finite_factors(kind: str) -> None:
         factors = structured(spectrum.cut(width), "narrow_in")
         assert torch.isfinite(factors.B.bfloat16()).all()
         assert torch.isfinite(factors.b.bfloat16()).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_what_float32_cannot_solve_is_solved_in_float64(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, 3, generator=generator, dtype=torch.float64)
+    R = (x @ x.T + 3e-6 * torch.eye(200)).float()
+    assert torch.linalg.cholesky_ex(R)[1] > 0
+    right = R @ torch.randn(200, 4, generator=generator)
+    torch.testing.assert_close(R.double() @ _solved(R, right), right.double(), rtol=1e-3, atol=1e-3)
 
 
 def test_statistics_that_are_not_finite_are_refused() -> None:
