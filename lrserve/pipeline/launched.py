@@ -7,6 +7,7 @@ see the work folder and the inputs at the same paths.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch.distributed
 
 from lrserve.compression.team import Team
 
-_OF_LAUNCHERS: Final = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
+_OF_LAUNCHERS: Final = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+)")
 _PATIENCE: Final = timedelta(days=365)  # with the first process, which calibrates and searches meanwhile; one that dies is noticed
 
 
@@ -59,7 +60,7 @@ def launched() -> Iterator[Launch | None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.distributed.init_process_group(timeout=_PATIENCE)
     launch = Launch(torch.distributed.get_rank(), count)
-    for name in [name for name in os.environ if name.startswith(_OF_LAUNCHERS)]:
+    for name in filter(_OF_LAUNCHERS.fullmatch, list(os.environ)):
         del os.environ[name]
     yield launch
     if launch.index == 0:
