@@ -19,7 +19,7 @@ of theirs, and `merge_statistics` the statistics of all.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -263,8 +263,7 @@ def calibrate(
                 handle.remove()
         publish(unfinished, states_path(folder, index + 1))
         if collect:
-            tensors = {f"{name}.{field}": t for name, a in accumulators.items() for field, t in _stored(a, partial).items()}
-            write_tensors(statistics_path(folder, index), tensors)
+            _write(statistics_path(folder, index), accumulators.items(), partial)
         states_path(folder, index).unlink()
         progress(index + 1)
     states_path(folder, len(layers)).unlink()
@@ -275,7 +274,15 @@ def _accumulator(group: Group, device: torch.device | str = "cpu") -> Covariance
     return ExpertAccumulator(group, device) if isinstance(group, Mixture) else CovarianceAccumulator(group.n, device)
 
 
-def _stored(accumulator: CovarianceAccumulator | ExpertAccumulator, partial: bool = False) -> dict[str, torch.Tensor]:
+def _write(
+    path: Path, accumulators: Iterable[tuple[str, CovarianceAccumulator | ExpertAccumulator]], partial: bool = False
+) -> None:
+    """Publish what is kept of accumulators by the names of their groups, one of them at a time."""
+    tensors = {f"{name}.{field}": t for name, a in accumulators for field, t in _stored(a, partial).items()}
+    write_tensors(path, tensors)
+
+
+def _stored(accumulator: CovarianceAccumulator | ExpertAccumulator, partial: bool) -> dict[str, torch.Tensor]:
     """Return what is kept of an accumulator, on the CPU: its statistics in float32, of C the triangle; or its state, if partial."""
     found = accumulator.finish()  # which are finite
     if partial:
@@ -311,11 +318,8 @@ def merge_statistics(
         if path.is_file():
             reused += 1
         else:
-            tensors: dict[str, torch.Tensor] = {}
-            for group in members:
-                whole = _merged([statistics_path(part, layer) for part in parts], group)
-                tensors |= {f"{group.name}.{field}": tensor for field, tensor in _stored(whole).items()}
-            write_tensors(path, tensors)
+            sources = [statistics_path(part, layer) for part in parts]
+            _write(path, ((group.name, _merged(sources, group)) for group in members))
         progress(done)
     return reused
 

@@ -100,7 +100,7 @@ class Triangle:
     def __init__(self, n: int, values: torch.Tensor) -> None:
         self.n, self.values = n, values
         self.starts = range(0, n, _BLOCK)
-        blocks = values.split([_height(n, start) * (n - start) for start in self.starts])
+        blocks = values.split(_block_sizes(n))
         self.rows = [block.view(-1, n - start) for start, block in zip(self.starts, blocks, strict=True)]
 
     @classmethod
@@ -131,13 +131,13 @@ class Triangle:
         return whole
 
 
-def _height(n: int, start: int) -> int:
-    return min(_BLOCK, n - start)
+def _block_sizes(n: int) -> list[int]:
+    return [min(_BLOCK, n - start) * (n - start) for start in range(0, n, _BLOCK)]
 
 
 def triangle_size(n: int) -> int:
     """Return how many numbers a `Triangle` has."""
-    return sum(_height(n, start) * (n - start) for start in range(0, n, _BLOCK))
+    return sum(_block_sizes(n))
 
 
 class _Moments:

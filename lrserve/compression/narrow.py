@@ -128,8 +128,7 @@ def ranked(W: torch.Tensor, M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def compensated(W: torch.Tensor, M: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Return B (m, k), the weight of the inputs `kept` (k,) of W (m, n) that makes up for the others, in float64 (`ranked`)."""
     R, s = _correlation(M.double())
-    root = torch.linalg.cholesky(R[kept][:, kept])
-    return torch.cholesky_solve(R[kept] @ (W.double() * s).T, root).T / s[kept]
+    return _solved(R[kept][:, kept], R[kept] @ (W.double() * s).T).T / s[kept]
 
 
 def _solved(R: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

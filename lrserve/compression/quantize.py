@@ -133,7 +133,7 @@ def quantize(W: torch.Tensor, precision: Precision, H: torch.Tensor | None = Non
             "a weight or the moments of its inputs are not finite; check the checkpoint and the calibration text"
         )
     W = W.float()
-    diagonal = torch.ones(W.shape[1], device=W.device) if H is None else _damped(H.diagonal()).float()
+    diagonal = torch.ones(W.shape[1], device=W.device) if H is None else _damped_diagonal(H).float()
     scales = torch.cat([_searched(part, scheme, diagonal, dtype) for part in W.split(max(1, _ENTRIES // W.shape[1]))])
     nearest = rounded_to(W, scales, precision)
     if H is None or scheme.bits > 4:
@@ -218,15 +218,19 @@ def _rows_of_inverse(L: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 
 
 def _damped(H: torch.Tensor) -> torch.Tensor:
-    """Return H / its mean diagonal plus a little of the identity, float64, which is positive definite even where H is singular.
-
-    H (n, n), or its diagonal (n,) alone.
-    """
+    """Return H / its mean diagonal plus a little of the identity, float64, which is positive definite even where H is singular."""
     H = H.double()
-    mean = float((H if H.ndim == 1 else H.diagonal()).mean())
-    H = torch.zeros_like(H) if mean <= 0 else H / mean if H.ndim == 1 else (H + H.T).div_(2 * mean)
-    (H if H.ndim == 1 else H.diagonal()).add_(_DAMPING)
+    mean = float(H.diagonal().mean())
+    H = (H + H.T).div_(2 * mean) if mean > 0 else torch.zeros_like(H)
+    H.diagonal().add_(_DAMPING)
     return H
+
+
+def _damped_diagonal(H: torch.Tensor) -> torch.Tensor:
+    """Return the diagonal (n,) of `_damped`, without a matrix."""
+    diagonal = H.diagonal().double()
+    mean = float(diagonal.mean())
+    return (diagonal / mean if mean > 0 else torch.zeros_like(diagonal)) + _DAMPING
 
 
 def _nearest(units: torch.Tensor, scheme: Scheme) -> torch.Tensor:

@@ -92,10 +92,8 @@ class LowRankLinearMethod(LinearMethodBase):
         split_input = isinstance(layer, RowParallelLinear)
         if structure == "narrow_in":
             input_size_per_partition, input_size = share_of_neurons(self.prefix, rank, layer.tp_size if split_input else 1), rank
-            layer.input_size, layer.input_size_per_partition = (
-                input_size,
-                input_size_per_partition,
-            )  # by which LoRA divides adapters
+            # by which LoRA divides adapters
+            layer.input_size, layer.input_size_per_partition = input_size, input_size_per_partition
         columns = columns_of(layer, input_size, input_size_per_partition)
         check_groups(self.prefix, self.spec, input_size)
         check_columns(self.prefix, self.spec, columns)
